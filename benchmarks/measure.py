@@ -1,0 +1,243 @@
+"""Measuring instruments: interleaved timing, the bandwidth limit, peak memory. Nothing here knows ops or providers."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spo_kernels import backends
+
+# Cases too short to time well are repeated up to this many times more often, until a provider has run this long.
+_MORE_ROUNDS = 20
+_ENOUGH_SECONDS = 0.5
+# The first call after another provider's finds its code and threads cold, which matters to calls of microseconds.
+_SHORT_SECONDS, _BURST = 0.01, 5
+_L2_FLUSH_BYTES = 256 << 20
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Something to time: prepare and finish run around each call, outside the timed region."""
+
+    call: Callable[[], object]
+    prepare: Callable[[], None] = _nothing
+    finish: Callable[[], None] = _nothing
+
+
+@dataclass
+class Samples:
+    """Seconds of each round: wall time, and CPU time of the whole process (all threads)."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def quantile(samples: Sequence[float], q: float) -> float:
+    """Linear interpolation between order statistics, as numpy's default."""
+    ordered = sorted(samples)
+    position = q * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """Median over rounds of the ratio within a round: what drifts from round to round cancels."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+class _Clock:
+    """Times one call: events on a GPU, after evicting its L2 cache; perf_counter and process time elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            self._flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
+            self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def time(self, call: Callable[[], object]) -> tuple[float, float]:
+        if self._cuda:
+            self._flush.zero_()
+            torch.cuda.synchronize()
+            self._start.record()
+        cpu, wall = time.process_time(), time.perf_counter()
+        result = call()
+        if self._cuda:
+            self._end.record()
+            torch.cuda.synchronize()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        del result  # giving memory back is outside the timed region for everyone
+        return (self._start.elapsed_time(self._end) / 1e3 if self._cuda else wall), cpu
+
+
+def _time_once(clock: _Clock, entry: Entry) -> tuple[float, float]:
+    entry.prepare()
+    times = clock.time(entry.call)
+    entry.finish()
+    return times
+
+
+def interleave(
+    entries: dict[str, Entry],
+    device: torch.device,
+    repeats: int,
+    every_round: Callable[[], None] = _nothing,
+) -> dict[str, Samples]:
+    """Time all entries in turns, one call each a round, so that a change of the machine meets all of them.
+
+    The first round is warm-up. There are `repeats` rounds, more where rounds are short. The order rotates, so that no
+    entry always follows the same other one. Where all calls are short, a turn is the median of a few.
+    """
+    clock = _Clock(device)
+    labels = list(entries)
+
+    def one_round(start: int, burst: int) -> dict[str, tuple[float, float]]:
+        times = {}
+        for label in labels[start:] + labels[:start]:
+            walls, cpus = zip(*(_time_once(clock, entries[label]) for _ in range(burst)), strict=True)
+            times[label] = statistics.median(walls), statistics.median(cpus)
+        every_round()
+        return times
+
+    warm_up = one_round(0, 1)
+    slowest = max(wall for wall, _ in warm_up.values())
+    burst = _BURST if slowest < _SHORT_SECONDS else 1
+    rounds = max(repeats, min(_MORE_ROUNDS * repeats, int(_ENOUGH_SECONDS / slowest)))
+    samples = {label: Samples() for label in labels}
+    for index in range(rounds):
+        for label, (wall, cpu) in one_round(index % len(labels), burst).items():
+            samples[label].wall.append(wall)
+            samples[label].cpu.append(cpu)
+    return samples
+
+
+class Bandwidth:
+    """The limit: bytes a second of loops that read, and that read and write, an array of the working set's size.
+
+    On a CPU with the compiled kernels, their own streaming loops (several streams, prefetch, `threads` threads); plain
+    torch reductions fall short of that, so on a CPU without the kernels they are a stand-in, and `source` says so.
+    `sample` is called once in every round of the timing it is the limit for; the limit is the best of all samples.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device, threads: int) -> None:
+        self._array = torch.ones(max(nbytes // 4, 1), dtype=torch.float32, device=device)
+        self._nbytes = self._array.nbytes
+        self._clock = _Clock(device)
+        self._threads = threads
+        self._control = None
+        if device.type == "cpu" and backends.active("cpu") == "cpu":
+            from spo_kernels.backends import cpu
+
+            self._control = cpu.load()
+        self.source = "stream loops" if self._control or device.type == "cuda" else "torch.sum and torch.add_ (too low)"
+        self.read = self.update = 0.0
+
+    def sample(self) -> None:
+        if self._control:
+            array = self._array.numpy()
+            read = self._control.stream_read(array, self._threads)
+            update = self._control.stream_inplace(array, self._threads)
+        else:
+            read, _ = self._clock.time(self._array.sum)
+            update, _ = self._clock.time(lambda: self._array.add_(0.0))
+        self.read = max(self.read, self._nbytes / read)
+        self.update = max(self.update, 2 * self._nbytes / update)
+
+
+def touch(tensors: Sequence[Tensor]) -> None:
+    """Read tensors once, so that those that fit a cache are in it."""
+    for tensor in tensors:
+        tensor.view(torch.uint8).amax()
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest CPU cache; 32 MiB where the system does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=32 << 20)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can be allocated without swapping; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    return _kib_line(meminfo, "MemAvailable") if meminfo.exists() else None
+
+
+def _kib_line(path: Path, key: str) -> int:
+    """Bytes of a line such as ``VmRSS:  1234 kB``."""
+    lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
+    return int(lines[key].split()[0]) << 10
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Peak bytes beyond what was allocated before the call."""
+
+    allocator: int  # torch's allocations, to the byte
+    resident: int | None  # pages of the process, which also sees other memory; None where the system does not tell
+
+
+def peak_memory(entry: Entry, device: torch.device) -> PeakMemory:
+    """Peak memory of one call (of one more for the resident pages)."""
+    if device.type == "cuda":
+        entry.prepare()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        entry.call()
+        entry.finish()
+        return PeakMemory(torch.cuda.max_memory_allocated(device) - before, None)
+    entry.prepare()
+    allocator = _peak_allocated(entry.call)
+    entry.finish()
+    entry.prepare()
+    resident = _peak_resident(entry.call)
+    entry.finish()
+    return PeakMemory(allocator, resident)
+
+
+def _peak_allocated(call: Callable[[], object]) -> int:
+    """Replays the allocations and frees that the profiler saw, compiled graphs and our own kernels included."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted(
+        (event["ts"], event["args"]["Bytes"])
+        for event in events
+        if event["name"] == "[memory]" and event["args"]["Device Type"] == 0
+    )
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def _peak_resident(call: Callable[[], object]) -> int | None:
+    """Linux keeps the high-water mark of resident pages, and lets a process reset its own."""
+    status = Path("/proc/self/status")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = _kib_line(status, "VmRSS")
+    call()
+    return max(_kib_line(status, "VmHWM") - before, 0)

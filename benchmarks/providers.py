@@ -1,0 +1,145 @@
+"""Who is measured. One entry of `PROVIDERS` per implementation: for each op it has, a function of the op's arguments.
+
+A function returns the op's outputs, one Tensor or a tuple; the harness drives the backward, the same way for everyone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import spo_kernels
+from benchmarks.ops import OPS
+
+Outputs = Tensor | tuple[Tensor, ...]
+Function = Callable[..., Outputs]
+
+_HALF = (torch.bfloat16, torch.float16)
+_FLOATING = (torch.float32, torch.float64, *_HALF)
+
+
+@dataclass(frozen=True)
+class Provider:
+    functions: Mapping[str, Function]
+    dtypes: tuple[torch.dtype, ...] = _FLOATING
+    native: bool = False  # computes in the logits' dtype: the correctness gate is as wide as half precision is coarse
+    backward_only: bool = False  # the same as another provider without gradients
+    inplace: bool = False  # overwrites the logits: they are restored outside the timed region
+    compiled: bool = False
+    simd: str | None = None  # SIMD level of our CPU kernels, when not the one in use
+    missing: Callable[[], str | None] = lambda: None  # why it cannot be measured here; None when it can
+
+    def function(self, op: str) -> Function:
+        """The function to call at one shape; compiled functions are compiled for that shape alone."""
+        function = self.functions[op]
+        return torch.compile(function, fullgraph=True, dynamic=False) if self.compiled else function
+
+
+def eager_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.log_softmax(logits, -1).gather(-1, labels[:, None]).squeeze(-1)
+
+
+def eager_token_logps_lse(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.gather(-1, labels[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def eager_token_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    logps, ref_logps = F.log_softmax(logits, -1), F.log_softmax(ref_logits, -1)
+    return (logps.exp() * (logps - ref_logps)).sum(-1)
+
+
+def eager_token_logps_kl(logits: Tensor, labels: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
+    logps, ref_logps = F.log_softmax(logits, -1), F.log_softmax(ref_logits, -1)
+    return logps.gather(-1, labels[:, None]).squeeze(-1), (logps.exp() * (logps - ref_logps)).sum(-1)
+
+
+def eager_kl_loss(logits: Tensor, ref_logits: Tensor, row_weight: Tensor) -> Tensor:
+    return (eager_token_kl(logits, ref_logits) * row_weight).sum()
+
+
+def cross_entropy_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    return -F.cross_entropy(logits, labels, reduction="none")
+
+
+def trl_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    # TRL works on [B, T, V], one sequence at a time: rows are dealt to eight sequences where they divide.
+    sequences = 8 if logits.shape[0] % 8 == 0 else 1
+    selective_log_softmax = importlib.import_module("trl.trainer.utils").selective_log_softmax
+    return selective_log_softmax(logits.unflatten(0, (sequences, -1)), labels.unflatten(0, (sequences, -1))).flatten()
+
+
+_EAGER: dict[str, Function] = {
+    "token_logps": eager_token_logps,
+    "token_kl": eager_token_kl,
+    "token_logps_kl": eager_token_logps_kl,
+    "kl_loss": eager_kl_loss,
+}
+
+
+def _upcast(op: str) -> Function:
+    """The eager function on ``.float()`` logits: what trainers do with half-precision ones."""
+
+    def function(*args: Tensor) -> Outputs:
+        wide = ("logits", "ref_logits")
+        return _EAGER[op](*(x.float() if name in wide else x for name, x in zip(OPS[op].arguments, args, strict=True)))
+
+    return function
+
+
+_EAGER_FLOAT = {op: _upcast(op) for op in _EAGER}
+
+
+def _ours(*, inplace: bool) -> dict[str, Function]:
+    functions: dict[str, Any] = {name: getattr(spo_kernels, name) for name in _EAGER}
+    if inplace:
+        functions = {
+            name: partial(function, **{"overwrite_logits" if name == "kl_loss" else "inplace_backward": True})
+            for name, function in functions.items()
+        }
+    # Their third positional argument is a mask.
+    kl_loss = functions["kl_loss"]
+    functions["kl_loss"] = lambda logits, ref_logits, row_weight: kl_loss(logits, ref_logits, row_weight=row_weight)
+    return functions
+
+
+def _no_simd_level(level: str) -> str | None:
+    if spo_kernels.backends.active("cpu") != "cpu":
+        return "SIMD levels belong to the compiled cpu backend"
+    from spo_kernels.backends import cpu
+
+    return None if level in cpu.load().simd_levels() else f"this CPU has no {level}"
+
+
+def _not_installed(package: str) -> str | None:
+    return None if importlib.util.find_spec(package) else f"the package {package} is not installed"
+
+
+PROVIDERS: dict[str, Provider] = {
+    "ours": Provider(_ours(inplace=False)),
+    "ours_inplace": Provider(_ours(inplace=True), backward_only=True, inplace=True),
+    "eager": Provider(_EAGER, native=True),
+    "eager_float": Provider(_EAGER_FLOAT, dtypes=_HALF),
+    "eager_lse": Provider({"token_logps": eager_token_logps_lse}, native=True),
+    "compile": Provider(_EAGER, native=True, compiled=True),
+    "compile_float": Provider(_EAGER_FLOAT, dtypes=_HALF, compiled=True),
+    "cross_entropy": Provider({"token_logps": cross_entropy_token_logps}, native=True),
+    "trl": Provider({"token_logps": trl_token_logps}, native=True, missing=partial(_not_installed, "trl")),
+    "ours_avx2": Provider(_ours(inplace=False), simd="avx2", missing=partial(_no_simd_level, "avx2")),
+}
+
+# Measured when asked for by name, or by `bars`.
+OPTIONAL_PROVIDERS = ("ours_avx2",)
+DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if name not in OPTIONAL_PROVIDERS)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a wrong result is this project's fault: then the run fails."""
+    return name.startswith("ours")

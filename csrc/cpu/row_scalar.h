@@ -1,0 +1,76 @@
+// The row kernels in plain double arithmetic: for float64 logits, and for rows that have no finite logit
+// or no finite log-sum-exp.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "row_kernels.h"
+
+namespace spo::cpu::scalar {
+
+template <class T>
+static RowStats logits_stats(const T* z, std::int64_t V) {
+  double shift = -INFINITY;
+  for (std::int64_t v = 0; v < V; ++v) shift = std::fmax(shift, to_double(z[v]));
+  if (shift == -INFINITY) shift = 0;  // as the reference: a row of only -inf has logsum -inf
+  double sum = 0;
+  for (std::int64_t v = 0; v < V; ++v) sum += std::exp(to_double(z[v]) - shift);
+  return {shift, std::log(sum)};
+}
+
+template <class T>
+static double log_prob(T z, const RowStats& stats) {
+  return (to_double(z) - stats.shift) - stats.logsum;
+}
+
+template <class T, class R>
+static KlStats kl_stats(const T* z, const R* r, std::int64_t V) {
+  const RowStats policy = logits_stats(z, V), ref = logits_stats(r, V);
+  double kl = 0;
+  for (std::int64_t v = 0; v < V; ++v) {
+    const double log_p = log_prob(z[v], policy), p = std::exp(log_p);
+    if (p != 0) kl += p * (log_p - log_prob(r[v], ref));
+  }
+  return {policy, ref, kl};
+}
+
+template <class T>
+static double label_grad_logp(const T* z, const RowStats& stats, const RowGrad& grad) {
+  return grad.g_logp * (1 - std::exp(log_prob(z[grad.label], stats)));
+}
+
+template <class T, class R>
+static double label_grad_kl(const T* z, const R* r, const KlStats& stats, const RowGrad& grad) {
+  const double log_p = log_prob(z[grad.label], stats.policy), p = std::exp(log_p);
+  const double kl_part = p != 0 ? grad.g_kl * p * (log_p - log_prob(r[grad.label], stats.ref) - stats.kl) : 0;
+  return grad.g_logp * (1 - p) + kl_part;
+}
+
+template <class T>
+static void grad_logp(const T* z, T* dz, std::int64_t V, const RowStats& stats, const RowGrad& grad) {
+  for (std::int64_t v = 0; v < V; ++v) {
+    const double p = std::exp(log_prob(z[v], stats));
+    from_double(grad.g_logp * ((v == grad.label) - p), dz[v]);
+  }
+}
+
+template <class T, class R>
+static void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats, const RowGrad& grad) {
+  for (std::int64_t v = 0; v < V; ++v) {
+    const double log_p = log_prob(z[v], stats.policy), p = std::exp(log_p);
+    const double kl_part = p != 0 ? grad.g_kl * p * (log_p - log_prob(r[v], stats.ref) - stats.kl) : 0;
+    from_double(grad.g_logp * ((v == grad.label) - p) + kl_part, dz[v]);
+  }
+}
+
+template <class T>
+static void scale(T* x, std::int64_t n, double factor) {
+  for (std::int64_t i = 0; i < n; ++i) from_double(to_double(x[i]) * factor, x[i]);
+}
+
+static inline RowKernels<double, double> kernels() {
+  return {logits_stats<double>, kl_stats<double, double>, grad_logp<double>, grad_kl<double, double>, scale<double>};
+}
+
+}  // namespace spo::cpu::scalar

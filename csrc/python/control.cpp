@@ -1,0 +1,81 @@
+// The control surface, without torch: build facts, the SIMD level in use, and bandwidth probes for the benchmarks.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "../cpu/simd_level.h"
+#include "../cpu/stream.h"
+
+namespace py = pybind11;
+using spo::cpu::SimdLevel;
+
+namespace {
+
+std::vector<std::string> simd_levels() {
+  std::vector<std::string> names;
+  for (int i = 0; i < spo::cpu::kSimdLevels; ++i)
+    if (spo::cpu::simd_level_supported(static_cast<SimdLevel>(i))) names.emplace_back(spo::cpu::kSimdLevelNames[i]);
+  return names;
+}
+
+void set_simd_level(const std::string& name) {
+  for (int i = 0; i < spo::cpu::kSimdLevels; ++i)
+    if (name == spo::cpu::kSimdLevelNames[i] && spo::cpu::simd_level_supported(static_cast<SimdLevel>(i)))
+      return spo::cpu::set_simd_level(static_cast<SimdLevel>(i));
+  std::string message = "SIMD level must be one that this CPU has (";
+  for (const std::string& have : simd_levels()) message += have + " ";
+  message.back() = ')';
+  throw py::value_error(message + ", got '" + name + "'");
+}
+
+using FloatArray = py::array_t<float, py::array::c_style>;
+
+double stream_read(const FloatArray& array, int threads) {
+  const float* data = array.data();
+  const auto n = static_cast<std::int64_t>(array.size());
+  const py::gil_scoped_release release;
+  return spo::cpu::stream_read(data, n, threads);
+}
+
+double stream_inplace(FloatArray array, int threads) {
+  float* data = array.mutable_data();
+  const auto n = static_cast<std::int64_t>(array.size());
+  const py::gil_scoped_release release;
+  return spo::cpu::stream_inplace(data, n, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_control, m) {
+  m.doc() = "Build facts and run-time control of the compiled kernels.";
+  m.def(
+      "build_info",
+      [] {
+        return std::map<std::string, std::string>{
+            {"compiler", SPO_COMPILER}, {"torch", SPO_TORCH_VERSION}, {"torch_target", SPO_TORCH_TARGET}};
+      },
+      "Compiler, the torch whose headers were used, and the oldest torch the build runs with.");
+  m.def("simd_levels", &simd_levels, "SIMD levels this CPU can run, best first.");
+  m.def(
+      "simd_level", [] { return spo::cpu::kSimdLevelNames[static_cast<int>(spo::cpu::simd_level())]; },
+      "The SIMD level in use.");
+  m.def("set_simd_level", &set_simd_level, py::arg("name"), "Use this SIMD level; ValueError if the CPU lacks it.");
+  m.def(
+      "rows_executed",
+      [] {
+        std::map<std::string, std::int64_t> rows;
+        for (int i = 0; i < spo::cpu::kSimdLevels; ++i)
+          rows[spo::cpu::kSimdLevelNames[i]] = spo::cpu::rows_executed(static_cast<SimdLevel>(i));
+        return rows;
+      },
+      "Rows each SIMD level has executed, counted where the kernels run.");
+  m.def("reset_rows_executed", &spo::cpu::reset_rows_executed);
+  m.def("stream_read", &stream_read, py::arg("array"), py::arg("threads"),
+        "Seconds to read a float32 array once: the fastest of several loops.");
+  m.def("stream_inplace", &stream_inplace, py::arg("array").noconvert(), py::arg("threads"),
+        "Seconds to read and rewrite a float32 array once: the fastest of several loops.");
+}

@@ -1,0 +1,390 @@
+"""The commands of `spo-train`. What a command needs is imported when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from spo_train.config import QUICK_DEMO, AlignConfig, DemoConfig, EvaluateConfig
+from spo_train.errors import RunError
+from spo_train.source_config import PairsConfig, PretrainConfig
+
+if TYPE_CHECKING:
+    from spo_train.model import Llama
+    from spo_train.tokenizer import Tokenizer
+
+BAD_INPUT = 2
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def settings_options(config: type, *, prefix: str = "", unset: bool = False) -> Callable[[F], F]:
+    """One option for each field of a settings dataclass: its type, default, choices and help are the field's.
+
+    Args:
+        config: the dataclass, of `spo_train.config.setting` fields.
+        prefix: put before the names of the options.
+        unset: pass None for an option that was not given, instead of the default.
+    """
+    hints = typing.get_type_hints(config)
+
+    def decorate(function: F) -> F:
+        for field in reversed(fields(config)):
+            kind = hints[field.name]
+            if isinstance(kind, types.UnionType):
+                kind = next(member for member in typing.get_args(kind) if member is not type(None))
+            choices = field.metadata["choices"]
+            function = click.option(
+                f"--{prefix}{field.name}".replace("_", "-"),
+                type=click.Choice(choices) if choices else kind,
+                default=None if unset else field.default,
+                show_default=field.default is not None,
+                help=field.metadata["help"] + (f"  [default: {field.default}]" if unset else ""),
+            )(function)
+        return function
+
+    return decorate
+
+
+def settings(config: type, options: dict[str, Any], *, prefix: str = "") -> Any:
+    """The settings dataclass from a command's options."""
+    names = [field.name for field in fields(config) if prefix + field.name in options]
+    return config(**{name: options[prefix + name] for name in names})
+
+
+class Commands(click.Group):
+    """Prints failures that are the user's to mend as one line, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (RunError, ValueError, OSError) as error:
+            if ctx.params["traceback"]:
+                raise
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code if isinstance(error, RunError) else BAD_INPUT)
+
+
+FOLDER, FILE = click.Path(path_type=Path, file_okay=False), click.Path(path_type=Path, dir_okay=False)
+
+out_folder = click.option("--out", type=FOLDER, required=True, help="Folder to write to; it is created.")
+model_option = click.option(
+    "--model",
+    type=FOLDER,
+    help="Folder of a model (written by pretrain or align). [default: the shipped reference model]",
+)
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Device to run on, as torch names it: cpu, cuda, cuda:1."
+)
+prompts_option = click.option(
+    "--prompts", type=FILE, help="UTF-8 file with a prompt on each line. [default: no prompt, sample freely]"
+)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="spo_kernels", prog_name="spo-train")
+@click.option("--traceback", is_flag=True, help="Show where an error arose instead of a single line.")
+def cli(traceback: bool) -> None:
+    """Align language models with preference pairs, by Soft Preference Optimization (SPO) or DPO.
+
+    \b
+    The whole job on a small model, in about five minutes:
+      spo-train demo --out demo
+    With data of your own:
+      spo-train pretrain texts/ --out base
+      spo-train align --pairs pairs.jsonl --model base --out runs/spo
+      spo-train evaluate runs/spo --reference base --judge my_module:score
+    """
+
+
+@cli.command(short_help="Train a tokenizer and a small Llama on plain text.")
+@click.argument("texts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@out_folder
+@click.option("--per-line", is_flag=True, help="Each line is a document of its own, instead of each file.")
+@click.option("--tokenizer", type=FILE, help="Sentencepiece .model file to use instead of training one.")
+@settings_options(PretrainConfig)
+@click.option("--overwrite", is_flag=True, help="Replace a finished model in the folder.")
+@click.option("--restart", is_flag=True, help="Start over instead of going on from a checkpoint in the folder.")
+@device_option
+def pretrain(
+    texts: tuple[Path, ...],
+    out: Path,
+    per_line: bool,
+    tokenizer: Path | None,
+    overwrite: bool,
+    restart: bool,
+    device: str,
+    **options: Any,
+) -> None:
+    """Train a tokenizer and a small Llama on plain text.
+
+    TEXTS are UTF-8 text files, or folders whose .txt files are used. Called again after an interruption, it goes on
+    from the last checkpoint.
+    """
+    config = settings(PretrainConfig, options)
+    from spo_train.pretrain import pretrain as train
+    from spo_train.pretrain import read_corpus
+    from spo_train.tokenizer import Tokenizer
+
+    corpus = read_corpus(texts, per_line=per_line)
+    for reason in corpus.skipped:
+        click.echo(f"left out: {reason}", err=True)
+    result = train(
+        corpus.documents,
+        out,
+        config,
+        tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
+        device=device,
+        resume=not restart,
+        overwrite=overwrite,
+    )
+    _tell_model(out, result)
+
+
+@cli.command(short_help="Train the shipped reference model again.")
+@out_folder
+@settings_options(PretrainConfig)
+@click.option("--stories", type=int, help="Stories to train on. [default: as for the shipped model]")
+@click.option("--overwrite", is_flag=True, help="Replace a finished model in the folder.")
+def reference(out: Path, stories: int | None, overwrite: bool, **options: Any) -> None:
+    """Train the shipped reference model again, from the story grammar.
+
+    With the defaults it is the recipe of the model in the package; about 15 minutes on two cores.
+    """
+    config = settings(PretrainConfig, options)
+    from spo_train.pretrain import REFERENCE_STORIES, train_reference
+
+    result = train_reference(
+        out, config, story_count=REFERENCE_STORIES if stories is None else stories, overwrite=overwrite
+    )
+    _tell_model(out, result)
+
+
+@cli.command(short_help="Sample pairs of texts and have them judged.")
+@model_option
+@click.option("--out", type=FILE, required=True, help="JSONL file to write, all or nothing.")
+@prompts_option
+@settings_options(PairsConfig)
+@device_option
+def pairs(model: Path | None, out: Path, prompts: Path | None, device: str, **options: Any) -> None:
+    """Make preference pairs: sample two texts, have both orders judged, keep clear winners.
+
+    The judge is the embedded judge of stories. It scores from 0 to 10 with noise and favours the story shown second;
+    as in section 6 of the paper, a pair is kept if the same story wins in both orders, by at least 2 points when shown
+    first and 3 when shown second.
+    """
+    config = settings(PairsConfig, options)
+    from spo_train.pairs import make_pairs, read_prompts
+
+    policy, tokenizer = _load(model, device)
+    made = make_pairs(policy, tokenizer, out, config, prompts=read_prompts(prompts) if prompts else ("",))
+    click.echo(
+        f"{out}: {made.kept + made.repaired_kept} pairs; of {made.sampled} sampled {made.kept} kept "
+        f"({made.keep_rate:.1%}), {made.repaired_kept} more from pairing the samples anew; {made.agreement:.1%} agree "
+        f"with the judge without its noise; mean score {made.mean_quality:.2f}"
+    )
+
+
+@cli.command(short_help="Align a model with preference pairs.")
+@click.option(
+    "--pairs",
+    "pairs_file",
+    type=FILE,
+    required=True,
+    help='JSONL file of {"prompt", "chosen", "rejected"}, strings, one object a line; other fields are ignored.',
+)
+@out_folder
+@model_option
+@click.option("--reference", type=FOLDER, help="Folder of the reference model. [default: the same as --model]")
+@settings_options(AlignConfig)
+@click.option(
+    "--too-long",
+    type=click.Choice(["truncate", "drop"]),
+    default="truncate",
+    show_default=True,
+    help="What becomes of a pair with a response longer than the model's length.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in the folder, with the same losses.")
+@click.option(
+    "--checkpoint-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between checkpoints."
+)
+@click.option(
+    "--evaluate-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between evaluations."
+)
+@click.option(
+    "--judge",
+    help='Judge of the evaluations: "stories" (embedded), "module:function" from text to a score, or "none" to train '
+    'without evaluations. [default: "stories" for the shipped model, else "none"]',
+)
+@settings_options(EvaluateConfig, prefix="eval_")
+@device_option
+def align(
+    pairs_file: Path,
+    out: Path,
+    model: Path | None,
+    reference: Path | None,
+    too_long: Any,
+    resume: bool,
+    checkpoint_every: int,
+    evaluate_every: int,
+    judge: str | None,
+    device: str,
+    **options: Any,
+) -> None:
+    """Align a model with preference pairs.
+
+    \b
+    The folder gets metrics.jsonl (one line a step), evaluations.jsonl, checkpoint.safetensors,
+    the aligned model in model/, and stories.jsonl with texts before and after.
+    """
+    config, evaluate_config = settings(AlignConfig, options), settings(EvaluateConfig, options, prefix="eval_")
+    from spo_train.align import align as align_model
+    from spo_train.align import refuse_existing
+    from spo_train.data import load_pairs
+    from spo_train.evaluate import Evaluator, load_judge
+
+    if not resume:
+        refuse_existing(out)
+    policy, tokenizer = _load(model, device)
+    against, _ = _load(reference or model, device)
+    tokenizer.check_fits(against, "the reference")
+    dataset, report = load_pairs(
+        pairs_file, tokenizer, max_length=min(policy.max_length, against.max_length), too_long=too_long
+    )
+    click.echo(report.summary(), err=True)
+    judge = judge or ("none" if model else "stories")
+    evaluator = None
+    if judge != "none":
+        # The data's own prompts, each once.
+        prompts = [tokenizer.decode(ids) for ids in dataset.prompts(range(min(len(dataset), evaluate_config.samples)))]
+        evaluator = Evaluator(
+            against, tokenizer, evaluate_config, judge=load_judge(judge), prompts=list(dict.fromkeys(prompts))
+        )
+    align_model(
+        policy,
+        against,
+        tokenizer,
+        dataset,
+        config,
+        out,
+        evaluator=evaluator,
+        about={
+            "model": str(model or "shipped reference"),
+            "reference": str(reference or model or "shipped reference"),
+            "pairs": str(pairs_file),
+            "judge": judge,
+        },
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+        evaluate_every=evaluate_every,
+    )
+    click.echo(f"aligned model in {out / 'model'}")
+
+
+@cli.command(short_help="Win rate of a model against the reference.")
+@click.argument("model", type=FOLDER)
+@click.option("--reference", type=FOLDER, help="Folder of the reference. [default: the shipped reference model]")
+@click.option(
+    "--judge", default="stories", show_default=True, help='"stories", or "module:function" from text to a score.'
+)
+@prompts_option
+@settings_options(EvaluateConfig)
+@click.option("--texts", type=FILE, help="JSONL file to write the sampled texts and their scores to.")
+@device_option
+def evaluate(
+    model: Path,
+    reference: Path | None,
+    judge: str,
+    prompts: Path | None,
+    texts: Path | None,
+    device: str,
+    **options: Any,
+) -> None:
+    """Measure a MODEL's win rate against the reference, its KL to it, and its texts; JSON on standard output.
+
+    MODEL is the folder of a model or of an alignment run. The band of the win rate is 95 % of the sampling error only:
+    other training seeds, data or judges vary more.
+    """
+    config = settings(EvaluateConfig, options)
+    from spo_train.evaluate import Evaluator, load_judge
+    from spo_train.files import write_atomically
+    from spo_train.pairs import read_prompts
+
+    policy, tokenizer = _load(model, device)
+    against, _ = _load(reference, device)
+    tokenizer.check_fits(against, "the reference")
+    evaluator = Evaluator(
+        against, tokenizer, config, judge=load_judge(judge), prompts=read_prompts(prompts) if prompts else ("",)
+    )
+    result = evaluator.evaluate(policy)
+    if texts:
+        lines = "".join(json.dumps(text.record(), ensure_ascii=False) + "\n" for text in result.texts)
+        write_atomically(texts, lines.encode())
+    click.echo(json.dumps({"model": str(model), **result.metrics, "settings": asdict(config)}, indent=2))
+
+
+@cli.command(short_help="Figure, table and stories of alignment runs.")
+@click.argument("runs", nargs=-1, required=True, type=FOLDER)
+@out_folder
+@click.option("--stories", type=click.IntRange(0), default=3, show_default=True, help="Stories before and after.")
+def report(runs: tuple[Path, ...], out: Path, stories: int) -> None:
+    """Draw win rate, KL and fluency of alignment RUNS in one figure; write a table and stories.
+
+    RUNS are folders written by align with a judge.
+    """
+    from spo_train.report import markdown_table, read_runs, write_report
+
+    read = read_runs(runs)
+    for file in write_report(read, out, stories=stories):
+        click.echo(str(file))
+    click.echo("\n" + markdown_table(read))
+
+
+@cli.command(short_help="The whole job, small, in about five minutes.")
+@out_folder
+@click.option("--quick", is_flag=True, help="Sizes that take seconds, to see that everything works; it shows no more.")
+@click.option("--fresh", is_flag=True, help="Start over: remove an earlier demo from the folder.")
+@settings_options(DemoConfig, unset=True)
+def demo(out: Path, quick: bool, fresh: bool, **options: Any) -> None:
+    """The whole job on the shipped model: pairs, SPO, DPO, win rates, figure; about five minutes on two cores.
+
+    Samples stories from the shipped reference model, has pairs of them judged, aligns the model with SPO
+    (alpha 0.1, beta 0.03, soft weights) and with DPO (beta 0.1 and 0.3), and compares each with the reference while it
+    trains. Called again after an interruption, it goes on where it was.
+    """
+    base = asdict(QUICK_DEMO) if quick else {}
+    config = DemoConfig(**(base | {name: value for name, value in options.items() if value is not None}))
+    from spo_train.demo import run_demo
+
+    run_demo(out, config, fresh=fresh, say=click.echo)
+
+
+def _load(folder: Path | None, device: str) -> tuple[Llama, Tokenizer]:
+    """Model and tokenizer of a folder, of the run in a folder, or (None) those shipped with the package."""
+    import torch
+
+    from spo_train.align import MODEL_FOLDER, RUN_FILE
+    from spo_train.model import load_pretrained, load_reference
+
+    try:
+        torch.empty(0, device=device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one that torch can use here, got {device!r}: {error}") from error
+    if folder is None:
+        return load_reference(device)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist")
+    return load_pretrained(folder / MODEL_FOLDER if (folder / RUN_FILE).exists() else folder, device)
+
+
+def _tell_model(out: Path, result: Any) -> None:
+    click.echo(
+        f"model in {out}: held-out NLL {result.nll_per_token:.4f} nats a token, {result.nll_per_sequence:.2f} a text"
+    )

@@ -1,0 +1,133 @@
+"""The whole job, small: pairs from the shipped reference model, SPO and DPO, win rates, a figure, a table, stories.
+
+Sizes come from `DemoConfig`; judge, grammar, seeds and the settings of the three alignments are fixed here. A stage
+whose result is in the folder is not done again, and an alignment goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from spo_train.align import align, is_finished
+from spo_train.config import AlignConfig, DemoConfig, EvaluateConfig
+from spo_train.data import load_pairs
+from spo_train.evaluate import Evaluator, Text, story_judge
+from spo_train.files import write_atomically
+from spo_train.metrics import read_jsonl
+from spo_train.model import load_reference
+from spo_train.pairs import make_pairs
+from spo_train.report import markdown_table, read_run, read_runs, write_report
+from spo_train.source_config import PairsConfig
+
+SETTINGS_FILE, PAIRS_FILE, REFERENCE_FILE = "demo.json", "pairs.jsonl", "reference.jsonl"
+RUNS_FOLDER, REPORT_FOLDER = "runs", "report"
+
+# Name of the run's folder to what is aligned: SPO as in the paper's Appendix B, and DPO at two strengths, the usual
+# one and the one that did best in a pilot.
+ALIGNMENTS: dict[str, dict[str, Any]] = {
+    "spo": {"method": "spo", "alpha": 0.1, "beta": 0.03, "weight": "soft", "gamma": 0.1},
+    "dpo-0.1": {"method": "dpo", "beta": 0.1},
+    "dpo-0.3": {"method": "dpo", "beta": 0.3},
+}
+
+
+def run_demo(out: Path, config: DemoConfig, *, fresh: bool = False, say: Callable[[str], None] = print) -> list[Path]:
+    """Runs the demo in the folder `out`, or what is left of it.
+
+    Args:
+        out: the demo's folder.
+        config: sizes.
+        fresh: remove an earlier demo from `out` first; files that are not the demo's stay.
+        say: takes each line of the account of what is done.
+
+    Returns:
+        The files of the report.
+
+    Raises:
+        ValueError: `out` holds a demo of other sizes.
+        RunError, OSError: see `spo_train.align.run`.
+    """
+    start = time.perf_counter()
+    _prepare(out, config, fresh)
+    reference, tokenizer = load_reference()
+    judge = story_judge()
+
+    pairs_file = out / PAIRS_FILE
+    say(f"[1/6] pairs: {config.pairs} x 2 stories from the reference, judged in both orders and filtered")
+    if not pairs_file.exists():
+        made = make_pairs(reference, tokenizer, pairs_file, PairsConfig(pairs=config.pairs, seed=config.seed))
+        say(
+            f"      kept {made.kept} ({made.keep_rate:.0%}) and {made.repaired_kept} of the same stories paired anew; "
+            f"{made.agreement:.0%} agree with the judge without its noise"
+        )
+    pairs, _ = load_pairs(pairs_file, tokenizer, max_length=reference.max_length)
+
+    say(f"[2/6] reference: {config.reference_samples} stories to compare with")
+    evaluator = Evaluator(
+        reference,
+        tokenizer,
+        EvaluateConfig(samples=config.samples, reference_samples=config.reference_samples, seed=1000 + config.seed),
+        judge=judge,
+        reference_texts=[Text.from_record(record) for record in read_jsonl(out / REFERENCE_FILE)] or None,
+    )
+    lines = [json.dumps(text.record()) + "\n" for text in evaluator.reference_texts]
+    write_atomically(out / REFERENCE_FILE, "".join(lines).encode())
+
+    folders = [out / RUNS_FOLDER / name for name in ALIGNMENTS]
+    for number, (folder, settings) in enumerate(zip(folders, ALIGNMENTS.values(), strict=True), start=3):
+        if not is_finished(folder):
+            # A fresh copy of the reference is the policy's first state.
+            policy, _ = load_reference()
+            align(
+                policy,
+                reference,
+                tokenizer,
+                pairs,
+                AlignConfig(
+                    **settings,
+                    steps=config.steps,
+                    warmup_steps=config.warmup_steps,
+                    batch_size=config.batch_size,
+                    seed=config.seed,
+                ),
+                folder,
+                evaluator=evaluator,
+                about={"model": "shipped reference", "pairs": PAIRS_FILE},
+                resume=True,
+                checkpoint_every=config.evaluate_every,
+                evaluate_every=config.evaluate_every,
+            )
+        done = read_run(folder)
+        say(f"[{number}/6] {done.label}: win rate {done.last['win_rate']:.1%} after {done.last['step']} steps")
+
+    runs = read_runs(folders)
+    files = write_report(runs, out / REPORT_FOLDER)
+    say(f"[6/6] report, after {time.perf_counter() - start:.0f} s in all:")
+    for file in files:
+        say(f"      {file}")
+    say("")
+    say(markdown_table(runs))
+    return files
+
+
+def _prepare(out: Path, config: DemoConfig, fresh: bool) -> None:
+    settings_file = out / SETTINGS_FILE
+    if settings_file.exists() and fresh:
+        for name in (PAIRS_FILE, REFERENCE_FILE, SETTINGS_FILE):
+            (out / name).unlink(missing_ok=True)
+        for name in (*(f"{RUNS_FOLDER}/{run}" for run in ALIGNMENTS), REPORT_FOLDER):
+            shutil.rmtree(out / name, ignore_errors=True)
+    if settings_file.exists():
+        earlier, ours = json.loads(settings_file.read_text(encoding="utf-8")), asdict(config)
+        differing = [f"{key}={earlier.get(key)}, now {ours[key]}" for key in ours if earlier.get(key) != ours[key]]
+        if differing:
+            raise ValueError(
+                f"{out} holds a demo with {'; '.join(differing)}: choose another folder, or start over with --fresh"
+            )
+    write_atomically(settings_file, (json.dumps(asdict(config), indent=2) + "\n").encode())

@@ -1,0 +1,124 @@
+"""Builds the op library (torch's stable ABI, no Python) and the control module (pybind11, no torch) with ninja.
+
+Environment: ``MAX_JOBS`` limits parallel compilation, ``CXX`` names the compiler, ``CXXFLAGS`` is appended,
+``SPO_SANITIZE=1`` builds with ASan and UBSan. Nothing is downloaded and no ``-march=native`` is used: each SIMD level is
+an object of its own, chosen when the library is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import setuptools
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+LIBRARY, CONTROL = "libspo_kernels.so", "_control"
+
+# The oldest torch the library runs with, as torch spells it (major, minor << 56 and 48).
+TORCH_TARGET = (2, 10)
+
+COMMON_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-function"]
+X86_LEVELS = {
+    # g++ 12's own AVX-512 headers read an undefined vector on purpose.
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized",
+    "avx2": "-mavx2 -mfma -mf16c",
+}
+
+
+def cpu_sources() -> dict[str, list[str]]:
+    """Sources of the op library with the flags of each."""
+    sources = {f"csrc/cpu/{name}.cpp": [] for name in ("row_ops", "simd_level", "stream", "row_kernels_portable")}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        sources |= {f"csrc/cpu/row_kernels_{level}.cpp": flags.split() for level, flags in X86_LEVELS.items()}
+    return sources
+
+
+def torch_flags() -> tuple[list[str], list[str], str]:
+    """Compile flags, link flags and version of the torch in the build environment."""
+    import torch
+
+    root = Path(torch.__file__).parent
+    target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:016x}"
+    return [target, "-isystem", str(root / "include")], [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu"], torch.__version__
+
+
+class NinjaBuild(build_ext):
+    """Compile and link both libraries; incremental, because ninja tracks the headers."""
+
+    def run(self) -> None:
+        package = ROOT / "spo_kernels" if self.inplace else Path(self.build_lib).resolve() / "spo_kernels"
+        build = Path(self.build_temp).resolve()
+        package.mkdir(parents=True, exist_ok=True)
+        build.mkdir(parents=True, exist_ok=True)
+        self.write_ninja_file(build / "build.ninja", package)
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(build), *jobs], check=True)
+
+    def write_ninja_file(self, path: Path, package: Path) -> None:
+        import pybind11
+        from ninja import ninja_syntax
+
+        compiler = os.environ.get("CXX", "g++")
+        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        if os.environ.get("SPO_SANITIZE") == "1":
+            extra += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+        torch_compile, torch_link, torch_version = torch_flags()
+        version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout.splitlines()
+        facts = {
+            "SPO_COMPILER": version[0],
+            "SPO_TORCH_VERSION": torch_version,
+            "SPO_TORCH_TARGET": ".".join(map(str, TORCH_TARGET)),
+        }
+        python = [f"-D{name}={c_string(value)}" for name, value in facts.items()]
+        python += ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11.get_include()]
+        control = package / (CONTROL + sysconfig.get_config_var("EXT_SUFFIX"))
+
+        with path.open("w") as file:
+            writer = ninja_syntax.Writer(file)
+            writer.rule(
+                "compile",
+                f"{compiler} -MMD -MF $out.d {shlex.join(COMMON_FLAGS)} $flags {shlex.join(extra)} -c $in -o $out",
+                depfile="$out.d",
+                deps="gcc",
+            )
+            writer.rule("link", f"{compiler} -shared {shlex.join(extra)} $in $flags -o $out")
+
+            def compile_object(source: str, flags: list[str]) -> str:
+                out = source.replace("/", "_") + ".o"
+                writer.build(out, "compile", str(ROOT.resolve() / source), variables={"flags": shlex.join(flags)})
+                return out
+
+            objects = [compile_object(source, flags) for source, flags in cpu_sources().items()]
+            objects.append(compile_object("csrc/torch/ops_cpu.cpp", torch_compile))
+            link = [*torch_link, f"-Wl,-soname,{LIBRARY}", "-pthread"]
+            writer.build(str(package / LIBRARY), "link", objects, variables={"flags": shlex.join(link)})
+            link = [f"-L{package}", f"-l:{LIBRARY}", "'-Wl,-rpath,$$ORIGIN'"]
+            writer.build(
+                str(control),
+                "link",
+                compile_object("csrc/python/control.cpp", python),
+                implicit=str(package / LIBRARY),
+                variables={"flags": " ".join(link)},
+            )
+
+    def get_outputs(self) -> list[str]:
+        package = Path(self.build_lib) / "spo_kernels"
+        return [str(package / LIBRARY), str(package / (CONTROL + sysconfig.get_config_var("EXT_SUFFIX")))]
+
+
+def c_string(text: str) -> str:
+    """A C string literal for a compiler's version or the like."""
+    return '"' + text.replace('"', "'") + '"'
+
+
+setuptools.setup(
+    ext_modules=[setuptools.Extension("spo_kernels._control", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+)

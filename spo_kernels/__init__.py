@@ -1,0 +1,28 @@
+"""Fused kernels for preference alignment: per-sequence log-probs, the SPO loss, exact token KL. See README.md."""
+
+from spo_kernels import backends
+from spo_kernels.functional import (
+    get_batch_logps,
+    kl_loss,
+    sequence_logps,
+    token_kl,
+    token_logps,
+    token_logps_kl,
+)
+from spo_kernels.losses import SoftImportance, SPOLoss, preference_loss, spo_loss
+
+__all__ = [
+    "SPOLoss",
+    "SoftImportance",
+    "backends",
+    "get_batch_logps",
+    "kl_loss",
+    "preference_loss",
+    "sequence_logps",
+    "spo_loss",
+    "token_kl",
+    "token_logps",
+    "token_logps_kl",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,182 @@
+"""Backend selection: which implementation of the row ops serves which device, and why. The one place that decides it.
+
+A backend implements the four functions of `spo_kernels.reference`. torch's dispatcher is the device switch: importing
+this module puts one backend behind each device type.
+
+=====================  ===========================  =========================================================
+backend                device types                 what it is
+=====================  ===========================  =========================================================
+``cpu``                cpu                          compiled C++, SIMD level chosen at run time; the default there
+``triton``             cuda (CUDA and ROCm), cpu*   Triton kernels; the default on cuda
+``reference``          cpu, cuda                    plain torch, the oracle; only when asked for
+=====================  ===========================  =========================================================
+
+\\* under ``TRITON_INTERPRET=1`` only, for tests.
+
+``SPO_BACKEND=<name>`` puts that backend behind every device type it serves. A backend that was asked for and cannot be
+had is an error: nothing falls back to something slower on its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from spo_kernels import ops
+from spo_kernels.backends import cpu
+
+DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+class Backend(Protocol):
+    """The functions of a backend; their semantics are those of `spo_kernels.reference`."""
+
+    def token_stats_fwd(
+        self, logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def token_stats_bwd(
+        self,
+        dlogps: Tensor | None,
+        dkl: Tensor | None,
+        logits: Tensor,
+        labels: Tensor | None,
+        ref_logits: Tensor | None,
+        mask: Tensor | None,
+        kl: Tensor,
+        stats: Tensor,
+        ignore_index: int,
+        inplace: bool,
+    ) -> Tensor: ...
+
+    def kl_loss_fwd(
+        self, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def scale_(self, tensor: Tensor, scale: Tensor) -> None: ...
+
+
+class Selection(NamedTuple):
+    """What serves a device type: the backend's name (None: nothing can) and why."""
+
+    backend: str | None
+    reason: str
+
+
+class _Entry(NamedTuple):
+    module: str
+    device_types: tuple[str, ...]
+    missing: Callable[[], str | None]  # why it cannot be had on this machine; None when it can
+
+
+def _cpu_missing() -> str | None:
+    return None if cpu.library_path() else "the compiled kernels are not part of this installation"
+
+
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+
+def _triton_device_types() -> tuple[str, ...]:
+    return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+_ENTRIES = {
+    "cpu": _Entry("spo_kernels.backends.cpu", ("cpu",), _cpu_missing),
+    "triton": _Entry("spo_kernels.backends.triton", _triton_device_types(), _triton_missing),
+    "reference": _Entry("spo_kernels.reference", ("cpu", "cuda"), lambda: None),
+}
+_DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
+
+
+def available() -> tuple[str, ...]:
+    """Names of the backends that can be had on this machine, whatever is selected."""
+    return tuple(name for name, entry in _ENTRIES.items() if entry.missing() is None)
+
+
+def _select(device_type: str, asked: str | None) -> Selection:
+    if asked is not None and device_type in _ENTRIES[asked].device_types:
+        return Selection(asked, f"SPO_BACKEND={asked}")
+    name = _DEFAULTS[device_type]
+    missing = _ENTRIES[name].missing()
+    return Selection(None, f"{name}: {missing}") if missing else Selection(name, f"the default on {device_type}")
+
+
+def _asked() -> str | None:
+    asked = os.environ.get("SPO_BACKEND") or None
+    if asked is None:
+        return None
+    if asked not in _ENTRIES:
+        raise ImportError(f"SPO_BACKEND must be one of {', '.join(_ENTRIES)}, got {asked!r}")
+    if missing := _ENTRIES[asked].missing():
+        raise ImportError(f"SPO_BACKEND={asked} was asked for, but {missing}")
+    return asked
+
+
+_ASKED = _asked()
+_SELECTED = {device_type: _select(device_type, _ASKED) for device_type in _DEFAULTS}
+
+
+def selection(device_type: str) -> Selection:
+    """The backend behind a device type and the reason, e.g. ``selection("cpu")``."""
+    return _SELECTED.get(device_type, Selection(None, f"no backend serves {device_type}"))
+
+
+def active(device: torch.device | str = "cpu") -> str:
+    """Name of the backend that serves tensors on this device; RuntimeError when none does."""
+    chosen = selection(torch.device(device).type)
+    if chosen.backend is None:
+        raise RuntimeError(f"spo_kernels has no backend for {torch.device(device)}: {chosen.reason}")
+    return chosen.backend
+
+
+def get(name: str) -> Backend:
+    """The functions of a backend, to be called directly, without autograd.
+
+    Raises ValueError for an unknown name and RuntimeError for a backend that cannot be had.
+    """
+    if name not in _ENTRIES:
+        raise ValueError(f"name must be one of {', '.join(_ENTRIES)}, got {name!r}")
+    entry = _ENTRIES[name]
+    if missing := entry.missing():
+        raise RuntimeError(f"backend {name} cannot be had: {missing}")
+    if name == "cpu" and _SELECTED["cpu"].backend != "cpu":
+        raise RuntimeError(f"backend cpu is not loaded: {_SELECTED['cpu'].reason}")
+    return cast(Backend, importlib.import_module(entry.module))
+
+
+def _register(device_type: str) -> None:
+    """Put the selected backend behind the dispatcher key of its device type."""
+    name, reason = _SELECTED[device_type]
+    if name == "cpu":
+        cpu.load()  # registers its kernels itself, without Python between the dispatcher and them
+        return
+
+    def backend() -> Backend:
+        if name is None:
+            raise RuntimeError(f"spo_kernels has no backend for {device_type} tensors: {reason}")
+        return get(name)
+
+    def token_stats_bwd_(*args: Any) -> None:
+        backend().token_stats_bwd(*args, True)
+
+    implementations: dict[str, Callable[..., Any]] = {
+        "token_stats_fwd": lambda *args: backend().token_stats_fwd(*args[:-1]),  # without inplace_backward
+        "token_stats_bwd": lambda *args: backend().token_stats_bwd(*args, False),
+        "token_stats_bwd_": token_stats_bwd_,
+        "kl_loss_fwd": lambda *args: backend().kl_loss_fwd(*args, False),
+        "kl_loss_fwd_": lambda *args: backend().kl_loss_fwd(*args, True)[0],
+        "scale_": lambda *args: backend().scale_(*args),
+    }
+    for op in ops.SCHEMAS:
+        ops.library.impl(op, implementations[op], DISPATCH_KEYS[device_type])
+
+
+for _device_type in _SELECTED:
+    _register(_device_type)

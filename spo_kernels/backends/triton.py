@@ -1,0 +1,213 @@
+"""Triton backend, for NVIDIA and AMD GPUs: how the kernels of `.triton_kernels` are launched.
+
+Under ``TRITON_INTERPRET=1`` (set before this module is imported) the kernels run on CPU tensors, slowly: for tests.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from spo_kernels.backends import triton_kernels as kernels
+from spo_kernels.reference import accumulate_dtype
+
+name = "triton"
+
+_WARP = 64 if torch.version.hip else 32
+_VECTOR_BYTES = 16  # the widest load
+
+
+class RowConfig(NamedTuple):
+    """Of a kernel that reads a whole row per program, in tiles of ``[steps, lanes]``."""
+
+    steps: int
+    lanes: int
+    threads: int
+
+
+class BlockConfig(NamedTuple):
+    """Of a kernel that takes one block of a row per program."""
+
+    block: int
+    threads: int
+
+
+def row_config(V: int, itemsize: int, tensors: int) -> RowConfig:
+    """For rows of V elements, read from this many tensors at once, itemsize the smaller of theirs in bytes.
+
+    Lanes are one vector load for each thread: with fewer, the compiler spreads a vector's threads over the steps, and
+    every maximum and sum then goes through shared memory. Steps bring the exponentials an element down towards 1, and
+    the bytes in flight up, until registers run out.
+    """
+    threads = 64 if V <= 1024 else 128 if V <= 32768 else 256
+    return RowConfig(8 if tensors == 1 else 4, threads * (_VECTOR_BYTES // itemsize), threads)
+
+
+def block_config(V: int) -> BlockConfig:
+    """For rows of V elements in an elementwise kernel: short rows must not idle most of a block."""
+    return BlockConfig(1024, 64) if V <= 1024 else BlockConfig(4096, 256)
+
+
+class _Rows(NamedTuple):
+    """Logits as kernels address them: row i starts at ``(i // T) * stride_b + (i % T) * stride_t``."""
+
+    T: int
+    stride_b: int
+    stride_t: int
+
+
+def _rows(logits: Tensor, name: str) -> _Rows:
+    if logits.dim() not in (2, 3) or (logits.stride(-1) != 1 and logits.shape[-1] > 1):
+        raise ValueError(
+            f"{name} must be [N, V] or [B, T, V] with a unit last stride, "
+            f"got {list(logits.shape)} with strides {logits.stride()}"
+        )
+    if not (logits.is_cuda or triton.knobs.runtime.interpret):
+        raise ValueError(
+            f"{name} must be on a GPU (or TRITON_INTERPRET=1 be set before the import), got {logits.device}"
+        )
+    if logits.dim() == 2:
+        return _Rows(1, logits.stride(0), 0)
+    return _Rows(logits.shape[1], logits.stride(0), logits.stride(1))
+
+
+def _per_row(values: Tensor | None) -> Tensor | None:
+    # Labels are often a slice, and the gradient of a sum is expanded: N values, not worth strides in the kernels.
+    return None if values is None else values.contiguous()
+
+
+def _check_labels(labels: Tensor, V: int, ignore_index: int) -> None:
+    """RuntimeError for a label out of range, for CPU tensors only: on a GPU the kernel asserts, without a sync."""
+    if labels.is_cpu:
+        bad = labels[((labels < 0) | (labels >= V)) & (labels != ignore_index)]
+        if bad.numel():
+            raise RuntimeError(f"labels must be in [0, {V}) or ignore_index {ignore_index}, got {bad[0].item()}")
+
+
+def token_stats_fwd(
+    logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`spo_kernels.reference.token_stats_fwd`; statistics that no row of labels or mask asked for are 0."""
+    rows = _rows(logits, "logits")
+    ref_rows = rows if ref_logits is None else _rows(ref_logits, "ref_logits")
+    *shape, V = logits.shape
+    dtype = accumulate_dtype(logits.dtype)
+    logps = logits.new_empty((0,) if labels is None else shape, dtype=dtype)
+    kl = logits.new_empty((0,) if ref_logits is None else shape, dtype=dtype)
+    stats = logits.new_empty((2 if ref_logits is None else 4, *shape), dtype=dtype)
+    if labels is not None:
+        _check_labels(labels, V, ignore_index)
+    if stats.numel():
+        itemsize = min(t.element_size() for t in (logits, ref_logits) if t is not None)
+        config = row_config(V, itemsize, 1 if ref_logits is None else 2)
+        with torch.cuda.device_of(logits):
+            kernels.token_stats_fwd_kernel[(stats[0].numel(),)](
+                logits,
+                _per_row(labels),
+                ref_logits,
+                _per_row(mask),
+                None if labels is None else logps,
+                None if ref_logits is None else kl,
+                stats,
+                V,
+                *rows,
+                *ref_rows[1:],
+                ignore_index,
+                STEPS=config.steps,
+                LANES=config.lanes,
+                num_warps=config.threads // _WARP,
+                # Asserts are compiled in for the labels; checks of every integer operation are not wanted with them.
+                debug=labels is not None,
+                sanitize_overflow=False,
+            )
+    return logps, kl, stats
+
+
+def token_stats_bwd(
+    dlogps: Tensor | None,
+    dkl: Tensor | None,
+    logits: Tensor,
+    labels: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    kl: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+    inplace: bool,
+) -> Tensor:
+    """`spo_kernels.reference.token_stats_bwd`."""
+    if labels is None or dlogps is None:
+        labels = dlogps = None
+    if ref_logits is None or dkl is None:
+        ref_logits = mask = dkl = None
+    rows = _rows(logits, "logits")
+    ref_rows = rows if ref_logits is None else _rows(ref_logits, "ref_logits")
+    if labels is not None:
+        _check_labels(labels, logits.shape[-1], ignore_index)
+    dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if logits.numel():
+        N, V = logits.shape[:-1].numel(), logits.shape[-1]
+        config = block_config(V)
+        with torch.cuda.device_of(logits):
+            kernels.token_stats_bwd_kernel[(N * triton.cdiv(V, config.block),)](
+                dlogits,
+                _per_row(dlogps),
+                _per_row(dkl),
+                logits,
+                _per_row(labels),
+                ref_logits,
+                _per_row(mask),
+                _per_row(kl),
+                _per_row(stats),
+                N,
+                V,
+                *rows,
+                *_rows(dlogits, "dlogits")[1:],
+                *ref_rows[1:],
+                ignore_index,
+                BLOCK=config.block,
+                num_warps=config.threads // _WARP,
+            )
+    return dlogits
+
+
+def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
+    """`spo_kernels.reference.kl_loss_fwd`; the row losses are summed by torch, in an order that does not vary."""
+    rows = _rows(logits, "logits")
+    ref_rows = _rows(ref_logits, "ref_logits")
+    dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    losses = logits.new_empty(logits.shape[:-1], dtype=accumulate_dtype(logits.dtype))
+    if logits.numel():
+        V = logits.shape[-1]
+        config = row_config(V, min(logits.element_size(), ref_logits.element_size()), 2)
+        with torch.cuda.device_of(logits):
+            kernels.kl_loss_fwd_kernel[(losses.numel(),)](
+                dlogits,
+                losses,
+                logits,
+                ref_logits,
+                _per_row(row_weight),
+                V,
+                *rows,
+                *_rows(dlogits, "dlogits")[1:],
+                *ref_rows[1:],
+                STEPS=config.steps,
+                LANES=config.lanes,
+                num_warps=config.threads // _WARP,
+            )
+    return losses.sum(), dlogits
+
+
+def scale_(tensor: Tensor, scale: Tensor) -> None:
+    """`spo_kernels.reference.scale_`; the comparison with 1 happens on the device."""
+    rows = _rows(tensor, "tensor")
+    if tensor.numel():
+        V = tensor.shape[-1]
+        config = block_config(V)
+        with torch.cuda.device_of(tensor):
+            kernels.scale_kernel[(tensor.shape[:-1].numel() * triton.cdiv(V, config.block),)](
+                tensor, scale, V, *rows, BLOCK=config.block, num_warps=config.threads // _WARP
+            )

@@ -1,0 +1,338 @@
+"""Triton kernels of the row ops: what `spo_kernels.reference` computes, in one pass over the logits.
+
+`spo_kernels.backends.triton` launches them.
+
+N rows, V vocabulary. Logits are ``[B, T, V]`` with a unit last stride: row i starts at
+``(i // T) * stride_b + (i % T) * stride_t``. Everything per row (labels, mask, statistics, upstream gradients) is
+contiguous; ``stats`` is ``[2 or 4, N]``, and its dtype is the one everything is accumulated in.
+
+The forward reads a row in tiles of ``[STEPS, LANES]``, LANES elements apart along STEPS, and keeps a running maximum
+and sums per lane. A lane belongs to one thread, and its maximum moves at most once per tile: ``1 + 1 / STEPS``
+exponentials an element, and no thread waits for another before the end of the row, however the row is aligned.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_LOW = tl.constexpr(1.9259629911266175e-08)  # what is left of it after rounding to float32
+
+
+@triton.jit
+def _row_offset(row, T, stride_b, stride_t):
+    return (row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t
+
+
+@triton.jit
+def _exp(x):
+    """In float32 off by up to ``6e-8 |x|`` of itself, which is the rounding of ``x log2(e)``."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def _exp_exact(x):
+    """`_exp` with that rounding made good, for once a row. NaN counts as -inf: the sums it weighs are NaN already."""
+    x = tl.maximum(x, -2000.0)  # -inf would make the remainder below NaN
+    y = x * LOG2E
+    if x.dtype.scalar == tl.float64:
+        return tl.exp2(y)
+    else:
+        return tl.exp2(y) * (1 + LN2 * (tl.fma(x, LOG2E, -y) + x * LOG2E_LOW))
+
+
+@triton.jit
+def _origin(top):
+    """What to subtract before an exponential: the maximum, or 0 where only -inf was seen (-inf - -inf would be NaN)."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _load_tile(
+    row_logits, start, V, dtype: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, EVICT: tl.constexpr
+):
+    columns = start + tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    values = tl.load(row_logits + columns, mask=columns < V, other=float("-inf"), eviction_policy=EVICT)
+    return values.to(dtype)
+
+
+@triton.jit
+def _softmax_stats(row_logits, V, dtype: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr):
+    """``(shift, logsum)`` of one row, shift its maximum."""
+    top = tl.full([LANES], float("-inf"), dtype)
+    total = tl.zeros([LANES], dtype)
+    for start in range(0, V, STEPS * LANES):
+        x = _load_tile(row_logits, start, V, dtype, STEPS, LANES, "evict_first")
+        new_top = tl.maximum(top, tl.max(x, 0))
+        origin = _origin(new_top)
+        total = total * _exp(top - origin) + tl.sum(_exp(x - origin[None, :]), 0)
+        top = new_top
+    shift = _origin(tl.max(top, 0))
+    return shift, tl.log(tl.sum(total * _exp_exact(top - shift), 0))
+
+
+@triton.jit
+def _moved_gap(gap, total, keep, move):
+    """Sum of ``weight * gap`` after its origins moved: weights shrink by `keep`, each gap grows by `move`.
+
+    A weight that has vanished contributes 0 even where its gap, or the move from an origin of -inf, is infinite.
+    """
+    return tl.where(keep == 0, 0.0, keep * (gap + total * move))
+
+
+@triton.jit
+def _kl_stats(
+    row_logits, row_ref, V, dtype: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, EVICT: tl.constexpr
+):
+    """``(shift, logsum, ref_shift, ref_logsum, kl)`` of one row.
+
+    kl is the expected gap ``E_p[(z - shift) - (r - ref_shift)] + ref_logsum - logsum``: exactly 0 for equal logits,
+    because then every gap is 0 and both sums go through the same operations in the same order.
+    """
+    top = tl.full([LANES], float("-inf"), dtype)
+    ref_top = tl.full([LANES], float("-inf"), dtype)
+    total = tl.zeros([LANES], dtype)
+    ref_total = tl.zeros([LANES], dtype)
+    gap = tl.zeros([LANES], dtype)
+    for start in range(0, V, STEPS * LANES):
+        z = _load_tile(row_logits, start, V, dtype, STEPS, LANES, EVICT)
+        r = _load_tile(row_ref, start, V, dtype, STEPS, LANES, EVICT)
+        new_top = tl.maximum(top, tl.max(z, 0))
+        new_ref_top = tl.maximum(ref_top, tl.max(r, 0))
+        origin = _origin(new_top)
+        ref_origin = _origin(new_ref_top)
+        z -= origin[None, :]
+        r -= ref_origin[None, :]
+        weight = _exp(z)
+        # A weight of 0 contributes 0, also where both logits are -inf and their gap is NaN.
+        gaps = tl.sum(weight * tl.where(weight == 0, 0.0, z - r), 0)
+        move = top - origin
+        ref_move = ref_top - ref_origin
+        keep = _exp(move)
+        gap = _moved_gap(gap, total, keep, move - ref_move) + gaps
+        total = total * keep + tl.sum(weight, 0)
+        ref_total = ref_total * _exp(ref_move) + tl.sum(_exp(r), 0)
+        top = new_top
+        ref_top = new_ref_top
+    shift = _origin(tl.max(top, 0))
+    ref_shift = _origin(tl.max(ref_top, 0))
+    move = top - shift
+    ref_move = ref_top - ref_shift
+    keep = _exp_exact(move)
+    gap = tl.sum(_moved_gap(gap, total, keep, move - ref_move), 0)
+    total = tl.sum(total * keep, 0)
+    ref_total = tl.sum(ref_total * _exp_exact(ref_move), 0)
+    # One logarithm of the quotient: those of the stats are rounded, and their difference may be all there is.
+    kl = gap / total + tl.log(ref_total / total)
+    return shift, tl.log(total), ref_shift, tl.log(ref_total), kl
+
+
+@triton.jit
+def _probability(z, logsum):
+    """``exp(z - logsum)`` for z less its shift, rounded once before the exponential."""
+    if z.dtype.scalar == tl.float64:
+        return _exp(z - logsum)
+    else:
+        return tl.exp2(tl.fma(z, LOG2E, tl.fma(z, LOG2E_LOW, -logsum * LOG2E)))
+
+
+@triton.jit
+def _kl_grad(z, r, p, logsum, ref_logsum, kl):
+    """``p (log p - log q - kl)`` for z and r less their shifts, with log p - log q = 0 where p is 0."""
+    # The large numbers, of which little remains where p is near 1, meet first.
+    return p * tl.where(p == 0, -kl, ((z - r) - kl) + (ref_logsum - logsum))
+
+
+@triton.jit
+def token_stats_fwd_kernel(
+    logits,  # [B, T, V]
+    labels,  # [N] int64, or None: no log-probabilities
+    ref_logits,  # [B, T, V], or None: no KL
+    mask,  # [N] bool, or None: the KL of every row
+    logps,  # out [N]; None with labels
+    kl,  # out [N]; None with ref_logits
+    stats,  # out [2 or 4, N]
+    V,
+    T,
+    stride_b,
+    stride_t,
+    ref_stride_b,
+    ref_stride_t,
+    ignore_index,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Grid: one program per row. Rows that nobody asked for are not read; everything about them is 0."""
+    row = tl.program_id(0)
+    N = tl.num_programs(0)
+    dtype: tl.constexpr = stats.dtype.element_ty
+    logits += _row_offset(row, T, stride_b, stride_t)
+
+    if labels is not None:
+        label = tl.load(labels + row)
+        labelled = label != ignore_index
+        in_range = (label >= 0) & (label < V)
+        tl.device_assert(in_range | ~labelled, "labels must be in [0, V) or ignore_index")
+    else:
+        labelled = ref_logits is None
+
+    shift = tl.full([], 0.0, dtype)
+    logsum = tl.full([], 0.0, dtype)
+    if ref_logits is not None:
+        ref_shift = tl.full([], 0.0, dtype)
+        ref_logsum = tl.full([], 0.0, dtype)
+        row_kl = tl.full([], 0.0, dtype)
+        wanted = True if mask is None else tl.load(mask + row)
+        if wanted:
+            row_ref = ref_logits + _row_offset(row, T, ref_stride_b, ref_stride_t)
+            shift, logsum, ref_shift, ref_logsum, row_kl = _kl_stats(
+                logits, row_ref, V, dtype, STEPS, LANES, "evict_first"
+            )
+        elif labelled:
+            shift, logsum = _softmax_stats(logits, V, dtype, STEPS, LANES)
+        tl.store(kl + row, row_kl)
+        ref_stats = stats + N + N  # in two steps: 2 * N may not fit in 32 bits
+        tl.store(ref_stats + row, ref_shift)
+        tl.store(ref_stats + N + row, ref_logsum)
+    elif labelled:
+        shift, logsum = _softmax_stats(logits, V, dtype, STEPS, LANES)
+    tl.store(stats + row, shift)
+    tl.store(stats + N + row, logsum)
+
+    if labels is not None:
+        # In this order: shift + logsum rounded to float32 near 1e4 would cost 5e-4 of the probability.
+        picked = tl.load(logits + label, mask=labelled & in_range, other=0.0).to(dtype)
+        tl.store(logps + row, tl.where(labelled, (picked - shift) - logsum, 0.0))
+
+
+@triton.jit
+def token_stats_bwd_kernel(
+    dlogits,  # out [B, T, V]; may be logits
+    dlogps,  # [N], or None
+    dkl,  # [N], or None
+    logits,  # [B, T, V]
+    labels,  # [N] int64; None with dlogps
+    ref_logits,  # [B, T, V]; None with dkl
+    mask,  # [N] bool, or None: every row
+    kl,  # [N]
+    stats,  # [2 or 4, N]
+    N,
+    V,
+    T,
+    stride_b,
+    stride_t,
+    dlogits_stride_b,
+    dlogits_stride_t,
+    ref_stride_b,
+    ref_stride_t,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    """Grid: one program per BLOCK of a row. Each element is read, then written, by the same program."""
+    tiles = tl.cdiv(V, BLOCK)
+    row = tl.program_id(0) // tiles
+    columns = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < V
+    dtype: tl.constexpr = stats.dtype.element_ty
+    logits += _row_offset(row, T, stride_b, stride_t)
+    dlogits += _row_offset(row, T, dlogits_stride_b, dlogits_stride_t)
+
+    labelled = False
+    wanted = False
+    if dlogps is not None:
+        label = tl.load(labels + row)
+        labelled = label != ignore_index
+    if dkl is not None:
+        wanted = True if mask is None else tl.load(mask + row)
+
+    grad = tl.zeros([BLOCK], dtype)
+    if labelled | wanted:
+        z = tl.load(logits + columns, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(dtype)
+        z -= tl.load(stats + row)
+        logsum = tl.load(stats + N + row)
+        p = _probability(z, logsum)
+        if dlogps is not None:
+            g = tl.where(labelled, tl.load(dlogps + row).to(dtype), 0.0)
+            grad += g * (tl.where(columns == label, 1.0, 0.0) - p)
+        if (dkl is not None) and wanted:
+            row_ref = ref_logits + _row_offset(row, T, ref_stride_b, ref_stride_t)
+            r = tl.load(row_ref + columns, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(dtype)
+            ref_stats = stats + N + N
+            r -= tl.load(ref_stats + row)
+            ref_logsum = tl.load(ref_stats + N + row)
+            g_kl = tl.load(dkl + row).to(dtype)
+            grad += g_kl * _kl_grad(z, r, p, logsum, ref_logsum, tl.load(kl + row))
+    tl.store(dlogits + columns, grad.to(dlogits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def kl_loss_fwd_kernel(
+    dlogits,  # out [B, T, V]; may be logits
+    losses,  # out [N]: row_weight * kl
+    logits,  # [B, T, V]
+    ref_logits,  # [B, T, V]
+    row_weight,  # [N], or None: 1
+    V,
+    T,
+    stride_b,
+    stride_t,
+    dlogits_stride_b,
+    dlogits_stride_t,
+    ref_stride_b,
+    ref_stride_t,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Grid: one program per row: its statistics, then its gradient while the row is in the cache."""
+    row = tl.program_id(0)
+    dtype: tl.constexpr = losses.dtype.element_ty
+    logits += _row_offset(row, T, stride_b, stride_t)
+    ref_logits += _row_offset(row, T, ref_stride_b, ref_stride_t)
+    dlogits += _row_offset(row, T, dlogits_stride_b, dlogits_stride_t)
+    weight = tl.full([], 1.0, dtype) if row_weight is None else tl.load(row_weight + row).to(dtype)
+
+    loss = tl.full([], 0.0, dtype)
+    BLOCK: tl.constexpr = STEPS * LANES
+    if weight == 0:
+        for start in range(0, V, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            zeros = tl.zeros([BLOCK], dlogits.dtype.element_ty)
+            tl.store(dlogits + columns, zeros, mask=columns < V)
+    else:
+        shift, logsum, ref_shift, ref_logsum, kl = _kl_stats(logits, ref_logits, V, dtype, STEPS, LANES, "evict_last")
+        loss = weight * kl
+        # In place the loop overwrites what the statistics were read from: all threads have read theirs, because each
+        # statistic is a reduction over the whole row.
+        for start in range(0, V, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < V
+            z = tl.load(logits + columns, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(dtype)
+            r = tl.load(ref_logits + columns, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(dtype)
+            z -= shift
+            grad = weight * _kl_grad(z, r - ref_shift, _probability(z, logsum), logsum, ref_logsum, kl)
+            tl.store(dlogits + columns, grad.to(dlogits.dtype.element_ty), mask=inside)
+    tl.store(losses + row, loss)
+
+
+@triton.jit
+def scale_kernel(
+    tensor,  # [B, T, V], in place
+    scale,  # 0-d
+    V,
+    T,
+    stride_b,
+    stride_t,
+    BLOCK: tl.constexpr,
+):
+    """Grid: one program per BLOCK of a row. A scale of 1 leaves the memory untouched."""
+    dtype: tl.constexpr = tl.float64 if tensor.dtype.element_ty == tl.float64 else tl.float32
+    factor = tl.load(scale).to(dtype)
+    if factor != 1:
+        tiles = tl.cdiv(V, BLOCK)
+        row = tl.program_id(0) // tiles
+        columns = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+        elements = tensor + _row_offset(row, T, stride_b, stride_t) + columns
+        x = tl.load(elements, mask=columns < V)
+        tl.store(elements, (x.to(dtype) * factor).to(x.dtype), mask=columns < V)

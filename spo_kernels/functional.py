@@ -1,0 +1,291 @@
+"""The public functions from logits: what they accept and what they refuse; the work is done by `spo_kernels.ops`.
+
+Shapes: logits ``[N, V]`` or ``[B, T, V]`` (any number of leading dimensions; a slice such as ``logits[:, :-1]`` is read
+where it lies, never copied). Dtypes: float32, bfloat16, float16 or float64; outputs and accumulation are float32, and
+float64 for float64 logits. Log-probabilities and KL are in nats. Gradients have the logits' dtype. Labels arrive aligned
+with the logits: only `get_batch_logps` shifts.
+
+Every function raises ValueError where a shape, dtype or device is wrong, naming the argument, what it must be and what
+came; a label outside ``[0, V)`` that is not ``ignore_index`` is a RuntimeError (a device-side assertion on a GPU). NaN
+logits give NaN for their own row and touch no other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spo_kernels import ops
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def token_logps(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, inplace_backward: bool = False
+) -> Tensor:
+    """Log-probability of each label: ``log softmax(logits)[label]``, in one pass and without storing a softmax.
+
+    Args:
+        logits: ``[..., V]``.
+        labels: ``[...]`` int64, aligned with logits; ``ignore_index`` marks rows that are not wanted.
+        inplace_backward: let the backward overwrite ``logits`` with its gradient, so that no second ``[..., V]`` tensor
+            is needed. Use it when nothing else needs the logits: autograd raises if something else, or a second
+            backward, does. Logits that are a leaf, or whose elements share memory, are refused. Under
+            ``torch.compile`` the result is the same and memory is left to the compiler.
+
+    Returns:
+        ``labels.shape``, float32 (float64 for float64 logits); 0 where ignored.
+    """
+    _check_logits(logits, "logits")
+    _check_rows(labels, "labels", torch.int64, logits)
+    if inplace_backward:
+        _check_inplace(logits, "inplace_backward")
+    rows = _as_rows(logits)
+    logps, _, _ = torch.ops.spo_kernels.token_stats_fwd(
+        rows, _like_rows(labels, rows), None, None, ignore_index, inplace_backward
+    )
+    return logps.view(labels.shape)
+
+
+def sequence_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    average: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Log-probability of each sequence: the sum of `token_logps` over its unignored tokens.
+
+    Args:
+        logits: ``[B, T, V]``; packed with ``cu_seqlens``: ``[N, V]`` or ``[1, N, V]``.
+        labels: ``[B, T]``, or ``[N]`` or ``[1, N]``, int64, aligned with logits.
+        cu_seqlens: ``[B + 1]`` int32 or int64, on the logits' device: sequence s is rows ``cu_seqlens[s]`` to
+            ``cu_seqlens[s + 1]``, from 0 to N.
+        average: divide by the number of unignored tokens; a sequence without any gives 0.
+        inplace_backward: see `token_logps`.
+
+    Returns:
+        ``[B]``, float32 (float64 for float64 logits).
+    """
+    logps = token_logps(logits, labels, ignore_index=ignore_index, inplace_backward=inplace_backward)
+    counts = (labels != ignore_index).to(logps.dtype) if average else None
+    sums = _sum_sequences(logps, cu_seqlens, "labels")
+    return sums if counts is None else sums / _sum_sequences(counts, cu_seqlens, "labels").clamp(min=1)
+
+
+def token_kl(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None, *, inplace_backward: bool = False
+) -> Tensor:
+    """Exact KL(policy || reference) of each token's distribution over the whole vocabulary (SPO, Appendix B).
+
+    ``sum_v p_v (log p_v - log q_v)`` with ``p = softmax(logits)``, ``q = softmax(ref_logits)``. The gradient flows to
+    ``logits`` only. Equal logits of equal dtype give exactly 0. A reference probability of 0 where the policy has some
+    makes the KL +inf and its gradient NaN; where the policy has none, the term is 0.
+
+    Args:
+        logits: policy logits ``[..., V]``.
+        ref_logits: reference logits of the same shape, without gradient; the dtype may differ.
+        mask: ``[...]`` bool, False on rows that are not wanted.
+        inplace_backward: see `token_logps`.
+
+    Returns:
+        ``logits.shape[:-1]``, float32 (float64 for float64 logits); 0 where masked.
+    """
+    _check_logits(logits, "logits")
+    _check_ref_logits(ref_logits, logits)
+    if mask is not None:
+        _check_rows(mask, "mask", torch.bool, logits)
+    if inplace_backward:
+        _check_inplace(logits, "inplace_backward")
+    rows = _as_rows(logits)
+    _, kl, _ = torch.ops.spo_kernels.token_stats_fwd(
+        rows, None, _as_rows(ref_logits), _like_rows(mask, rows), -100, inplace_backward
+    )
+    return kl.view(logits.shape[:-1])
+
+
+def token_logps_kl(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`token_logps` and `token_kl` of the same logits in one pass, forward and backward.
+
+    ``ignore_index`` in labels and False in mask are independent: one batch may hold both kinds of row.
+
+    Returns:
+        ``(logps, kl)``, each ``logits.shape[:-1]``.
+    """
+    _check_logits(logits, "logits")
+    _check_rows(labels, "labels", torch.int64, logits)
+    _check_ref_logits(ref_logits, logits)
+    if mask is not None:
+        _check_rows(mask, "mask", torch.bool, logits)
+    if inplace_backward:
+        _check_inplace(logits, "inplace_backward")
+    rows = _as_rows(logits)
+    logps, kl, _ = torch.ops.spo_kernels.token_stats_fwd(
+        rows, _like_rows(labels, rows), _as_rows(ref_logits), _like_rows(mask, rows), ignore_index, inplace_backward
+    )
+    return logps.view(labels.shape), kl.view(labels.shape)
+
+
+def kl_loss(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    row_weight: Tensor | None = None,
+    overwrite_logits: bool = False,
+) -> Tensor:
+    """``sum_i row_weight_i KL_i``, computing the gradient in the forward, while each row is still in cache.
+
+    One sweep over the logits instead of two: cheaper than ``(row_weight * token_kl(...)).sum()`` when a backward will
+    follow. The backward multiplies the stored gradient by the upstream scalar and can run once.
+
+    Args:
+        logits, ref_logits, mask: as in `token_kl`.
+        row_weight: ``[...]`` floating, no gradient flows to it; 1 when None. For a mean over S sequences of token sums
+            pass ``1 / S`` in every row. Rows of weight 0 are skipped.
+        overwrite_logits: the stored gradient takes the logits' memory: their values are gone when this returns, and
+            autograd raises if something else needs them. The same logits are refused as by ``inplace_backward``, and
+            it says nothing without gradients or under ``torch.compile``, where the logits stay.
+
+    Returns:
+        0-d, float32 (float64 for float64 logits).
+    """
+    _check_logits(logits, "logits")
+    _check_ref_logits(ref_logits, logits)
+    if mask is not None:
+        _check_rows(mask, "mask", torch.bool, logits)
+    if row_weight is not None:
+        if not row_weight.is_floating_point():
+            raise ValueError(f"row_weight must be floating, got {row_weight.dtype}")
+        _check_rows(row_weight, "row_weight", row_weight.dtype, logits)
+    if overwrite_logits:
+        _check_inplace(logits, "overwrite_logits")
+
+    weight = row_weight
+    if mask is not None:
+        weight = mask.to(_output_dtype(logits)) if weight is None else torch.where(mask, weight, 0)
+    if weight is not None:
+        weight = weight.detach().to(_output_dtype(logits))
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        kl = token_kl(logits, ref_logits, None if weight is None else weight != 0)
+        return kl.sum() if weight is None else (kl * weight).sum()
+
+    rows, ref_rows = _as_rows(logits), _as_rows(ref_logits)
+    weight = _like_rows(weight, rows)
+    if overwrite_logits and not torch.compiler.is_compiling():
+        return ops.KlLossOverwrite.apply(rows, ref_rows, weight)
+    return torch.ops.spo_kernels.kl_loss_fwd(rows, ref_rows, weight)[0]
+
+
+def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = False) -> Tensor:
+    """`sequence_logps` with the labels shifted by one inside: drop-in for ``_get_batch_logps`` of the DPO reference code.
+
+    Args:
+        logits: ``[B, T, V]``, as the model returned them.
+        labels: ``[B, T]`` int64: the input ids with prompt and padding set to -100; row t is scored by logits t - 1.
+        average_log_prob: mean over the unignored tokens instead of their sum.
+
+    Returns:
+        ``[B]``, float32 (float64 for float64 logits).
+    """
+    _check_logits(logits, "logits")
+    _check_rows(labels, "labels", torch.int64, logits)
+    # Shifting labels rather than slicing logits: the gradient then needs no padding pass over [B, T, V].
+    shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+    return sequence_logps(logits, shifted, average=average_log_prob)
+
+
+def _output_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    """Logits as the ops take them: ``[N, V]`` or ``[B, T, V]`` with a unit last stride, copied only where they must be."""
+    if logits.dim() == 1:
+        logits = logits[None]
+    elif logits.dim() > 3:
+        logits = logits.flatten(0, -3)
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _like_rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if values is None else values.reshape(rows.shape[:-1])
+
+
+def _sum_sequences(values: Tensor, cu_seqlens: Tensor | None, name: str) -> Tensor:
+    """``[B, T] -> [B]``, or ``[N]`` or ``[1, N]`` with cu_seqlens ``[B + 1] -> [B]``."""
+    if cu_seqlens is None:
+        if values.dim() != 2:
+            raise ValueError(f"{name} must be [B, T] without cu_seqlens, got {list(values.shape)}")
+        return values.sum(-1)
+    if values.dim() != 1 and not (values.dim() == 2 and values.shape[0] == 1):
+        raise ValueError(f"{name} must be [N] or [1, N] with cu_seqlens, got {list(values.shape)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be [B + 1] int32 or int64, got {_describe(cu_seqlens)}")
+    if cu_seqlens.device != values.device:
+        raise ValueError(f"cu_seqlens must be on {values.device} like logits, got {cu_seqlens.device}")
+    values = values.flatten()
+    # A device-side check where reading the bounds back would be a sync.
+    legal = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == values.shape[0]) & (cu_seqlens.diff() >= 0).all()
+    torch._assert_async(legal, "cu_seqlens must rise from 0 to the number of rows N")
+    rows = torch.arange(values.shape[0], device=values.device, dtype=cu_seqlens.dtype)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    return values.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, sequence, values)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _check_logits(logits: Tensor, name: str) -> None:
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{name} must be [..., V] with V >= 1, got {list(logits.shape)}")
+    if logits.dtype not in LOGITS_DTYPES:
+        raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+
+
+def _check_rows(values: Tensor, name: str, dtype: torch.dtype, logits: Tensor) -> None:
+    wanted = list(logits.shape[:-1])
+    if list(values.shape) != wanted or values.dtype != dtype:
+        raise ValueError(f"{name} must be {wanted} {str(dtype).removeprefix('torch.')}, got {_describe(values)}")
+    if values.device != logits.device:
+        raise ValueError(f"{name} must be on {logits.device} like logits, got {values.device}")
+
+
+def _check_ref_logits(ref_logits: Tensor, logits: Tensor) -> None:
+    _check_logits(ref_logits, "ref_logits")
+    if ref_logits.shape != logits.shape:
+        raise ValueError(f"ref_logits must be {list(logits.shape)} like logits, got {list(ref_logits.shape)}")
+    if (ref_logits.dtype == torch.float64) != (logits.dtype == torch.float64):
+        raise ValueError(f"ref_logits must be float64 exactly when logits are, got {ref_logits.dtype}")
+    if ref_logits.device != logits.device:
+        raise ValueError(f"ref_logits must be on {logits.device} like logits, got {ref_logits.device}")
+    if ref_logits.requires_grad:
+        raise ValueError("ref_logits must not require grad: the gradient flows to the policy only (use .detach())")
+
+
+def _check_inplace(logits: Tensor, option: str) -> None:
+    """Refuse logits whose memory is not free to take. Nothing is overwritten without gradients or while compiling."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
+        return
+    base = logits._base if logits._is_view() and logits._base is not None else logits
+    if base.is_leaf:
+        raise ValueError(f"{option}=True would overwrite a leaf tensor (or a view of one) with its gradient")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(f"{option}=True needs logits with a unit last stride, got strides {logits.stride()}")
+    extent = 0
+    for size, stride in sorted(zip(logits.shape, logits.stride(), strict=True), key=lambda axis: axis[1]):
+        if size > 1:
+            if stride <= extent:
+                raise ValueError(f"{option}=True needs logits without shared memory, got strides {logits.stride()}")
+            extent += (size - 1) * stride

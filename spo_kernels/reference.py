@@ -1,0 +1,133 @@
+"""The oracle: every op in plain torch, with its equation. Any device, any floating dtype; float64 in gives float64 out.
+
+Notation, for one row (one token position) with policy logits z [V], reference logits r [V] and label y:
+
+    p = softmax(z)    q = softmax(r)    lse(z) = log sum_v exp z_v
+    logp   = z_y - lse(z)                                                    (log-probability of the label)
+    kl     = sum_v p_v (log p_v - log q_v)                                   (exact token KL, nats)
+    dz_v   = g_logp (1[v = y] - p_v) + g_kl p_v (log p_v - log q_v - kl)     (gradient of g_logp logp + g_kl kl)
+
+A term with p_v = 0 contributes nothing, whatever r_v; r_v = -inf where p_v > 0 makes the KL +inf and its gradient NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+name = "reference"
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of outputs and of accumulation: float64 for float64 logits, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _log_softmax_stats(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``(shift, logsum)`` with ``lse = shift + logsum``, shift the row's maximum; each ``logits.shape[:-1]``."""
+    x = logits.to(dtype)
+    shift = x.amax(-1)
+    # A row of only -inf has no softmax: a shift of 0 instead of -inf keeps exp() at 0 and lets log(0) say so.
+    shift = torch.where(shift == -torch.inf, 0, shift)
+    return shift, (x - shift[..., None]).exp().sum(-1).log()
+
+
+def _log_probs(logits: Tensor, shift: Tensor, logsum: Tensor) -> Tensor:
+    # In this order: shift + logsum rounded to float32 near 1e4 would cost 5e-4 of every probability.
+    return (logits.to(shift.dtype) - shift[..., None]) - logsum[..., None]
+
+
+def _log_ratio(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """``(p, log p - log q)``, the latter 0 where p is 0 (0 log 0 = 0, and -inf - -inf never arises)."""
+    p = log_p.exp()
+    return p, torch.where(p > 0, log_p - log_q, torch.where(p.isnan(), p, 0))
+
+
+def token_stats_fwd(
+    logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each label, token KL, and what the backward needs.
+
+    Args: logits ``[N, V]`` or ``[B, T, V]``; labels the same without V, int64, or None; ref_logits like logits or None;
+    mask like labels, bool, False where the KL is not wanted, or None for all rows.
+
+    Returns ``(logps, kl, stats)``: logps and kl have the shape of a row index (``[0]`` when not asked for) and are 0 on
+    ignored and masked rows; stats is ``[2 or 4, *rows]``: shift and logsum of the policy, then of the reference.
+    """
+    dtype = accumulate_dtype(logits.dtype)
+    shift, logsum = _log_softmax_stats(logits, dtype)
+    stats = [shift, logsum]
+    log_p = _log_probs(logits, shift, logsum)
+    logps = kl = logits.new_empty(0, dtype=dtype)
+    if labels is not None:
+        valid = labels != ignore_index
+        in_range = (labels >= 0) & (labels < logits.shape[-1])
+        if not bool((in_range | ~valid).all()):
+            bad = labels[~in_range & valid][0].item()
+            raise RuntimeError(f"labels must be in [0, {logits.shape[-1]}) or ignore_index {ignore_index}, got {bad}")
+        picked = log_p.gather(-1, torch.where(valid, labels, 0)[..., None])[..., 0]
+        logps = torch.where(valid, picked, 0)
+    if ref_logits is not None:
+        ref_shift, ref_logsum = _log_softmax_stats(ref_logits, dtype)
+        stats += [ref_shift, ref_logsum]
+        p, ratio = _log_ratio(log_p, _log_probs(ref_logits, ref_shift, ref_logsum))
+        kl = (p * ratio).sum(-1)
+        if mask is not None:
+            kl = torch.where(mask, kl, 0)
+    return logps, kl, torch.stack(stats)
+
+
+def token_stats_bwd(
+    dlogps: Tensor | None,
+    dkl: Tensor | None,
+    logits: Tensor,
+    labels: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    kl: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+    inplace: bool,
+) -> Tensor:
+    """``dz`` (module docstring) for upstream gradients dlogps and dkl, each like a row index; in place: into logits.
+
+    kl and stats are what the forward returned. The gradient has the logits' dtype and shape.
+    """
+    log_p = _log_probs(logits, stats[0], stats[1])
+    p = log_p.exp()
+    grad = torch.zeros_like(p)
+    used = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    if dlogps is not None and labels is not None:
+        valid = labels != ignore_index
+        g = torch.where(valid, dlogps.to(p.dtype), 0)[..., None]
+        onehot = torch.zeros_like(p).scatter_(-1, torch.where(valid, labels, 0)[..., None], 1)
+        grad += g * (onehot - p)
+        used |= valid
+    if dkl is not None and ref_logits is not None:
+        wanted = torch.ones_like(used) if mask is None else mask
+        _, ratio = _log_ratio(log_p, _log_probs(ref_logits, stats[2], stats[3]))
+        g = torch.where(wanted, dkl.to(p.dtype), 0)[..., None]
+        grad += torch.where(wanted[..., None], g * p * (ratio - kl[..., None]), 0)
+        used |= wanted
+    # Rows nobody asked for stay exactly zero, even where their logits are NaN.
+    grad = torch.where(used[..., None], grad, 0)
+    return logits.copy_(grad) if inplace else grad.to(logits.dtype)
+
+
+def kl_loss_fwd(
+    logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    """``sum_i row_weight_i kl_i`` (0-d) and its gradient with respect to logits; in place: written into logits.
+
+    Rows of weight 0 are skipped: no KL and a zero gradient. None weighs every row 1.
+    """
+    mask = None if row_weight is None else row_weight != 0
+    _, kl, stats = token_stats_fwd(logits, None, ref_logits, mask, -100)
+    weight = torch.ones_like(kl) if row_weight is None else row_weight.to(kl.dtype)
+    dlogits = token_stats_bwd(None, weight, logits, None, ref_logits, mask, kl, stats, -100, inplace)
+    return torch.where(weight != 0, weight * kl, 0).sum(), dlogits
+
+
+def scale_(tensor: Tensor, scale: Tensor) -> None:
+    """``tensor *= scale`` for a 0-d scale; a scale of 1 leaves the memory untouched."""
+    tensor.mul_(scale)

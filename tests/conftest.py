@@ -1,0 +1,69 @@
+"""Which implementations the tests run: the backend behind the CPU, at every SIMD level of this machine, and the oracle.
+
+The suite is for the compiled kernels: without them, and without SPO_BACKEND saying that something else is meant,
+importing the package or asking for its backend fails, and so does the suite.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# pytest's importlib mode leaves sys.path alone; the tests share oracle.py.
+sys.path.append(str(Path(__file__).parent))
+
+from oracle import ACTIVE, LEVELS
+
+from spo_kernels import backends, reference
+from spo_kernels.backends import cpu
+
+IMPLEMENTATIONS = [
+    *(f"cpu-{level}" for level in LEVELS),
+    *([ACTIVE] if ACTIVE not in ("cpu", reference.name) else []),
+    reference.name,
+]
+LEVELS_OR_SKIP: list[Any] = [*LEVELS] or [pytest.param("", marks=pytest.mark.skip(reason=f"SPO_BACKEND={ACTIVE}"))]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
+    """The functions of one implementation; the compiled kernels at one SIMD level, for which no other may stand in."""
+    name, _, level = request.param.partition("-")
+    if not level:
+        yield backends.get(name)
+        return
+    control = cpu.load()
+    before = control.simd_level()
+    control.set_simd_level(level)
+    control.reset_rows_executed()
+    try:
+        yield backends.get(name)
+        others = {other: rows for other, rows in control.rows_executed().items() if other != level and rows}
+        assert not others, f"at SIMD level {level} rows ran at {others}"
+    finally:
+        control.set_simd_level(before)
+
+
+@pytest.fixture(params=LEVELS_OR_SKIP)
+def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A SIMD level of the compiled kernels, set, with the counters at zero; for tests of the control surface."""
+    control = cpu.load()
+    before = control.simd_level()
+    control.set_simd_level(request.param)
+    control.reset_rows_executed()
+    yield request.param
+    control.set_simd_level(before)
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Two threads, so that work is split over rows, and one seed, whatever ran before."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(2)

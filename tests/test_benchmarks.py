@@ -1,0 +1,315 @@
+"""The benchmark suite at tiny sizes: its command line, its gate, its byte model, its files. No timing is asserted."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+# Last, so that the tree does not shadow the installed package.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import ROOT, bars, measure, report
+from benchmarks import __main__ as cli
+from benchmarks.ops import OPS, WORKLOADS, Case
+from benchmarks.providers import PROVIDERS
+
+# One thread: at these sizes a second one only waits.
+TINY = ["--repeats", "1", "--threads", "1"]
+
+
+def run_python(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def replace_provider(monkeypatch: pytest.MonkeyPatch, name: str, op: str, function: object) -> None:
+    provider = PROVIDERS[name]
+    changed = dataclasses.replace(provider, functions={**provider.functions, op: function})
+    monkeypatch.setitem(PROVIDERS, name, changed)
+
+
+def test_command_line_measures_and_tabulates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--shapes", "24x130", "--dtypes", "float32", "bfloat16", "--runs", "2", "--providers"]
+    providers = ["ours", "ours_inplace", "eager", "eager_float", "eager_lse", "cross_entropy"]
+    done = run_python("-m", "benchmarks", "ops", *TINY, "--out", tmp_path, *arguments, *providers)
+    assert done.returncode == 0, done.stderr
+    rows = read(only(tmp_path, "ops-*.csv"))
+    assert {(row["op"], row["pass_name"]) for row in rows} == set(WORKLOADS)
+    assert {row["provider"] for row in rows} == set(providers)
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
+    assert {row["run"] for row in rows} == {"0", "1"}
+    assert {row["status"] for row in rows} == {"ok"}
+    # eager_float is for half precision, ours_inplace for passes with a backward: neither has other rows
+    assert all(row["dtype"] == "bfloat16" for row in rows if row["provider"] == "eager_float")
+    assert all(row["pass_name"] != "fwd" for row in rows if row["provider"] == "ours_inplace")
+    for row in rows:
+        for column in ("rounds", "wall_ms", "cpu_ms", "gb_per_s", "over_ours", "error_out"):
+            assert float(row[column]) >= 0, (column, row)
+        assert (row["extra_mib"] == "") == (row["run"] == "1")  # measured once
+        assert float(row["wall_p20_ms"]) <= float(row["wall_ms"]) <= float(row["wall_p80_ms"])
+        assert row["limit_share"] == ""  # too small for a share to mean anything
+        assert all(row[f"env_{column}"] for column in ("commit", "cpu", "date", "backend", "threads"))
+        assert row["env_torch"] == torch.__version__
+        assert row["env_command"].startswith("python -m benchmarks ops --repeats 1")
+
+    assert cli.main(["table", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("| `token_logps` | 24 x 130 |") == 2 + 4
+
+
+def test_share_of_the_limit_and_its_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path)]
+    arguments = ["--shapes", "66x32000", "--dtypes", "float32", "--ops", "token_logps", "--providers"]
+    assert cli.main(["ops", *TINY, *out, *arguments, "ours", "ours_inplace", "eager"]) == 0
+    for row in read(only(tmp_path, "ops-*.csv")):
+        moved = 66 * 32000 * 4 * (1 if row["pass_name"] == "fwd" else 3)
+        assert float(row["model_mb"]) == pytest.approx(moved / 1e6, rel=1e-5)
+        assert float(row["gb_per_s"]) == pytest.approx(moved / 1e6 / float(row["wall_ms"]), rel=1e-4)
+        read_seconds = moved / 1e9 / float(row["read_gb_per_s"])
+        if row["pass_name"] == "fwd":
+            assert float(row["limit_share"]) == pytest.approx(1e3 * read_seconds / float(row["wall_ms"]), rel=1e-4)
+        else:
+            updated = 2 * read_seconds / 3 * float(row["read_gb_per_s"]) / float(row["update_gb_per_s"])
+            limit = read_seconds / 3 + updated
+            assert float(row["limit_share"]) == pytest.approx(1e3 * limit / float(row["wall_ms"]), rel=1e-4)
+    plotted = tmp_path / "plot.png"
+    assert cli.main(["plot", *out, "--save", str(plotted)]) == 0
+    assert plotted.read_bytes().startswith(b"\x89PNG")
+
+
+def test_step_agrees_with_float64_and_writes_its_page(tmp_path: Path) -> None:
+    sizes = [
+        "--pairs",
+        "2",
+        "--kl-samples",
+        "2",
+        "--tokens",
+        "8",
+        "--vocabulary",
+        "200",
+        "--hidden",
+        "32",
+        "--layers",
+        "1",
+    ]
+    providers = ["--providers", "ours", "ours_inplace", "eager", "model_only"]
+    assert cli.main(["step", *TINY, *sizes, *providers, "--out", str(tmp_path)]) == 0
+    rows = {row["provider"]: row for row in read(only(tmp_path, "step-*.csv"))}
+    assert list(rows) == providers[1:]
+    for name in ("ours", "ours_inplace", "eager"):
+        assert float(rows[name]["error_loss"]) < 1e-5
+        assert 0 < float(rows[name]["error_grad"]) < 1e-4
+    assert "| ours_inplace |" in only(tmp_path, "step-*.md").read_text()
+
+
+def test_bars_are_all_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bars", *TINY, "--runs", "1", "--shapes", "16x150", "--providers", "ours", "ours_inplace", "eager"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| token_")]
+    assert len(lines) == 2 * 12  # both dtypes
+    assert sum(line.endswith("| not measured |") for line in lines) == 2 * 5  # compile, the AVX2 level, a tiny share
+    assert all("pass (" in line or "MISS (" in line for line in lines if "not measured" not in line)
+    assert read(only(tmp_path, "bars-*.csv"))
+
+
+def test_bar_verdict() -> None:
+    speed = bars.Bar("speed", Case((1, 2), torch.float32), needed=8.0, at_least=True)
+    assert speed.verdict([7.0, 9.0, 8.0]).startswith("pass")
+    assert speed.verdict([7.0, 9.0, 7.9]) == "MISS (-1%)"
+    assert speed.verdict([]) == "not measured"
+    slowdown = dataclasses.replace(speed, needed=1.3, at_least=False)
+    assert slowdown.verdict([1.3]).startswith("pass")
+    assert slowdown.verdict([1.31]).startswith("MISS")
+    assert speed.verdict([float("nan")]).startswith("MISS")
+
+
+WRONG_LOGPS = {
+    "formula": lambda logits, labels, **_: torch.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0] * 1.01,
+    "last_row": lambda logits, labels, **_: torch.cat(
+        [PROVIDERS["eager"].functions["token_logps"](logits, labels)[:-1], logits[-1:, 0]]
+    ),
+    "nan": lambda logits, labels, **_: logits[:, 0] * float("nan"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LOGPS.values(), ids=WRONG_LOGPS)
+def test_gate_fails_the_run_when_ours_is_wrong(wrong, tmp_path: Path, monkeypatch, capsys) -> None:
+    replace_provider(monkeypatch, "ours", "token_logps", wrong)
+    arguments = ["ops", *TINY, "--shapes", "24x130", "--dtypes", "float32", "--ops", "token_logps.fwd"]
+    assert cli.main([*arguments, "--providers", "ours", "eager", "--out", str(tmp_path)]) == 1
+    ours, eager = read(only(tmp_path, "ops-*.csv"))
+    assert ours["status"].startswith("wrong: logps off by ")
+    assert ours["wall_ms"] == ""
+    assert eager["status"] == "ok"
+    assert "ours wrong" in capsys.readouterr().err
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return torch.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (logits,) = ctx.saved_tensors
+        return -torch.softmax(logits, -1) * grad[:, None], None  # the label's own 1 is missing
+
+
+def test_gate_leaves_out_a_wrong_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_provider(monkeypatch, "eager", "token_logps", _WrongGradient.apply)
+    arguments = ["ops", *TINY, "--shapes", "24x130", "--dtypes", "float32", "bfloat16", "--ops", "token_logps"]
+    assert cli.main([*arguments, "--providers", "ours", "eager", "--out", str(tmp_path)]) == 0
+    rows = {(row["dtype"], row["pass_name"], row["provider"]): row for row in read(only(tmp_path, "ops-*.csv"))}
+    for dtype in ("float32", "bfloat16"):
+        assert rows[dtype, "fwd", "eager"]["status"] == "ok"
+        assert rows[dtype, "fwd_bwd", "eager"]["status"].startswith("wrong: gradient of logits off by ")
+        assert rows[dtype, "fwd_bwd", "ours"]["status"] == "ok"
+
+
+def test_a_failing_peer_is_noted_and_ours_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Tensor) -> Tensor:
+        raise RuntimeError("no compiler\nsecond line")
+
+    arguments = ["ops", *TINY, "--shapes", "24x130", "--dtypes", "float32", "--ops", "token_logps.fwd"]
+    arguments += ["--providers", "ours", "eager"]
+    replace_provider(monkeypatch, "eager", "token_logps", fails)
+    assert cli.main([*arguments, "--out", str(tmp_path / "peer")]) == 0
+    assert read(only(tmp_path / "peer", "ops-*.csv"))[1]["status"] == "failed: no compiler"
+    replace_provider(monkeypatch, "ours", "token_logps", fails)
+    assert cli.main([*arguments, "--out", str(tmp_path / "ours")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("op", "pass_name", "read_tensors", "update_tensors"),
+    [
+        ("token_logps", "fwd", 1, 0),
+        ("token_logps", "fwd_bwd", 1, 2),
+        ("token_kl", "fwd", 2, 0),
+        ("token_kl", "fwd_bwd", 3, 2),
+        ("token_logps_kl", "fwd_bwd", 3, 2),
+        ("kl_loss", "fwd_bwd", 1, 2),
+        ("kl_loss", "fwd_bwd_scaled", 1, 4),
+    ],
+)
+def test_byte_model(op: str, pass_name: str, read_tensors: int, update_tensors: int) -> None:
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        moved = OPS[op].bytes_moved(pass_name, (10, 7), dtype)
+        assert moved == (read_tensors * 70 * size, update_tensors * 70 * size)
+
+
+def test_peak_memory_counts_what_a_call_allocates() -> None:
+    mib = torch.empty(1 << 18)
+
+    def two_at_once() -> Tensor:
+        first = mib + 1
+        second = first * 2  # both alive: 2 MiB
+        del first
+        return second + 1  # still 2
+
+    peak = measure.peak_memory(measure.Entry(two_at_once), torch.device("cpu"))
+    assert peak.allocator == pytest.approx(2 << 20, rel=0.01)
+    peak = measure.peak_memory(measure.Entry(lambda: mib.add_(1)), torch.device("cpu"))
+    assert peak.allocator < 1 << 12
+
+
+@pytest.mark.skipif(os.environ.get("SPO_BACKEND") == "reference", reason="the oracle is not frugal")
+@pytest.mark.parametrize("op", OPS)
+def test_ours_in_place_allocates_nothing_vocabulary_wide(op: str, tmp_path: Path) -> None:
+    arguments = ["ops", *TINY, "--shapes", "64x8000", "--dtypes", "float32", "--ops", f"{op}.fwd_bwd"]
+    assert cli.main([*arguments, "--providers", "ours", "ours_inplace", "eager", "--out", str(tmp_path)]) == 0
+    extra = {row["provider"]: float(row["extra_mib"]) for row in read(only(tmp_path, "ops-*.csv"))}
+    tensor_mib = 64 * 8000 * 4 / (1 << 20)
+    assert extra["ours_inplace"] < 0.01 * tensor_mib
+    assert extra["ours"] == pytest.approx(tensor_mib, rel=0.01)
+    assert extra["eager"] > 2.5 * tensor_mib
+
+
+def test_interleave_takes_turns_and_leaves_preparation_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_BURST", 1)
+    calls: list[str] = []
+    entries = {
+        name: measure.Entry(
+            lambda name=name: calls.append(name),
+            lambda name=name: calls.append(f"prepare {name}"),
+            lambda name=name: calls.append(f"finish {name}"),
+        )
+        for name in ("a", "b")
+    }
+    samples = measure.interleave(entries, torch.device("cpu"), 2, lambda: calls.append("round"))
+    turn = [[f"prepare {name}", name, f"finish {name}"] for name in ("a", "b")]
+    forwards, backwards = [*turn[0], *turn[1], "round"], [*turn[1], *turn[0], "round"]
+    assert calls[:21] == [*forwards, *forwards, *backwards]  # warm-up, then the order rotates
+    assert len(samples["a"].wall) == len(samples["b"].cpu) >= 2
+
+
+def test_statistics() -> None:
+    assert measure.quantile([4.0, 1.0, 3.0, 2.0, 5.0], 0.2) == pytest.approx(1.8)
+    assert measure.quantile([7.0], 0.8) == 7.0
+    assert measure.paired_ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0]) == 2.0
+
+
+def test_results_are_put_between_the_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.RESULTS_BEGIN}\nold\n{report.RESULTS_END}\nafter\n")
+    report.replace_results(page, "| new |")
+    assert page.read_text() == f"before\n{report.RESULTS_BEGIN}\n\n| new |\n\n{report.RESULTS_END}\nafter\n"
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="must hold"):
+        report.replace_results(page, "| new |")
+    shipped = (ROOT / "benchmarks" / "README.md").read_text()
+    assert shipped.count(report.RESULTS_BEGIN) == shipped.count(report.RESULTS_END) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ops", "--shapes", "4096"], "must be NxV"),
+        (["ops", "--ops", "token_logits"], "must be an op or op.pass of token_logps.fwd"),
+        (["ops", "--repeats", "0"], "must be a whole number >= 1"),
+        (["ops", "--providers", "nobody"], "invalid choice: 'nobody'"),
+        (["table", "--out", "nowhere"], "no timed op in nowhere"),
+        (["plot", "nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_unbuilt_tree_does_not_shadow_the_installed_package(tmp_path: Path) -> None:
+    for package in ("benchmarks", "spo_kernels"):
+        (tmp_path / package).mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").write_bytes((ROOT / "benchmarks" / "__init__.py").read_bytes())
+    (tmp_path / "benchmarks" / "__main__.py").write_text(
+        "import importlib.util; print(importlib.util.find_spec('spo_kernels').origin)"
+    )
+    ours = tmp_path / "spo_kernels" / "__init__.py"
+    ours.touch()
+    installed = importlib.util.find_spec("spo_kernels")
+    assert installed is not None
+    assert run_python("-m", "benchmarks", cwd=tmp_path).stdout.strip() == installed.origin
+    (tmp_path / "spo_kernels" / "libspo_kernels.so").touch()  # a built tree is what should be measured
+    assert run_python("-m", "benchmarks", cwd=tmp_path).stdout.strip() == str(ours)

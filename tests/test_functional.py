@@ -1,0 +1,630 @@
+"""The public functions: values against formulas, every way through autograd and the compiler, and every refusal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import IGNORE, Result, assert_close, assert_same, assert_within_budget, eager, make_case, truth
+from torch import Tensor
+
+from spo_kernels import get_batch_logps, kl_loss, sequence_logps, token_kl, token_logps, token_logps_kl
+
+OPS = torch.ops.spo_kernels
+Function = Callable[..., Tensor]
+
+
+def log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """What `token_logps` means, in the logits' dtype; 0 where ignored."""
+    valid = labels != IGNORE
+    picked = logits.log_softmax(-1).gather(-1, labels.where(valid, 0)[..., None])[..., 0]
+    return picked.where(valid, 0)
+
+
+def kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """What `token_kl` means."""
+    return F.kl_div(ref_logits.log_softmax(-1), logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+
+
+def batch(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``logits, labels, ref_logits, mask`` with ignored and masked rows; shape ends in V."""
+    logits, ref_logits = torch.randn(2, *shape, dtype=torch.float64).mul(3).to(dtype)
+    labels = torch.randint(0, shape[-1], shape[:-1])
+    labels.flatten()[::4] = IGNORE
+    mask = torch.ones(shape[:-1], dtype=torch.bool)
+    mask.view(-1)[1::3] = False
+    return logits, labels, ref_logits, mask
+
+
+def gradient(function: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """Gradient of a weighted sum of the outputs with respect to logits that are an intermediate result."""
+    leaf = logits.clone().requires_grad_()
+    out = function(leaf * 1)
+    weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
+    (grad,) = torch.autograd.grad((out * weight).sum(), leaf)
+    return grad
+
+
+def near(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+INPLACE = pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+SHAPES = pytest.mark.parametrize("shape", [(9,), (6, 9), (3, 4, 9), (2, 3, 2, 9), (2, 0, 9), (0, 9)], ids=str)
+
+
+@INPLACE
+@SHAPES
+def test_token_functions_are_their_formulas(shape: tuple[int, ...], inplace: bool) -> None:
+    """Any number of leading dimensions; values and gradients for upstream gradients other than 1, 0 and negative too."""
+    logits, labels, ref_logits, mask = batch(*shape)
+    pairs: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = [
+        (lambda z: token_logps(z, labels, inplace_backward=inplace), lambda z: log_probs(z, labels)),
+        (lambda z: token_kl(z, ref_logits, mask, inplace_backward=inplace), lambda z: kl(z, ref_logits).where(mask, 0)),
+        (lambda z: token_kl(z, ref_logits, inplace_backward=inplace), lambda z: kl(z, ref_logits)),
+        (
+            lambda z: torch.stack(token_logps_kl(z, labels, ref_logits, mask, inplace_backward=inplace)),
+            lambda z: torch.stack([log_probs(z, labels), kl(z, ref_logits).where(mask, 0)]),
+        ),
+    ]
+    for ours, formula in pairs:
+        out = ours(logits)
+        assert out.shape[-len(shape) + 1 :] == shape[:-1] or len(shape) == 1
+        near(out, formula(logits))
+        near(gradient(ours, logits), gradient(formula, logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@INPLACE
+def test_token_logps_kl_within_the_budget(dtype: torch.dtype, inplace: bool) -> None:
+    case = make_case(48, 1000, dtype)
+    leaf = case.logits.clone().requires_grad_()
+    logps, token_kls = token_logps_kl(leaf * 1, case.labels, case.ref_logits, case.mask, inplace_backward=inplace)
+    assert logps.dtype == token_kls.dtype == torch.float32
+    torch.autograd.backward((logps, token_kls), (case.dlogps, case.dkl))
+    assert leaf.grad is not None
+    assert leaf.grad.dtype == dtype
+    assert_within_budget(Result(logps.detach(), token_kls.detach(), leaf.grad), truth(case), eager(case))
+
+
+def test_labels_masks_and_references_need_not_be_contiguous() -> None:
+    logits, labels, ref_logits, mask = batch(3, 5, 9)
+    strided = torch.stack([labels, labels], -1)[..., 0]
+    strided_mask = mask.t().contiguous().t()
+    transposed = ref_logits.transpose(-1, -2).contiguous().transpose(-1, -2)  # V is not the unit stride
+    for got, want in zip(
+        token_logps_kl(logits[:, :-1], strided[:, 1:], transposed[:, :-1], strided_mask[:, 1:]),
+        token_logps_kl(logits[:, :-1].clone(), labels[:, 1:].clone(), ref_logits[:, :-1].clone(), mask[:, 1:].clone()),
+        strict=True,
+    ):
+        assert_same(got, want)
+    near(token_logps(logits.transpose(0, 1), labels.t()), log_probs(logits, labels).t())
+    by_columns = logits.transpose(-1, -2).contiguous().transpose(-1, -2)
+    near(gradient(lambda z: token_logps(z, labels), by_columns), gradient(lambda z: log_probs(z, labels), logits))
+
+
+@INPLACE
+def test_a_slice_of_longer_logits_gets_its_gradient_in_place(inplace: bool) -> None:
+    """``logits[:, :-1]`` is read where it lies, and the rest of the logits has a zero gradient."""
+    logits, labels, _, _ = batch(3, 5, 9)
+
+    def ours(z: Tensor) -> Tensor:
+        return token_logps(z[:, :-1], labels[:, 1:], inplace_backward=inplace)
+
+    near(gradient(ours, logits), gradient(lambda z: log_probs(z[:, :-1], labels[:, 1:]), logits))
+
+
+@INPLACE
+@pytest.mark.parametrize("average", [False, True])
+def test_sequence_logps(average: bool, inplace: bool) -> None:
+    logits, labels, _, _ = batch(4, 6, 9)
+    labels[2] = IGNORE
+
+    def formula(z: Tensor) -> Tensor:
+        sums = log_probs(z, labels).sum(-1)
+        return sums / (labels != IGNORE).sum(-1).clamp(min=1) if average else sums
+
+    def ours(z: Tensor) -> Tensor:
+        return sequence_logps(z, labels, average=average, inplace_backward=inplace)
+
+    near(ours(logits), formula(logits))
+    assert ours(logits)[2] == 0
+    near(gradient(ours, logits), gradient(formula, logits))
+
+
+@INPLACE
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("leading", [(), (1,)])
+def test_packed_sequences_are_the_padded_ones(
+    leading: tuple[int, ...], dtype: torch.dtype, average: bool, inplace: bool
+) -> None:
+    lengths = [3, 0, 5, 0, 1]  # empty sequences first inside, and next to another
+    logits, labels, _, _ = batch(5, 5, 9)
+    keep = torch.arange(5) < torch.tensor(lengths)[:, None]
+    padded = labels.where(keep, IGNORE)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+
+    def packed(z: Tensor) -> Tensor:
+        rows, ids = z[keep].view(*leading, -1, 9), labels[keep].view(*leading, -1)
+        return sequence_logps(rows, ids, cu_seqlens=cu_seqlens, average=average, inplace_backward=inplace)
+
+    near(packed(logits), sequence_logps(logits, padded, average=average))
+    near(gradient(packed, logits), gradient(lambda z: sequence_logps(z, padded, average=average), logits))
+
+
+def test_packed_sequences_at_the_ends() -> None:
+    logits, labels, _, _ = batch(4, 9)
+    want = log_probs(logits, labels).sum()
+    for bounds, expected in (([0, 0, 4], [0, want]), ([0, 4, 4, 4], [want, 0, 0]), ([0, 4], [want])):
+        near(sequence_logps(logits, labels, cu_seqlens=torch.tensor(bounds)), torch.tensor(expected).to(logits))
+    assert sequence_logps(logits[:0], labels[:0], cu_seqlens=torch.tensor([0])).shape == (0,)
+    assert sequence_logps(logits[:0], labels[:0], cu_seqlens=torch.tensor([0, 0])).tolist() == [0]
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_get_batch_logps_is_the_dpo_reference_code(average: bool) -> None:
+    logits, labels, _, _ = batch(3, 6, 9)
+
+    def formula(z: Tensor) -> Tensor:
+        targets, aligned = labels[:, 1:], z[:, :-1]
+        wanted = targets != IGNORE
+        picked = aligned.log_softmax(-1).gather(2, targets.masked_fill(~wanted, 0).unsqueeze(2)).squeeze(2)
+        return (picked * wanted).sum(-1) / (wanted.sum(-1) if average else 1)
+
+    near(get_batch_logps(logits, labels, average), formula(logits))
+    near(gradient(lambda z: get_batch_logps(z, labels, average), logits), gradient(formula, logits))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("upstream", [1.0, -2.5, 0.0])
+def test_kl_loss_is_the_weighted_sum_of_token_kl(
+    upstream: float, weighted: bool, masked: bool, overwrite: bool
+) -> None:
+    logits, _, ref_logits, mask = batch(3, 4, 9)
+    row_weight = torch.rand(3, 4) if weighted else None  # float32: any floating dtype will do
+    wanted = mask if masked else None
+
+    def total(z: Tensor) -> Tensor:
+        return (token_kl(z, ref_logits, wanted) * (1 if row_weight is None else row_weight)).sum()
+
+    def ours(z: Tensor) -> Tensor:
+        return kl_loss(z, ref_logits, wanted, row_weight=row_weight, overwrite_logits=overwrite)
+
+    leaf = logits.clone().requires_grad_()
+    loss = ours(leaf * 1)
+    near(loss, total(logits))
+    loss.backward(torch.tensor(upstream, dtype=torch.float64))
+    want = logits.clone().requires_grad_()
+    (total(want) * upstream).backward()
+    assert leaf.grad is not None
+    assert want.grad is not None
+    near(leaf.grad, want.grad)
+    with torch.no_grad():
+        near(ours(logits), total(logits))
+    near(ours(logits), total(logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_kl_loss_within_the_budget(overwrite: bool, dtype: torch.dtype) -> None:
+    case = make_case(48, 1000, dtype, mode="kl")
+    weight = case.dkl.where(case.mask, 0)
+    leaf = case.logits.clone().requires_grad_()
+    loss = kl_loss(leaf * 1, case.ref_logits, case.mask, row_weight=case.dkl, overwrite_logits=overwrite)
+    loss.backward()
+    true, yardstick = truth(case), eager(case)
+    assert yardstick is not None
+    assert leaf.grad is not None
+    assert_close(loss.detach(), (true.kl * weight).sum(), (yardstick.kl * weight).sum(), "loss")
+    assert_close(leaf.grad, true.dlogits, yardstick.dlogits, "dlogits")
+
+
+def test_kl_loss_overwrites_the_logits_only_when_told() -> None:
+    logits, _, ref_logits, _ = batch(4, 9)
+    for overwrite in (False, True):
+        leaf = logits.clone().requires_grad_()
+        z = leaf * 1
+        loss = kl_loss(z, ref_logits, overwrite_logits=overwrite)
+        assert torch.equal(z, logits) != overwrite
+        loss.backward()
+        near(z.detach(), leaf.grad if overwrite else logits)  # type: ignore[arg-type]
+    z = logits.clone()
+    kl_loss(z, ref_logits, overwrite_logits=True)
+    assert_same(z, logits, "logits without gradients")
+
+
+def test_no_gradient_flows_to_row_weight() -> None:
+    logits, _, ref_logits, _ = batch(4, 9)
+    row_weight = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    kl_loss(logits.requires_grad_(), ref_logits, row_weight=row_weight).backward()
+    assert row_weight.grad is None
+
+
+CALLS: dict[str, Function] = {
+    "token_logps": lambda z, labels, r, mask, **kw: token_logps(z, labels, **kw),
+    "token_kl": lambda z, labels, r, mask, **kw: token_kl(z, r, mask, **kw),
+    "token_logps_kl": lambda z, labels, r, mask, **kw: sum(token_logps_kl(z, labels, r, mask, **kw)),  # type: ignore[return-value]
+    "sequence_logps": lambda z, labels, r, mask, **kw: sequence_logps(z, labels, **kw),
+    "kl_loss": lambda z, labels, r, mask, **kw: kl_loss(z, r, mask, **kw),
+}
+OPTION = {name: "overwrite_logits" if name == "kl_loss" else "inplace_backward" for name in CALLS}
+PUBLIC = pytest.mark.parametrize("name", CALLS)
+
+
+@PUBLIC
+def test_gradcheck(name: str) -> None:
+    """Finite differences; not in place, which would overwrite what they are taken of."""
+    logits, labels, ref_logits, mask = batch(2, 3, 5)
+    logits.requires_grad_()
+    function = CALLS[name]
+    assert torch.autograd.gradcheck(lambda z: function(z * 1, labels, ref_logits, mask), (logits,))
+
+
+@PUBLIC
+def test_one_output_alone_can_be_differentiated(name: str) -> None:
+    logits, labels, ref_logits, mask = batch(4, 9)
+    leaf = logits.requires_grad_()
+    both = token_logps_kl(leaf, labels, ref_logits, mask)
+    for got, want in zip(both, (log_probs(leaf, labels), kl(leaf, ref_logits).where(mask, 0)), strict=True):
+        (grad,) = torch.autograd.grad(got.sum(), leaf, retain_graph=True)
+        near(grad, torch.autograd.grad(want.sum(), leaf)[0])
+
+
+@PUBLIC
+def test_the_same_bits_in_place(name: str) -> None:
+    logits, labels, ref_logits, mask = batch(7, 5, 33, dtype=torch.float32)
+
+    def with_option(on: bool) -> Callable[[Tensor], Tensor]:
+        return lambda z: CALLS[name](z, labels, ref_logits, mask, **{OPTION[name]: on})
+
+    assert_same(gradient(with_option(True), logits), gradient(with_option(False), logits))
+
+
+@PUBLIC
+def test_in_place_takes_no_new_memory_for_the_gradient(name: str) -> None:
+    logits, labels, ref_logits, mask = batch(4, 5, 9)
+    z = logits.requires_grad_() * 1
+    z.retain_grad()
+    seen: list[Tensor] = []
+    z.register_hook(seen.append)
+    CALLS[name](z, labels, ref_logits, mask, **{OPTION[name]: True}).sum().backward()
+    assert seen[0].data_ptr() == z.data_ptr()
+
+
+@PUBLIC
+@INPLACE
+def test_nothing_v_wide_is_kept_but_the_inputs(name: str, inplace: bool) -> None:
+    logits, labels, ref_logits, mask = batch(4, 5, 64, dtype=torch.float32)
+    z = logits.requires_grad_() * 1
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        CALLS[name](z, labels, ref_logits, mask, **{OPTION[name]: inplace})
+    wide = {x.data_ptr() for x in saved if x.numel() >= z.numel()} - {z.data_ptr(), ref_logits.data_ptr()}
+    # kl_loss keeps one: the gradient, computed in the forward; in the logits' memory when it may.
+    assert len(wide) == (name == "kl_loss" and not inplace)
+
+
+@PUBLIC
+def test_without_gradients_nothing_is_saved(name: str) -> None:
+    logits, labels, ref_logits, mask = batch(4, 5, 9)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        with torch.no_grad():
+            out = CALLS[name](logits.clone().requires_grad_(), labels, ref_logits, mask, **{OPTION[name]: True})
+        assert not CALLS[name](logits, labels, ref_logits, mask).requires_grad
+    assert not out.requires_grad
+    assert not saved
+
+
+AUTOGRAD_REFUSES = "modified by an inplace operation"
+
+
+@PUBLIC
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_a_second_backward_in_place_raises(name: str, upstream: float) -> None:
+    logits, labels, ref_logits, mask = batch(4, 5, 9)
+    out = CALLS[name](logits.requires_grad_() * 1, labels, ref_logits, mask, **{OPTION[name]: True}).sum() * upstream
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=AUTOGRAD_REFUSES):
+        out.backward()
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_a_second_backward_of_kl_loss_raises(upstream: float) -> None:
+    """Its one gradient was scaled by the first; where that was by 1 it may also be right the second time."""
+    logits, _, ref_logits, _ = batch(4, 9)
+    leaf = logits.requires_grad_()
+    out = kl_loss(leaf, ref_logits) * upstream
+    (first,) = torch.autograd.grad(out, leaf, retain_graph=True)
+    want = first.clone()
+    with pytest.raises(RuntimeError, match=AUTOGRAD_REFUSES):
+        out.backward()
+    assert_same(first, want, "the first gradient")
+
+
+@PUBLIC
+def test_a_second_backward_out_of_place_is_the_first(name: str) -> None:
+    if name == "kl_loss":
+        pytest.skip("runs once by design")
+    logits, labels, ref_logits, mask = batch(4, 5, 9)
+    leaf = logits.requires_grad_()
+    out = CALLS[name](leaf, labels, ref_logits, mask).sum()
+    (first,) = torch.autograd.grad(out, leaf, retain_graph=True)
+    assert_same(torch.autograd.grad(out, leaf)[0], first)
+
+
+@PUBLIC
+def test_two_uses_in_place_raise(name: str) -> None:
+    logits, labels, ref_logits, mask = batch(4, 5, 9)
+    for other in (CALLS[name], CALLS["token_logps"], lambda z, *_, **__: z.exp()):
+        z = logits.clone().requires_grad_() * 1
+        out = other(z, labels, ref_logits, mask).sum()
+        out = out + CALLS[name](z, labels, ref_logits, mask, **{OPTION[name]: True}).sum()
+        with pytest.raises(RuntimeError, match=AUTOGRAD_REFUSES):
+            out.backward()
+
+
+@PUBLIC
+@INPLACE
+def test_double_backward_raises(name: str, inplace: bool) -> None:
+    """A gradient penalty must not come out as a constant."""
+    logits, labels, ref_logits, mask = batch(4, 5, 9)
+    leaf = logits.requires_grad_()
+    out = CALLS[name](leaf * 1, labels, ref_logits, mask, **{OPTION[name]: inplace}).sum()
+
+    def penalty() -> None:
+        (grad,) = torch.autograd.grad(out, leaf, create_graph=True)
+        (grad.square().sum() + leaf.sum()).backward()
+
+    with pytest.raises(RuntimeError, match=r"double backward|differentiated again|differentiate twice"):
+        penalty()
+
+
+def not_free(kind: str) -> Tensor:
+    """Logits whose memory must not be overwritten."""
+    base = torch.randn(4, 5, 9, requires_grad=True)
+    return {
+        "leaf": lambda: base,
+        "view of a leaf": lambda: base[:, 1:].transpose(0, 1),
+        "expanded": lambda: (torch.randn(1, 5, 9, requires_grad=True) * 1).expand(4, 5, 9),
+        "overlapping": lambda: (torch.randn(30, requires_grad=True) * 1).as_strided((4, 5, 9), (5, 1, 1)),
+        "overlapping rows": lambda: (torch.randn(40, requires_grad=True) * 1).unfold(0, 9, 3),
+        "not unit stride": lambda: (torch.randn(4, 9, 5, requires_grad=True) * 1).transpose(1, 2),
+    }[kind]()
+
+
+@PUBLIC
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("leaf", "leaf"),
+        ("view of a leaf", "leaf"),
+        ("expanded", "without shared memory"),
+        ("overlapping", "without shared memory"),
+        ("overlapping rows", "without shared memory"),
+        ("not unit stride", "unit last stride"),
+    ],
+)
+def test_memory_that_is_not_free_is_refused(name: str, kind: str, message: str) -> None:
+    z = not_free(kind)
+    rows = z.shape[:-1]
+    if name == "sequence_logps" and len(rows) != 2:
+        z, rows = z[None], (1, *rows)
+    labels, mask = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.bool)
+    arguments = (labels, z.detach().clone(), mask)
+    with pytest.raises(ValueError, match=rf"^{OPTION[name]}=True .*{message}"):
+        CALLS[name](z, *arguments, **{OPTION[name]: True})
+    CALLS[name](z, *arguments)
+    with torch.no_grad():
+        CALLS[name](z, *arguments, **{OPTION[name]: True})
+
+
+@PUBLIC
+def test_autocast_changes_nothing(name: str) -> None:
+    logits, labels, ref_logits, mask = batch(3, 4, 9, dtype=torch.float32)
+    plain = gradient(lambda z: CALLS[name](z, labels, ref_logits, mask), logits)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = CALLS[name](logits, labels, ref_logits, mask)
+        cast = gradient(lambda z: CALLS[name](z, labels, ref_logits, mask), logits)
+    assert out.dtype == torch.float32
+    assert_same(out, CALLS[name](logits, labels, ref_logits, mask))
+    assert_same(cast, plain)
+
+
+# The compiler. aot_eager runs everything of it that can go wrong here (tracing, fake kernels, functionalization of the
+# in-place ops) but code generation, which never looks inside these ops and takes seconds a graph.
+@PUBLIC
+@INPLACE
+@pytest.mark.parametrize("place", ["input", "intermediate"])
+def test_compile_fullgraph(name: str, inplace: bool, place: str) -> None:
+    torch._dynamo.reset()
+    logits, labels, ref_logits, mask = batch(3, 4, 9, dtype=torch.float32)
+
+    def call(z: Tensor) -> Tensor:
+        return CALLS[name](z, labels, ref_logits, mask, **{OPTION[name]: inplace})
+
+    compiled = torch.compile(
+        (lambda z: call(z * 2)) if place == "intermediate" else call, fullgraph=True, backend="aot_eager"
+    )
+    scale = 1 if place == "intermediate" else 2
+    got = gradient(lambda z: compiled(z * scale), logits)
+    torch.testing.assert_close(got, gradient(lambda z: CALLS[name](z * 2, labels, ref_logits, mask), logits))
+
+
+def everything(z: Tensor, labels: Tensor, r: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Every public function from logits, two of them in place on the same ones."""
+    logps, token_kls = token_logps_kl(z, labels, r, mask, inplace_backward=True)
+    return (
+        logps.sum()
+        + 2 * token_kls.sum()
+        + token_logps(z, labels, inplace_backward=True).sum()
+        + sequence_logps(z.flatten(0, 1), labels.flatten(), cu_seqlens=cu_seqlens, average=True).sum()
+        + 3 * kl_loss(z, r, mask, row_weight=logps.detach(), overwrite_logits=True)
+        + get_batch_logps(z, labels).sum()
+        + token_kl(z, r).sum()
+    )
+
+
+def test_compile_dynamic_shapes_and_several_uses_in_place() -> None:
+    """Two uses in place of the same logits, which raise in eager mode, are right where the compiler owns the memory."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda z, *rest: everything(z * 2, *rest), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for shape in ((3, 4, 9), (2, 7, 33)):
+        logits, labels, ref_logits, mask = batch(*shape)
+        rows = labels.numel()
+        rest = (labels, ref_logits, mask, torch.tensor([0, rows // 3, rows // 3, rows]))
+        want = logits.clone().requires_grad_()
+        expected = everything_out_of_place(want * 2, *rest)
+        expected.backward()
+        leaf = logits.clone().requires_grad_()
+        out = compiled(leaf, *rest)
+        out.backward()
+        near(out, expected)
+        near(leaf.grad, want.grad)  # type: ignore[arg-type]
+
+
+def test_compile_with_the_default_compiler() -> None:
+    torch._dynamo.reset()
+    logits, labels, ref_logits, _ = batch(3, 4, 9)
+
+    def step(z: Tensor) -> Tensor:
+        return token_logps(z, labels, inplace_backward=True).sum() + 3 * kl_loss(z, ref_logits, overwrite_logits=True)
+
+    got = gradient(lambda z: torch.compile(step, fullgraph=True)(z * 2), logits)
+    near(got, gradient(lambda z: log_probs(z * 2, labels).sum() + 3 * kl(z * 2, ref_logits).sum(), logits))
+
+
+def everything_out_of_place(z: Tensor, labels: Tensor, r: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    logps, token_kls = token_logps_kl(z, labels, r, mask)
+    packed = sequence_logps(z.flatten(0, 1), labels.flatten(), cu_seqlens=cu_seqlens, average=True)
+    weighted = (token_kl(z, r, mask) * logps.detach()).sum()
+    total = logps.sum() + 2 * token_kls.sum() + token_logps(z, labels).sum() + packed.sum() + 3 * weighted
+    return total + get_batch_logps(z, labels).sum() + token_kl(z, r).sum()
+
+
+def op_arguments(op: str) -> tuple[Any, ...]:
+    logits, labels, ref_logits, mask = batch(3, 4, 9, dtype=torch.float32)
+    _, kls, stats = OPS.token_stats_fwd(logits, labels, ref_logits, mask, IGNORE, False)
+    backward = (labels, ref_logits, mask, kls, stats, IGNORE)
+    return {
+        "token_stats_fwd": (logits.clone().requires_grad_(), labels, ref_logits, mask, IGNORE, False),
+        "token_stats_bwd": (torch.rand(3, 4), torch.rand(3, 4), logits, *backward),
+        "token_stats_bwd_": (torch.rand(3, 4), torch.rand(3, 4), logits, *backward),
+        "kl_loss_fwd": (logits.clone().requires_grad_(), ref_logits, torch.rand(3, 4)),
+        "kl_loss_fwd_": (logits, ref_logits, torch.rand(3, 4)),
+        "scale_": (logits, torch.tensor(2.0)),
+    }[op]
+
+
+@pytest.mark.parametrize(
+    "op", ["token_stats_fwd", "token_stats_bwd", "token_stats_bwd_", "kl_loss_fwd", "kl_loss_fwd_", "scale_"]
+)
+def test_opcheck(op: str) -> None:
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if op != "kl_loss_fwd":
+        # It returns the gradient that its backward then scales in place. That test makes every output a graph output,
+        # which a graph that consumes one of them cannot have; the public function hands out the loss alone.
+        tests.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(OPS, op).default, op_arguments(op), test_utils=tests)
+
+
+@pytest.mark.parametrize("mode", ["logps", "kl"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_opcheck_of_token_stats_with_optional_arguments(mode: str, inplace: bool) -> None:
+    logits, labels, ref_logits, _, index, _ = op_arguments("token_stats_fwd")
+    args = (
+        (logits, labels, None, None, index, inplace)
+        if mode == "logps"
+        else (logits, None, ref_logits, None, index, inplace)
+    )
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if not inplace:  # the backward overwrites a leaf here, which the public functions refuse
+        tests.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(OPS.token_stats_fwd.default, args, test_utils=tests)
+
+
+Z, Y = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+M = torch.ones(2, 3, dtype=torch.bool)
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "no vocabulary": (lambda: token_logps(Z[..., :0], Y), "logits must be [..., V] with V >= 1, got [2, 3, 0]"),
+    "0-d logits": (lambda: token_kl(Z[0, 0, 0], Z), "logits must be [..., V] with V >= 1, got []"),
+    "integer logits": (
+        lambda: token_logps(Z.int(), Y),
+        "logits must be float32, bfloat16, float16 or float64, got torch.int32",
+    ),
+    "labels shape": (lambda: token_logps(Z, Y[:, 1:]), "labels must be [2, 3] int64, got [2, 2] int64"),
+    "labels dtype": (lambda: token_logps_kl(Z, Y.int(), Z), "labels must be [2, 3] int64, got [2, 3] int32"),
+    "labels of sequences": (lambda: sequence_logps(Z, Y[0]), "labels must be [2, 3] int64, got [3] int64"),
+    "labels device": (lambda: token_logps(Z, Y.to("meta")), "labels must be on cpu like logits, got meta"),
+    "mask shape": (lambda: token_kl(Z, Z, M[:1]), "mask must be [2, 3] bool, got [1, 3] bool"),
+    "mask dtype": (lambda: token_logps_kl(Z, Y, Z, M.float()), "mask must be [2, 3] bool, got [2, 3] float32"),
+    "mask of the loss": (lambda: kl_loss(Z, Z, M.long()), "mask must be [2, 3] bool, got [2, 3] int64"),
+    "ref_logits shape": (lambda: token_kl(Z, Z[:1]), "ref_logits must be [2, 3, 5] like logits, got [1, 3, 5]"),
+    "ref_logits dtype": (
+        lambda: token_kl(Z, Z.double()),
+        "ref_logits must be float64 exactly when logits are, got torch.float64",
+    ),
+    "ref_logits integer": (lambda: token_kl(Z, Z.long()), "ref_logits must be float32, bfloat16, float16 or float64"),
+    "ref_logits device": (lambda: kl_loss(Z, Z.to("meta")), "ref_logits must be on cpu like logits, got meta"),
+    "ref_logits grad": (
+        lambda: token_logps_kl(Z, Y, Z.clone().requires_grad_()),
+        "ref_logits must not require grad: the gradient flows to the policy only (use .detach())",
+    ),
+    "row_weight dtype": (lambda: kl_loss(Z, Z, row_weight=Y), "row_weight must be floating, got torch.int64"),
+    "row_weight shape": (
+        lambda: kl_loss(Z, Z, row_weight=Z[:, 0, 0]),
+        "row_weight must be [2, 3] float32, got [2] float32",
+    ),
+    "labels not [B, T]": (lambda: sequence_logps(Z[0], Y[0]), "labels must be [B, T] without cu_seqlens, got [3]"),
+    "labels not packed": (
+        lambda: sequence_logps(Z, Y, cu_seqlens=torch.tensor([0, 6])),
+        "labels must be [N] or [1, N] with cu_seqlens, got [2, 3]",
+    ),
+    "cu_seqlens shape": (
+        lambda: sequence_logps(Z[0], Y[0], cu_seqlens=torch.tensor([[0, 3]])),
+        "cu_seqlens must be [B + 1] int32 or int64, got [1, 2] int64",
+    ),
+    "cu_seqlens empty": (
+        lambda: sequence_logps(Z[0], Y[0], cu_seqlens=torch.tensor([], dtype=torch.int64)),
+        "cu_seqlens must be [B + 1] int32 or int64, got [0] int64",
+    ),
+    "cu_seqlens dtype": (
+        lambda: sequence_logps(Z[0], Y[0], cu_seqlens=torch.tensor([0.0, 3.0])),
+        "cu_seqlens must be [B + 1] int32 or int64, got [2] float32",
+    ),
+    "cu_seqlens device": (
+        lambda: sequence_logps(Z[0], Y[0], cu_seqlens=torch.tensor([0, 3], device="meta")),
+        "cu_seqlens must be on cpu like logits, got meta",
+    ),
+    "get_batch_logps labels": (lambda: get_batch_logps(Z, Y[:, 1:]), "labels must be [2, 3] int64, got [2, 2] int64"),
+    "get_batch_logps logits": (lambda: get_batch_logps(Z[0], Y[0]), "labels must be [B, T]"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_arguments_are_named(what: str) -> None:
+    call, message = REFUSED[what]
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize("bounds", [[1, 3], [0, 2], [0, 4], [0, 2, 1, 3], [0, -1, 3], [3, 0]])
+def test_cu_seqlens_that_are_not_bounds(bounds: list[int]) -> None:
+    with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to the number of rows N"):
+        sequence_logps(Z[0], Y[0], cu_seqlens=torch.tensor(bounds))
+
+
+@pytest.mark.parametrize("label", [-1, 5, -(2**62)])
+def test_a_label_out_of_range_is_named(label: int) -> None:
+    for function in (token_logps, sequence_logps, lambda z, y: token_logps_kl(z, y, z)):
+        with pytest.raises(RuntimeError, match=rf"labels must be in \[0, 5\) or ignore_index -100, got {label}\b"):
+            function(Z, torch.full((2, 3), label))

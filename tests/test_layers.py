@@ -1,0 +1,105 @@
+"""Imports point down only: spo_train -> public functions -> losses and ops -> backends -> compiled module."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import spo_kernels
+
+
+def package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None, f"{name} is not installed"
+    assert spec.submodule_search_locations, f"{name} is not a package"
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Dotted names of a package's modules with their files."""
+    folder = package_folder(package)
+    files = {
+        ".".join((package, *path.relative_to(folder).with_suffix("").parts)): path for path in folder.rglob("*.py")
+    }
+    return {name.removesuffix(".__init__"): path for name, path in files.items()}
+
+
+def imports(module: str, path: Path) -> Iterator[str]:
+    """Every dotted name a file imports, wherever in the file; ``from a import b`` gives ``a.b``."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            up = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join((*up, *([node.module] if node.module else [])))
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+KERNELS = modules("spo_kernels")
+LOWER = {  # what each module may import of its own package
+    "spo_kernels.reference": (),
+    "spo_kernels.ops": ("spo_kernels.reference",),
+    "spo_kernels.functional": ("spo_kernels.ops",),
+    "spo_kernels.losses": ("spo_kernels.functional",),
+    "spo_kernels.backends.cpu": (),
+    "spo_kernels.backends.triton_kernels": (),
+    "spo_kernels.backends.triton": ("spo_kernels.backends.triton_kernels", "spo_kernels.reference"),
+    "spo_kernels.backends": ("spo_kernels.backends", "spo_kernels.ops", "spo_kernels.reference"),
+}
+
+
+@pytest.mark.parametrize("module", LOWER)
+def test_library_modules_import_only_what_lies_below(module: str) -> None:
+    own = [name for name in imports(module, KERNELS[module]) if is_within(name, "spo_kernels")]
+    # `from spo_kernels import ops` reads as spo_kernels.ops, so that a bare package name is a name of the top level.
+    upward = [name for name in own if not any(is_within(name, lower) for lower in LOWER[module])]
+    assert not upward, f"{module} imports {upward}"
+
+
+@pytest.mark.parametrize("module", KERNELS)
+def test_the_library_imports_nothing_that_uses_it(module: str) -> None:
+    roots = {name.split(".")[0]: name for name in imports(module, KERNELS[module])}
+    users = [roots[root] for root in ("spo_train", "benchmarks", "tests") if root in roots]
+    assert not users, f"{module} imports {users}"
+
+
+@pytest.mark.parametrize("module", KERNELS)
+def test_the_library_needs_torch_and_numpy_only(module: str) -> None:
+    allowed = {"spo_kernels", "torch", "numpy", *sys.stdlib_module_names}
+    if module.startswith("spo_kernels.backends.triton"):
+        allowed.add("triton")
+    others = [name for name in imports(module, KERNELS[module]) if name.split(".")[0] not in allowed]
+    assert not others, f"{module} imports {others}"
+
+
+def test_the_trainer_uses_public_names_only() -> None:
+    public = {f"spo_kernels.{name}" for name in spo_kernels.__all__} | {"spo_kernels.__version__"}
+    used = {
+        (module, name)
+        for module, path in modules("spo_train").items()
+        for name in imports(module, path)
+        if is_within(name, "spo_kernels") and name != "spo_kernels"
+    }
+    assert used, "spo_train does not use spo_kernels at all"
+    private = sorted((module, name) for module, name in used if name not in public)
+    assert not private, f"not public: {private}"
+    # `import spo_kernels` is fine too, as long as only public names are taken from it.
+    for module, path in modules("spo_train").items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "spo_kernels":
+                assert f"spo_kernels.{node.attr}" in public, f"{module} uses spo_kernels.{node.attr}"
+
+
+def test_public_names_exist() -> None:
+    for name in spo_kernels.__all__:
+        assert getattr(spo_kernels, name) is not None

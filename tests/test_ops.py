@@ -1,0 +1,581 @@
+"""The row ops of every loaded implementation against float64, on the rows, shapes and layouts that bite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from operator import itemgetter
+
+import pytest
+import torch
+from oracle import (
+    ACTIVE,
+    DTYPES,
+    HALF_DTYPES,
+    IGNORE,
+    LEVELS,
+    MODES,
+    ROWS,
+    Case,
+    Result,
+    assert_close,
+    assert_same,
+    assert_same_bits,
+    assert_within_budget,
+    eager,
+    make_case,
+    poisoned_memory,
+    run,
+    truth,
+    ulp,
+)
+from torch import Tensor
+
+from spo_kernels import reference
+from spo_kernels.backends import Backend, cpu
+
+INF, NAN = math.inf, math.nan
+FLOAT32_DTYPES = (torch.float32, *HALF_DTYPES)  # those that accumulate in float32
+needs_kernels = pytest.mark.skipif(not LEVELS, reason=f"SPO_BACKEND={ACTIVE}")
+
+# V around each SIMD width (1, 15 .. 65), a round one, two around a block, and realistic ones (50257 = GPT-2, odd;
+# 128256 = Llama 3).
+VOCABULARIES = (1, 15, 16, 31, 33, 63, 65, 1000, 4096, 4097, 50257, 128256)
+
+
+@cache
+def judged(
+    n: int, v: int, dtype: torch.dtype, mode: str, rows: str, ref_dtype: torch.dtype
+) -> tuple[Case, Result, Result | None]:
+    """A case with its truth and its yardstick, computed once for all implementations."""
+    case = make_case(n, v, dtype, rows=rows, mode=mode, ref_dtype=ref_dtype)
+    return case, truth(case), eager(case)
+
+
+def check(
+    backend: Backend,
+    n: int,
+    v: int,
+    dtype: torch.dtype,
+    mode: str = "both",
+    rows: str = "noise",
+    ref_dtype: torch.dtype | None = None,
+) -> None:
+    """Out of place within the budget, in place the same bits."""
+    case, true, yardstick = judged(n, v, dtype, mode, rows, ref_dtype or dtype)
+    own = case.logits.clone()
+    result = run(backend, case)
+    assert_same(case.logits, own, "logits")
+    assert_within_budget(result, true, yardstick)
+    inplace = run(backend, replace(case, logits=own), inplace=True)
+    assert inplace.dlogits.data_ptr() == own.data_ptr()
+    assert_same_bits(inplace, result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("v", VOCABULARIES)
+def test_token_stats_over_vocabularies(backend: Backend, v: int, mode: str, dtype: torch.dtype) -> None:
+    check(backend, 48 if v < 100 else 12 if v < 5000 else 3, v, dtype, mode)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [name for name in ROWS if name != "noise"])
+def test_token_stats_over_rows(backend: Backend, rows: str, mode: str, dtype: torch.dtype) -> None:
+    # Enough rows for the yardstick's largest error not to be a matter of luck.
+    for n, v in ((200, 33), (48, 2051)):
+        check(backend, n, v, dtype, mode, rows)
+
+
+@pytest.mark.parametrize("ref_dtype", FLOAT32_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT32_DTYPES, ids=str)
+def test_token_stats_of_different_policy_and_reference_dtypes(
+    backend: Backend, dtype: torch.dtype, ref_dtype: torch.dtype
+) -> None:
+    for v in (65, 1000):
+        check(backend, 12, v, dtype, ref_dtype=ref_dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOAT32_DTYPES, ids=str)
+def test_token_stats_around_the_overflow_of_a_partial_sum(backend: Backend, dtype: torch.dtype) -> None:
+    """exp() overflows float32 at 88.7 above the shift, and the KL's weighted sum a little before the plain one."""
+    case = make_case(33, 2049, dtype)
+    case.ref_logits.mul_(20)
+    case.logits[:, 1500] = torch.linspace(80, 96, 33).to(dtype)
+    case.ref_logits[:, 1700] = torch.linspace(96, 80, 33).to(dtype)
+    assert_within_budget(run(backend, case), truth(case), eager(case))
+
+
+@pytest.mark.parametrize("rows", ["noise", "peaked", "denormal", "falling"])
+def test_small_probabilities_keep_their_relative_accuracy(backend: Backend, rows: str) -> None:
+    """The gradient's absolute error says nothing of p = 1e-20: here every normal p is measured on its own scale."""
+    case = make_case(4, 1000, torch.float32, rows=rows, mode="logps")
+    case = replace(case, labels=torch.zeros(4, dtype=torch.int64))
+    true, actual, yardstick = truth(case).dlogits, run(backend, case).dlogits, eager(case)
+    assert yardstick is not None
+    tail = true.abs() > torch.finfo(torch.float32).tiny
+    tail[:, 0] = False  # the label's 1 - p cancels
+    error, eager_error = (
+        ((x.double() - true).abs() / ulp(true, torch.float32))[tail] for x in (actual, yardstick.dlogits)
+    )
+    assert error.max() <= 2 * eager_error.max() + 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stats_are_the_log_sum_exp_in_two_parts(backend: Backend, dtype: torch.dtype) -> None:
+    case = make_case(6, 1000, dtype, rows="offset")
+    stats = backend.token_stats_fwd(case.logits, case.labels, case.ref_logits, None, IGNORE)[2].double()
+    expected = torch.stack([x.double().logsumexp(-1) for x in (case.logits, case.ref_logits)])
+    # Near 1e4 their float32 sum would be off by 5e-4.
+    torch.testing.assert_close(stats[0::2] + stats[1::2], expected, rtol=0, atol=2e-6)
+
+
+def contiguous(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x, x
+
+
+def wide_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    buffer = x.new_full((*x.shape[:-1], x.shape[-1] + 7), 3)
+    return buffer, buffer[..., : x.shape[-1]]
+
+
+def off_by_one_element(x: Tensor) -> tuple[Tensor, Tensor]:
+    buffer = x.new_full((x.numel() + 2,), 3)
+    return buffer, buffer[1:-1].view(x.shape)
+
+
+def all_but_the_last_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    buffer = x.new_full((x.shape[0], x.shape[1] + 1, x.shape[2]), 3)
+    return buffer, buffer[:, :-1]
+
+
+def all_but_the_first_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    buffer = x.new_full((x.shape[0], x.shape[1] + 1, x.shape[2]), 3)
+    return buffer, buffer[:, 1:]
+
+
+def every_other_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    buffer = x.new_full((x.shape[0], 2 * x.shape[1], x.shape[2]), 3)
+    return buffer, buffer[:, ::2]
+
+
+def time_first(x: Tensor) -> tuple[Tensor, Tensor]:
+    buffer = x.new_empty((x.shape[1], x.shape[0], x.shape[2]))
+    return buffer, buffer.transpose(0, 1)
+
+
+Layout = Callable[[Tensor], tuple[Tensor, Tensor]]
+LAYOUTS: tuple[Layout, ...] = (
+    contiguous,
+    wide_rows,
+    off_by_one_element,
+    all_but_the_last_token,
+    all_but_the_first_token,
+    every_other_token,
+    time_first,
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [33, 1000])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_give_the_same_bits_and_padding_is_left_alone(
+    backend: Backend, layout: Layout, v: int, dtype: torch.dtype
+) -> None:
+    flat = make_case(12, v, dtype)
+    case = flat.map(lambda x: x.unflatten(0, (3, 4)))
+    expected = run(backend, flat)
+
+    buffer, logits = layout(case.logits.clone())
+    logits.copy_(case.logits)
+    ref_logits = layout(case.ref_logits.clone())[1].copy_(case.ref_logits)
+    rows = [
+        None if x is None else x.repeat_interleave(2, 1)[:, ::2]  # strided labels, masks and upstream gradients
+        for x in (case.labels, case.mask, case.dlogps, case.dkl)
+    ]
+    strided = Case(logits, rows[0], ref_logits, *rows[1:])
+    padded = buffer.clone()
+    result = run(backend, strided)
+    assert_same(buffer, padded, "logits and their padding")
+    assert result.dlogits.is_contiguous()
+    assert_same_bits(result.map(lambda x: x.flatten(0, 1)), expected)
+
+    run(backend, strided, inplace=True)
+    assert_same(logits.flatten(0, 1), expected.dlogits, "dlogits")
+    logits.copy_(case.logits)
+    assert_same(buffer, padded, "padding")
+
+
+def test_expanded_logits_and_upstream_gradients(backend: Backend) -> None:
+    """Elements that share memory can be read; ``.sum().backward()`` sends such gradients."""
+    case = make_case(1, 65)
+    one = torch.ones((), dtype=torch.float32)
+    expanded = Case(
+        case.logits.expand(6, -1),
+        case.labels.expand(6),
+        case.ref_logits.expand(6, -1),
+        torch.ones((), dtype=torch.bool).expand(6),
+        one.expand(6),
+        one.expand(6),
+    )
+    dense = expanded.map(Tensor.contiguous)
+    assert_same_bits(run(backend, expanded), run(backend, dense))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (2, 0, 5), (0, 1)])
+def test_no_rows(backend: Backend, shape: tuple[int, ...], mode: str) -> None:
+    rows = shape[:-1]
+    case = Case(
+        torch.empty(shape),
+        torch.empty(rows, dtype=torch.int64),
+        torch.empty(shape),
+        torch.empty(rows, dtype=torch.bool),
+        torch.empty(rows),
+        torch.empty(rows),
+    ).only(mode)
+    for inplace in (False, True):
+        result = run(backend, case, inplace=inplace)
+        assert result.dlogits.shape == shape
+        assert all(x is None or x.shape == rows for x in result[:2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_ignored_and_all_masked(backend: Backend, dtype: torch.dtype) -> None:
+    case = make_case(6, 65, dtype)
+    case.logits[1], case.logits[2] = NAN, INF
+    labels, mask = torch.full((6,), IGNORE), torch.zeros(6, dtype=torch.bool)
+    result = run(backend, replace(case, labels=labels, mask=mask))
+    assert not result.logps.any()
+    assert not result.kl.any()
+    assert not result.dlogits.any()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_unwanted_rows_are_exactly_zero_even_where_logits_are_nan(backend: Backend, mode: str, inplace: bool) -> None:
+    case = make_case(24, 65, mode=mode)
+    unwanted = torch.ones(24, dtype=torch.bool)
+    if case.labels is not None:
+        unwanted &= case.labels == IGNORE
+    if case.mask is not None:
+        unwanted &= ~case.mask
+    clean = run(backend, case)
+    poisoned = replace(case, logits=case.logits.clone())
+    poisoned.logits[unwanted] = NAN
+    for upstream in (poisoned.dlogps, poisoned.dkl):
+        if upstream is not None:
+            upstream[unwanted] = NAN
+    result = run(backend, poisoned, inplace=inplace)
+    assert unwanted.sum() >= 2
+    assert not result.dlogits[unwanted].any()
+    assert_same_bits(result, clean)
+
+
+def test_another_ignore_index_may_be_a_token(backend: Backend) -> None:
+    logits, labels = torch.randn(4, 9), torch.tensor([3, 1, 3, 8])
+    logps = backend.token_stats_fwd(logits, labels, None, None, 3)[0]
+    expected = logits.log_softmax(-1)[[1, 3], [1, 8]]
+    torch.testing.assert_close(logps[[1, 3]], expected)
+    assert not logps[[0, 2]].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("at", [0, 500, 999])
+def test_a_bad_row_is_nan_and_touches_no_other(backend: Backend, at: int, value: float, dtype: torch.dtype) -> None:
+    case = make_case(8, 1000, dtype)
+    case = replace(case, mask=None, labels=torch.arange(8))
+    clean = run(backend, case)
+    case.logits[5, at] = value
+    bad = run(backend, case)
+    for name in Result._fields:
+        got, want = getattr(bad, name), getattr(clean, name).clone()
+        want[5] = NAN
+        assert_same(got, want, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [1, 33, 1000, 4097])
+def test_a_row_of_only_minus_inf_is_nan(backend: Backend, v: int, dtype: torch.dtype) -> None:
+    case = make_case(3, v, dtype)
+    case = replace(case, mask=None, labels=torch.zeros(3, dtype=torch.int64))
+    case.logits[1] = -INF
+    result = run(backend, case)
+    for got in result:
+        assert got is not None
+        assert got.isnan().flatten(1).all(1).tolist() == [False, True, False] if got.dim() > 1 else True
+        assert got.isfinite().flatten(1).all(1).tolist() == [True, False, True] if got.dim() > 1 else True
+    assert result.logps.isnan().tolist() == result.kl.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [33, 1000, 4097])
+def test_a_block_of_only_minus_inf(backend: Backend, v: int, dtype: torch.dtype) -> None:
+    """Everything a kernel sees at first, or at last, or but for one element, may be -inf."""
+    case = make_case(12, v, dtype)
+    case.logits[:4, : v - 2] = -INF
+    case.logits[4:8, 2:] = -INF
+    case.logits[8:, : v // 2] = -INF
+    case.logits[8:, v // 2 + 1 :] = -INF
+    assert_within_budget(run(backend, case), truth(case), eager(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [33, 1000])
+def test_a_label_on_minus_inf(backend: Backend, v: int, dtype: torch.dtype) -> None:
+    """logp is -inf; its gradient is the finite one-hot minus softmax."""
+    case = make_case(4, v, dtype, mode="logps")
+    case = replace(case, labels=torch.tensor([0, 1, v - 1, v // 2]))
+    case.logits[:, [0, v - 1]] = -INF
+    result = run(backend, case)
+    assert (result.logps == -INF).tolist() == [True, False, True, False]
+    assert_within_budget(result, truth(case), eager(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [33, 1000, 4097])
+def test_a_reference_probability_of_zero(backend: Backend, v: int, dtype: torch.dtype) -> None:
+    """Where p > 0 the KL is +inf and its gradient is not finite; where p = 0 the term is 0."""
+    case = make_case(6, v, dtype, mode="kl")
+    case = replace(case, mask=None)
+    last = v - 1
+    case.ref_logits[:4, last] = -INF
+    case.logits[2, last] = -INF
+    case.logits[3, last] = torch.finfo(dtype).min if dtype in HALF_DTYPES else -1e30
+    case.logits[4, last] = -INF
+    result = run(backend, case)
+    assert result.kl[:2].tolist() == [INF, INF]
+    assert result.dlogits[:2, last].isnan().all()
+    assert not result.dlogits[:2].isfinite().any()
+    rest = case.map(lambda x: x[2:])
+    yardstick = eager(rest)
+    assert_within_budget(Result(None, result.kl[2:], result.dlogits[2:]), truth(rest), yardstick)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [*ROWS])
+def test_kl_to_oneself_is_exactly_zero(backend: Backend, rows: str, dtype: torch.dtype) -> None:
+    for v in (1, 33, 1000, 4097):
+        case = make_case(6, v, dtype, rows=rows, mode="kl")
+        # Elsewhere in memory, so that another alignment does not count as another distribution.
+        _, elsewhere = off_by_one_element(case.logits)
+        result = run(backend, replace(case, mask=None, ref_logits=elsewhere.copy_(case.logits)))
+        assert not result.kl.any(), f"V = {v}: {result.kl.tolist()}"
+        assert not result.dlogits.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("noise", [1e-1, 1e-3])
+def test_kl_of_close_distributions(backend: Backend, noise: float, dtype: torch.dtype) -> None:
+    """KL is quadratic in the distance: what remains after cancellation must still be right, and not below -1 ulp."""
+    case = make_case(16, 1000, dtype, mode="kl")
+    case = replace(case, ref_logits=(case.logits.double() + noise * case.ref_logits.double()).to(dtype))
+    assert_within_budget(run(backend, case), truth(case), eager(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_upstream_gradients(backend: Backend, dtype: torch.dtype) -> None:
+    case = make_case(8, 100, dtype)
+    case.dlogps[::2] = 0
+    case.dkl[:4] = 0
+    result = run(backend, case)
+    assert not result.dlogits[[0, 2]].any()
+    assert result.dlogits[1].any()
+    assert_within_budget(result, truth(case), eager(case))
+
+
+def test_an_upstream_gradient_of_one_output_only(backend: Backend) -> None:
+    case = make_case(8, 100)
+    logits, labels, ref_logits, mask, dlogps, dkl = vars(case).values()
+    _, kl, stats = backend.token_stats_fwd(logits, labels, ref_logits, mask, IGNORE)
+    for one in (replace(case, dkl=None), replace(case, dlogps=None)):
+        with poisoned_memory():
+            got = backend.token_stats_bwd(
+                one.dlogps, one.dkl, logits, labels, ref_logits, mask, kl, stats, IGNORE, False
+            )
+        both = replace(case, dlogps=torch.zeros(8) if one.dlogps is None else dlogps)
+        both = replace(both, dkl=torch.zeros(8) if one.dkl is None else dkl)
+        assert_within_budget(Result(None, None, got), truth(both)._replace(logps=None, kl=None), eager(both))
+
+
+@pytest.mark.parametrize("label", [-1, -99, 65, 2**31, 2**40, -(2**63)])
+def test_label_out_of_range_is_named_and_nothing_is_written(backend: Backend, label: int) -> None:
+    case = make_case(300, 65, mode="logps")
+    good = backend.token_stats_fwd(case.logits, case.labels, None, None, IGNORE)
+    case.labels[299] = label  # in the last worker's rows
+    before = case.logits.clone()
+    with pytest.raises(RuntimeError, match=rf"labels must be in \[0, 65\).*got {label}\b"):
+        run(backend, case)
+    for inplace in (False, True):
+        with pytest.raises(RuntimeError):
+            backend.token_stats_bwd(
+                case.dlogps, None, case.logits, case.labels, None, None, good[1], good[2], IGNORE, inplace
+            )
+    assert_same(case.logits, before, "logits")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ["noise", "ramp", "denormal"])
+@pytest.mark.parametrize("v", [1, 33, 1000, 4097])
+def test_a_row_does_not_depend_on_its_batch(backend: Backend, v: int, rows: str, dtype: torch.dtype) -> None:
+    """Bitwise: alone, at another place, in a batch of another size, on one thread or two."""
+    case = make_case(37, v, dtype, rows=rows)
+    whole = run(backend, case)
+    torch.set_num_threads(1)
+    assert_same_bits(run(backend, case), whole)
+    torch.set_num_threads(2)
+    for index in (torch.tensor([17]), torch.arange(36, -1, -1), torch.arange(5, 24), torch.tensor([7] * 9)):
+        part = run(backend, case.map(itemgetter(index)))
+        assert_same_bits(part, whole.map(itemgetter(index)))
+
+
+def denormals_work() -> bool:
+    """Whether torch's own arithmetic keeps denormal numbers, on this thread and on its workers."""
+    return bool((torch.full((1 << 17,), 1e-40) * 0.5).ne(0).all()) and 1e-310 * 0.5 != 0
+
+
+def test_the_floating_point_environment_is_restored(backend: Backend) -> None:
+    case = make_case(300, 100, rows="denormal")
+    assert denormals_work()
+    run(backend, case)
+    assert denormals_work()
+    case.labels[299] = 100
+    with pytest.raises(RuntimeError, match="labels"):
+        run(backend, case)
+    assert denormals_work()
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this CPU has no flush-to-zero mode")
+def test_the_callers_floating_point_mode_changes_nothing_and_is_kept(backend: Backend) -> None:
+    case = make_case(300, 100, rows="denormal")
+    expected = run(backend, case)
+    torch.set_flush_denormal(True)
+    try:
+        result = run(backend, case)
+        kept = (torch.tensor(1e-40) * 0.5).item() == 0
+    finally:
+        torch.set_flush_denormal(False)
+    assert kept
+    if ACTIVE == "cpu" and backend is not reference:  # plain torch follows the mode it finds
+        assert_same_bits(result, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("v", [1, 33, 1000, 4097])
+def test_kl_loss(backend: Backend, v: int, weighted: bool, dtype: torch.dtype) -> None:
+    case = make_case(24, v, dtype, mode="kl")
+    weight = torch.rand(24, dtype=reference.accumulate_dtype(dtype)) * case.mask if weighted else None
+    case = replace(case, mask=None, dkl=torch.ones(24) if weight is None else weight)
+    true, yardstick = truth(case), eager(case)
+
+    def total(result: Result) -> Tensor:
+        return (result.kl * case.dkl).sum()
+
+    before = case.logits.clone()
+    with poisoned_memory():
+        loss, dlogits = backend.kl_loss_fwd(case.logits, case.ref_logits, weight, False)
+    assert_same(case.logits, before, "logits")
+    assert loss.shape == ()
+    assert loss.dtype == reference.accumulate_dtype(dtype)
+    assert dlogits.dtype == dtype
+    assert_close(loss, total(true), None if yardstick is None else total(yardstick), "loss")
+    assert_close(dlogits, true.dlogits, None if yardstick is None else yardstick.dlogits, "dlogits")
+    inplace_loss, gradient = backend.kl_loss_fwd(before, case.ref_logits, weight, True)
+    assert gradient.data_ptr() == before.data_ptr()
+    assert_same(gradient, dlogits, "dlogits in place")
+    assert_same(inplace_loss, loss, "loss in place")
+    torch.set_num_threads(1)
+    alone_loss, alone = backend.kl_loss_fwd(case.logits, case.ref_logits, weight, False)
+    assert_same(alone, dlogits, "dlogits on one thread")
+    assert_same(alone_loss, loss, "loss on one thread")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kl_loss_layouts(backend: Backend, layout: Layout) -> None:
+    logits, ref_logits = torch.randn(2, 3, 4, 33)
+    weight = torch.rand(3, 4)
+    loss, dlogits = backend.kl_loss_fwd(logits, ref_logits, weight, False)
+    buffer, strided = layout(logits.clone())
+    strided.copy_(logits)
+    before = buffer.clone()
+    strided_ref = layout(ref_logits.clone())[1].copy_(ref_logits)
+    strided_weight = weight.repeat_interleave(2, 1)[:, ::2]
+    for inplace in (False, True):
+        got = backend.kl_loss_fwd(strided, strided_ref, strided_weight, inplace)
+        assert_same(got[0], loss, "loss")
+        assert_same(got[1], dlogits, "dlogits")
+    strided.copy_(logits)
+    assert_same(buffer, before, "padding")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_kl_loss_skips_rows_of_weight_zero(backend: Backend, inplace: bool) -> None:
+    logits, ref_logits = torch.randn(2, 5, 65)
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.0, -1.0])
+    expected = backend.kl_loss_fwd(logits, ref_logits, weight, False)
+    logits[1], ref_logits[3] = NAN, NAN
+    loss, dlogits = backend.kl_loss_fwd(logits, ref_logits, weight, inplace)
+    assert_same(loss, expected[0], "loss")
+    assert_same(dlogits, expected[1], "dlogits")
+    assert not dlogits[[1, 3]].any()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5)])
+def test_kl_loss_of_no_rows(backend: Backend, shape: tuple[int, ...]) -> None:
+    for weight in (None, torch.empty(shape[:-1])):
+        loss, dlogits = backend.kl_loss_fwd(torch.empty(shape), torch.empty(shape), weight, False)
+        assert loss.item() == 0
+        assert dlogits.shape == shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scale(backend: Backend, layout: Layout, dtype: torch.dtype) -> None:
+    values = torch.randn(3, 5, 33, dtype=torch.float64).to(dtype)
+    wide = reference.accumulate_dtype(dtype)
+    buffer, tensor = layout(values.clone())
+    for scale in (0.3, -2.0, 0.0, 1.0, NAN):
+        tensor.copy_(values)
+        before = buffer.clone()
+        by = torch.tensor(scale, dtype=wide)
+        backend.scale_(tensor, by)
+        assert_same(tensor, (values.to(wide) * by).to(dtype), f"times {scale}")
+        tensor.copy_(values)
+        assert_same(buffer, before, "padding")
+
+
+@needs_kernels
+def test_every_simd_level_of_this_cpu_runs_when_it_is_set(simd_level: str) -> None:
+    control = cpu.load()
+    assert control.simd_level() == simd_level
+    assert not any(control.rows_executed().values())
+    case = make_case(10, 65)
+    logits, labels, ref_logits, mask, _, _ = vars(case).values()
+    cpu.token_stats_fwd(logits, labels, ref_logits, mask, IGNORE)
+    executed = {level: rows for level, rows in control.rows_executed().items() if rows}
+    assert executed == {simd_level: 10}
+    control.reset_rows_executed()
+    assert not any(control.rows_executed().values())
+
+
+@needs_kernels
+def test_the_portable_level_exists_and_the_best_comes_first() -> None:
+    levels = cpu.load().simd_levels()
+    assert levels[-1] == "portable"
+    assert levels == sorted(levels, key=["avx512", "avx2", "portable"].index)
+    assert set(cpu.load().rows_executed()) >= set(levels)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["sse9", "", "AVX2"])
+def test_an_unknown_simd_level_is_refused_and_changes_nothing(name: str) -> None:
+    control = cpu.load()
+    before = control.simd_level()
+    with pytest.raises(ValueError, match=f"portable.*{name!r}|{name!r}.*portable"):
+        control.set_simd_level(name)
+    assert control.simd_level() == before

@@ -1,0 +1,29 @@
+"""Runs test_triton_ops.py under Triton's interpreter, in a process where it is set before anything imports triton."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spo_kernels import backends
+
+pytest.importorskip("triton")
+
+
+def test_ops_in_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "SPO_BACKEND": "triton"}
+    tests = Path(__file__).with_name("test_triton_ops.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    child = subprocess.run(command, env=environment, cwd=tests.parents[2], capture_output=True, text=True, timeout=600)
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert " passed" in child.stdout and "skipped" not in child.stdout, child.stdout
+
+
+def test_without_the_interpreter_cpu_tensors_are_refused() -> None:
+    with pytest.raises(ValueError, match="tensor must be on a GPU.*got cpu"):
+        backends.get("triton").scale_(torch.ones(2, 3), torch.ones(()))
