@@ -1,4 +1,4 @@
-"""``python -m spo_kernels.env``: what was built, what is selected for each device and why. Paste it into bug reports."""
+"""``python -m spo_kernels.env``: what was built, what is selected for each device and why; for bug reports."""
 
 from __future__ import annotations
 

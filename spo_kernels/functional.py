@@ -1,7 +1,7 @@
 """The public functions from logits: what they accept and what they refuse; the work is done by `spo_kernels.ops`.
 
-Shapes: logits ``[N, V]`` or ``[B, T, V]`` (any number of leading dimensions; a slice such as ``logits[:, :-1]`` is read
-where it lies, never copied). Dtypes: float32, bfloat16, float16 or float64; outputs and accumulation are float32, and
+Shapes: logits ``[N, V]`` or ``[B, T, V]`` (any number of leading dimensions; a slice such as ``logits[:, :-1]`` is
+read where it lies, never copied). Dtypes: float32, bfloat16, float16 or float64; outputs and accumulation are float32,
 float64 for float64 logits. Log-probabilities and KL are in nats. Gradients have the logits' dtype. Labels arrive aligned
 with the logits: only `get_batch_logps` shifts.
 
@@ -20,9 +20,7 @@ from spo_kernels import ops
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def token_logps(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, inplace_backward: bool = False
-) -> Tensor:
+def token_logps(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, inplace_backward: bool = False) -> Tensor:
     """Log-probability of each label: ``log softmax(logits)[label]``, in one pass and without storing a softmax.
 
     Args:
@@ -188,7 +186,7 @@ def kl_loss(
 
 
 def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = False) -> Tensor:
-    """`sequence_logps` with the labels shifted by one inside: drop-in for ``_get_batch_logps`` of the DPO reference code.
+    """`sequence_logps` with the labels shifted by one inside, as ``_get_batch_logps`` of the DPO reference code does.
 
     Args:
         logits: ``[B, T, V]``, as the model returned them.
@@ -210,7 +208,7 @@ def _output_dtype(logits: Tensor) -> torch.dtype:
 
 
 def _as_rows(logits: Tensor) -> Tensor:
-    """Logits as the ops take them: ``[N, V]`` or ``[B, T, V]`` with a unit last stride, copied only where they must be."""
+    """Logits as the ops take them: ``[N, V]`` or ``[B, T, V]`` with a unit last stride, copied only where needed."""
     if logits.dim() == 1:
         logits = logits[None]
     elif logits.dim() > 3:

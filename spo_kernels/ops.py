@@ -82,10 +82,23 @@ def _autograd(name: str, backward: Any, setup_context: Any = None) -> None:
     torch.library.register_autograd(f"spo_kernels::{name}", backward, setup_context=setup_context, lib=library)
 
 
+def _written(tensor: Tensor) -> None:
+    """Count an op's write in the tensor's version, so that whatever saved the tensor raises when it needs it."""
+    if not torch.compiler.is_compiling():  # functionalized there: nothing was written
+        torch.autograd.graph.increment_version(tensor)
+
+
+def _refuse_double_backward() -> None:
+    # Grad mode is on in a backward only under create_graph. Without this the gradient would come back as a constant.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("spo_kernels: these gradients cannot be differentiated again (double backward)")
+
+
 def _token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, labels, ref_logits, mask, ctx.ignore_index, ctx.inplace_backward = inputs
-    _, kl, stats = output
-    ctx.mark_non_differentiable(stats)
+    logps, kl, stats = output
+    not_asked = [out for out, source in ((logps, labels), (kl, ref_logits)) if source is None]
+    ctx.mark_non_differentiable(stats, *not_asked)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, labels, ref_logits, mask, kl, stats)
 
@@ -93,12 +106,14 @@ def _token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if dlogps is None and dkl is None:
         return (None,) * 6
+    _refuse_double_backward()
     logits, *rest = ctx.saved_tensors
-    # While compiling, memory is the compiler's business: functionalization does not see that a second function saved the
-    # same logits (in eager mode the version counter does), and would hand it gradients in their place.
+    # While compiling, memory is the compiler's business: functionalization does not see that a second function saved
+    # the same logits (in eager mode the version counter does), and would hand it gradients in their place.
     if ctx.inplace_backward and not torch.compiler.is_compiling():
         dlogits = logits.detach()
         torch.ops.spo_kernels.token_stats_bwd_(dlogps, dkl, dlogits, *rest, ctx.ignore_index)
+        _written(dlogits)
     else:
         dlogits = torch.ops.spo_kernels.token_stats_bwd(dlogps, dkl, logits, *rest, ctx.ignore_index)
     return dlogits, None, None, None, None, None
@@ -107,12 +122,15 @@ def _token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _
 def _kl_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     dlogits = output[1]
     ctx.mark_non_differentiable(dlogits)
+    ctx.set_materialize_grads(False)  # or torch would fill a dlogits-sized tensor with zeros for the output nobody uses
     ctx.save_for_backward(dlogits)
 
 
 def _kl_loss_backward(ctx: Any, dloss: Tensor, _: Any = None) -> tuple[Tensor | None, ...]:
+    _refuse_double_backward()
     (dlogits,) = ctx.saved_tensors
     torch.ops.spo_kernels.scale_(dlogits, dloss)
+    _written(dlogits)
     return dlogits, None, None
 
 
@@ -123,19 +141,14 @@ class KlLossOverwrite(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None) -> Tensor:
         dlogits = logits.detach()
         loss = torch.ops.spo_kernels.kl_loss_fwd_(dlogits, ref_logits, row_weight)
+        _written(dlogits)
         ctx.save_for_backward(dlogits)
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         return _kl_loss_backward(ctx, dloss)
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("spo_kernels: the gradients of these functions cannot be differentiated again (double backward)")
-
-
 _autograd("token_stats_fwd", _token_stats_backward, _token_stats_setup)
-_autograd("token_stats_bwd", _no_double_backward)
 _autograd("kl_loss_fwd", _kl_loss_backward, _kl_loss_setup)

@@ -114,9 +114,7 @@ def token_stats_bwd(
     return logits.copy_(grad) if inplace else grad.to(logits.dtype)
 
 
-def kl_loss_fwd(
-    logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool
-) -> tuple[Tensor, Tensor]:
+def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
     """``sum_i row_weight_i kl_i`` (0-d) and its gradient with respect to logits; in place: written into logits.
 
     Rows of weight 0 are skipped: no KL and a zero gradient. None weighs every row 1.

@@ -102,21 +102,21 @@ def test_token_stats_of_different_policy_and_reference_dtypes(
 @pytest.mark.parametrize("dtype", FLOAT32_DTYPES, ids=str)
 def test_token_stats_around_the_overflow_of_a_partial_sum(backend: Backend, dtype: torch.dtype) -> None:
     """exp() overflows float32 at 88.7 above the shift, and the KL's weighted sum a little before the plain one."""
-    case = make_case(33, 2049, dtype)
+    case = make_case(200, 2049, dtype)
     case.ref_logits.mul_(20)
-    case.logits[:, 1500] = torch.linspace(80, 96, 33).to(dtype)
-    case.ref_logits[:, 1700] = torch.linspace(96, 80, 33).to(dtype)
+    case.logits[:, 1500] = torch.linspace(80, 96, 200).to(dtype)
+    case.ref_logits[:, 1700] = torch.linspace(96, 80, 200).to(dtype)
     assert_within_budget(run(backend, case), truth(case), eager(case))
 
 
 @pytest.mark.parametrize("rows", ["noise", "peaked", "denormal", "falling"])
 def test_small_probabilities_keep_their_relative_accuracy(backend: Backend, rows: str) -> None:
-    """The gradient's absolute error says nothing of p = 1e-20: here every normal p is measured on its own scale."""
+    """The gradient's absolute error says nothing of p = 1e-20: here every p is measured on its own scale."""
     case = make_case(4, 1000, torch.float32, rows=rows, mode="logps")
     case = replace(case, labels=torch.zeros(4, dtype=torch.int64))
     true, actual, yardstick = truth(case).dlogits, run(backend, case).dlogits, eager(case)
     assert yardstick is not None
-    tail = true.abs() > torch.finfo(torch.float32).tiny
+    tail = true.abs() > 1e-35  # below, p or its product with the upstream gradient may be flushed to zero
     tail[:, 0] = False  # the label's 1 - p cancels
     error, eager_error = (
         ((x.double() - true).abs() / ulp(true, torch.float32))[tail] for x in (actual, yardstick.dlogits)
@@ -316,11 +316,11 @@ def test_a_row_of_only_minus_inf_is_nan(backend: Backend, v: int, dtype: torch.d
 @pytest.mark.parametrize("v", [33, 1000, 4097])
 def test_a_block_of_only_minus_inf(backend: Backend, v: int, dtype: torch.dtype) -> None:
     """Everything a kernel sees at first, or at last, or but for one element, may be -inf."""
-    case = make_case(12, v, dtype)
-    case.logits[:4, : v - 2] = -INF
-    case.logits[4:8, 2:] = -INF
-    case.logits[8:, : v // 2] = -INF
-    case.logits[8:, v // 2 + 1 :] = -INF
+    case = make_case(96, v, dtype)
+    case.logits[0::3, : v - 2] = -INF
+    case.logits[1::3, 2:] = -INF
+    case.logits[2::3, : v // 2] = -INF
+    case.logits[2::3, v // 2 + 1 :] = -INF
     assert_within_budget(run(backend, case), truth(case), eager(case))
 
 
@@ -340,20 +340,18 @@ def test_a_label_on_minus_inf(backend: Backend, v: int, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("v", [33, 1000, 4097])
 def test_a_reference_probability_of_zero(backend: Backend, v: int, dtype: torch.dtype) -> None:
     """Where p > 0 the KL is +inf and its gradient is not finite; where p = 0 the term is 0."""
-    case = make_case(6, v, dtype, mode="kl")
+    case = make_case(50, v, dtype, mode="kl")
     case = replace(case, mask=None)
     last = v - 1
-    case.ref_logits[:4, last] = -INF
-    case.logits[2, last] = -INF
-    case.logits[3, last] = torch.finfo(dtype).min if dtype in HALF_DTYPES else -1e30
-    case.logits[4, last] = -INF
+    case.ref_logits[:, last] = -INF
+    case.logits[2::2, last] = -INF
+    case.logits[3::2, last] = torch.finfo(dtype).min if dtype == torch.float16 else -1e30
     result = run(backend, case)
     assert result.kl[:2].tolist() == [INF, INF]
     assert result.dlogits[:2, last].isnan().all()
     assert not result.dlogits[:2].isfinite().any()
-    rest = case.map(lambda x: x[2:])
-    yardstick = eager(rest)
-    assert_within_budget(Result(None, result.kl[2:], result.dlogits[2:]), truth(rest), yardstick)
+    rest = case.map(itemgetter(slice(2, None)))
+    assert_within_budget(result.map(itemgetter(slice(2, None))), truth(rest), eager(rest))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

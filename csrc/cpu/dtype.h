@@ -55,11 +55,14 @@ static inline void from_double(double x, f16& out) {
   const std::uint32_t bits = float_bits(static_cast<float>(x));
   const std::uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   std::uint32_t half;
-  if (magnitude > 0x7f800000) half = 0x7e00;
-  else if (magnitude >= 143u << 23) half = 0x7c00;
+  if (magnitude > 0x7f800000)
+    half = 0x7e00;
+  else if (magnitude >= 143u << 23)
+    half = 0x7c00;
   else if (magnitude < 113u << 23)  // subnormal: adding 1/2 aligns the bits, rounding included
     half = float_bits(bit_float(magnitude) + 0.5f) - float_bits(0.5f);
-  else half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  else
+    half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
   out.bits = static_cast<std::uint16_t>(half | sign);
 }
 

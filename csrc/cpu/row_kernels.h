@@ -1,5 +1,5 @@
-// What happens to one row of logits. Equations: spo_kernels/reference.py. Every pointer is to V contiguous elements, with
-// no alignment beyond that of the element; outputs may be the logits themselves.
+// What happens to one row of logits. Equations: spo_kernels/reference.py. Every pointer is to V contiguous elements,
+// with no alignment beyond that of the element; outputs may be the logits themselves.
 #pragma once
 
 #include <cstdint>

@@ -2,10 +2,12 @@
 //
 // What made them fast, measured (two cores, AVX-512, rows beyond cache):
 // - A single sweep: the shift is the maximum of the first 512 logits, and a block is redone with a larger one only when
-//   its partial sum says that an exponential came near overflow. Block maxima first cost a second read from L1; online
-//   rescaling per lane costs a second exponential an element.
+//   its partial sum says that the shift is far below a logit (no overflow yet, but the exponent's rounding grows with
+//   it). Block maxima first cost a second read from L1; online rescaling per lane costs a second exponential an
+//   element.
 // - Software prefetch of the stream some KB ahead.
-// - Flush-to-zero while a kernel runs (see row_ops.cpp): probabilities below 1e-38 otherwise take a microcode assist each,
+// - Flush-to-zero while a kernel runs (see row_ops.cpp): probabilities below 1e-38 otherwise take a microcode assist
+// each,
 //   15 to 28 times slower on rows with a wide spread.
 #pragma once
 
@@ -20,18 +22,19 @@
 namespace spo::cpu::SPO_SIMD_LEVEL {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896340736f;
-constexpr int kGroup = 4 * F32::size;    // elements a step of the inner loops takes: four independent chains
-constexpr std::int64_t kBlock = 4096;    // elements between overflow checks; a block stays in L1 for its second try
-constexpr std::int64_t kFirst = 512;     // elements whose maximum is the first shift
-constexpr float kOverflow = 1e25f;       // a block sum from here on means the shift is too low
-constexpr std::int64_t kPrefetch = 4096; // bytes ahead
+constexpr int kGroup = 4 * F32::size;         // elements a step of the inner loops takes: four independent chains
+constexpr std::int64_t kBlock = 64 * kGroup;  // between overflow checks: a lane adds 64 terms before double takes over
+constexpr std::int64_t kFirst = 512;          // elements whose maximum is the first shift
+constexpr float kTooLarge = 8192.f;           // a block sum beyond this: redo with a higher shift
+constexpr std::int64_t kPrefetch = 4096;      // bytes ahead
+
+// The exponential of gradients: as precise as their type can show.
+template <class T>
+using GradExp = Exp<std::is_same_v<T, bf16> ? 4 : 5, std::is_same_v<T, float>>;
 
 template <class T>
-constexpr int kGradDegree = std::is_same_v<T, float> ? 5 : 4;
-
-template <class T>
-SPO_INLINE void prefetch(const T* p) {  // as an integer: the address may lie beyond the logits, which is fine to prefetch
+SPO_INLINE void prefetch(
+    const T* p) {  // as an integer: the address may lie beyond the logits, which is fine to prefetch
   const std::uintptr_t ahead = reinterpret_cast<std::uintptr_t>(p) + kPrefetch;
 #pragma GCC unroll 8
   for (std::uintptr_t byte = 0; byte < kGroup * sizeof(T); byte += 64)
@@ -84,7 +87,7 @@ float block_max(const T* z, std::int64_t groups) {
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// A sum of exponentials of one row in the making: sum of 2^((z - shift) log2e).
+// A sum of exponentials of one row in the making: sum of exp(z - shift).
 struct ExpSum {
   float shift;
   double sum = 0;
@@ -95,28 +98,27 @@ struct ExpSum {
     const float first = n < kGroup ? block_max(Tail<T>(z, n).data, 1) : block_max(z, n / kGroup);
     shift = first > -FLT_MAX ? first : -FLT_MAX;
   }
-  // Raise the shift to m if it is larger; returns by how much, in units of log2.
+  // Raise the shift to m if it is larger; returns by how much.
   double raise(float m) {
     if (!(m > shift)) return 0;
-    const double by = (static_cast<double>(m) - shift) * kLog2e;
+    const double by = static_cast<double>(m) - shift;
     shift = m;
-    sum *= std::exp2(-by);
+    sum *= std::exp(-by);
     return by;
   }
-  double log2_sum() const { return std::log2(sum); }
   RowStats stats() const { return {shift, std::log(sum)}; }
 };
 
 template <class T>
-SPO_INLINE float sum_exp2(const T* z, std::int64_t groups, float shift) {
-  const F32 log2e(kLog2e), s(shift);
-  const Exp2<5> exp2;
+SPO_INLINE float sum_exp(const T* z, std::int64_t groups, float shift) {
+  const F32 s(shift);
+  const Exp<5> exp;
   F32 sum[4], x[4];
   for (std::int64_t g = 0; g < groups; ++g) {
     prefetch(z + g * kGroup);
     load_group(z + g * kGroup, x);
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) sum[k] = sum[k] + exp2((x[k] - s) * log2e);
+    for (int k = 0; k < 4; ++k) sum[k] = sum[k] + exp(x[k] - s);
   }
   return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
@@ -125,10 +127,10 @@ template <class T>
 RowStats logits_stats(const T* z, std::int64_t V) {
   ExpSum s(z, V);
   for_blocks(z, V, [&](const T* block, std::int64_t groups) {
-    float sum = sum_exp2(block, groups, s.shift);
-    if (__builtin_expect(!(sum < kOverflow), 0)) {
+    float sum = sum_exp(block, groups, s.shift);
+    if (__builtin_expect(!(sum < kTooLarge), 0)) {
       s.raise(block_max(block, groups));
-      sum = sum_exp2(block, groups, s.shift);
+      sum = sum_exp(block, groups, s.shift);
     }
     s.sum += sum;
   });
@@ -136,15 +138,15 @@ RowStats logits_stats(const T* z, std::int64_t V) {
   return s.stats();
 }
 
-// Partial sums of a block: of 2^uz, of 2^ur, and of 2^uz (uz - ur), where u = (logit - shift) log2e.
+// Partial sums of a block, with zs and rs the logits less their shifts: of exp(zs), exp(rs) and exp(zs) (zs - rs).
 struct KlBlock {
   float p, q, gap;
 };
 
 template <class T, class R>
 SPO_INLINE KlBlock sum_kl(const T* z, const R* r, std::int64_t groups, float shift_z, float shift_r) {
-  const F32 log2e(kLog2e), sz(shift_z), sr(shift_r);
-  const Exp2<5> exp2;
+  const F32 sz(shift_z), sr(shift_r);
+  const Exp<5> exp;
   F32 p[4], q[4], gap[4], x[4], y[4];
   for (std::int64_t g = 0; g < groups; ++g) {
     prefetch(z + g * kGroup);
@@ -153,12 +155,11 @@ SPO_INLINE KlBlock sum_kl(const T* z, const R* r, std::int64_t groups, float shi
     load_group(r + g * kGroup, y);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      const F32 uz = (x[k] - sz) * log2e, ur = (y[k] - sr) * log2e;
-      const F32 w = exp2(uz);
+      const F32 zs = x[k] - sz, rs = y[k] - sr, w = exp(zs);
       p[k] = p[k] + w;
-      q[k] = q[k] + exp2(ur);
-      // Where p is 0 the gap may be infinite or NaN (-inf - -inf): no term. Where it is not and ur = -inf, +inf.
-      gap[k] = fma(w, where_nonzero(w, uz - ur), gap[k]);
+      q[k] = q[k] + exp(rs);
+      // Where p is 0 the gap may be infinite or NaN (-inf - -inf): no term. Where it is not and r = -inf, +inf.
+      gap[k] = fma(w, where_nonzero(w, zs - rs), gap[k]);
     }
   }
   return {reduce_add((p[0] + p[1]) + (p[2] + p[3])), reduce_add((q[0] + q[1]) + (q[2] + q[3])),
@@ -171,10 +172,10 @@ KlStats kl_stats(const T* z, const R* r, std::int64_t V) {
   double gap = 0;
   for_blocks(z, r, V, [&](const T* zb, const R* rb, std::int64_t groups) {
     KlBlock b = sum_kl(zb, rb, groups, p.shift, q.shift);
-    if (__builtin_expect(!(b.p < kOverflow && b.q < kOverflow), 0)) {
-      // gap is a sum of w (uz - ur): a higher shift of z lowers w and uz, of r ur.
+    if (__builtin_expect(!(b.p < kTooLarge && b.q < kTooLarge), 0)) {
+      // gap is a sum of exp(zs) (zs - rs): raising a shift lowers zs or rs.
       const double sum = p.sum, dz = p.raise(block_max(zb, groups)), dr = q.raise(block_max(rb, groups));
-      gap = sum == 0 ? 0 : (gap + sum * (dr - dz)) * std::exp2(-dz);
+      gap = sum == 0 ? 0 : (gap + sum * (dr - dz)) * std::exp(-dz);
       b = sum_kl(zb, rb, groups, p.shift, q.shift);
     }
     p.sum += b.p;
@@ -182,23 +183,12 @@ KlStats kl_stats(const T* z, const R* r, std::int64_t V) {
     gap += b.gap;
   });
   if (__builtin_expect(p.sum == 0 || q.sum == 0, 0)) return scalar::kl_stats(z, r, V);
-  const double log2_ratio = gap / p.sum - p.log2_sum() + q.log2_sum();
-  return {p.stats(), q.stats(), log2_ratio / kLog2e};
+  const RowStats policy = p.stats(), ref = q.stats();
+  return {policy, ref, gap / p.sum - policy.logsum + ref.logsum};
 }
 
-// log p = ((z - shift) log2e - offset) / log2e: logsum log2e as a float, and what its rounding leaves out.
-struct Offset {
-  float value;
-  double residual;
-  explicit Offset(const RowStats& s) {
-    const double exact = s.logsum * kLog2e;
-    value = static_cast<float>(exact);
-    residual = value - exact;
-  }
-};
-
 // Otherwise the row was not finite, or belongs to `scalar` in the forward too.
-SPO_INLINE bool in_range(const RowStats& s) { return std::fabs(s.shift) <= FLT_MAX && std::fabs(s.logsum) < 1e30; }
+SPO_INLINE bool in_range(const RowStats& s) { return std::fabs(s.shift) <= FLT_MAX && std::fabs(s.logsum) < 40; }
 
 // f(in, out, groups) over a row; the tail passes through a padded buffer.
 template <class T, class F>
@@ -216,16 +206,16 @@ template <class T>
 void grad_logp(const T* z, T* dz, std::int64_t V, const RowStats& stats, const RowGrad& grad) {
   if (__builtin_expect(!in_range(stats), 0)) return scalar::grad_logp(z, dz, V, stats, grad);
   const double at_label = scalar::label_grad_logp(z, stats, grad);  // before dz, which may be z, is written
-  const Offset offset(stats);
-  const F32 log2e(kLog2e), shift(static_cast<float>(stats.shift)), minus_offset(-offset.value);
-  const Exp2<kGradDegree<T>> exp2(static_cast<float>(-grad.g_logp * std::exp2(offset.residual)));
+  // -g_logp p = exp(z - shift) (-g_logp exp(-logsum))
+  const GradExp<T> exp(static_cast<float>(-grad.g_logp * std::exp(-stats.logsum)));
+  const F32 shift(static_cast<float>(stats.shift));
   for_grad_blocks(z, dz, V, [&](const T* in, T* out, std::int64_t groups) {
     F32 x[4];
     for (std::int64_t g = 0; g < groups; ++g) {
       prefetch(in + g * kGroup);
       load_group(in + g * kGroup, x);
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) x[k] = exp2(fma(x[k] - shift, log2e, minus_offset));
+      for (int k = 0; k < 4; ++k) x[k] = exp(x[k] - shift);
       store_group(out + g * kGroup, x);
     }
   });
@@ -237,15 +227,14 @@ void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats
   if (__builtin_expect(!(in_range(stats.policy) && in_range(stats.ref)), 0))
     return scalar::grad_kl(z, r, dz, V, stats, grad);
   const double at_label = grad.label >= 0 ? scalar::label_grad_kl(z, r, stats, grad) : 0;
-  const Offset offset_z(stats.policy), offset_r(stats.ref);
-  // p (g_kl (log p - log q - kl) - g_logp) = 2^uz ((uz - ur) slope + constant)
-  const double scale = std::exp2(offset_z.residual);
-  const double residual = (offset_z.residual - offset_r.residual) / kLog2e;
-  const F32 slope(static_cast<float>(scale * grad.g_kl / kLog2e));
-  const F32 constant(static_cast<float>(scale * (grad.g_kl * (residual - stats.kl) - grad.g_logp)));
-  const F32 log2e(kLog2e), minus_z(-offset_z.value), minus_r(-offset_r.value);
+  // With zs and rs the logits less their shifts:
+  // p (g_kl (log p - log q - kl) - g_logp) = exp(zs) ((zs - rs) slope + constant)
+  const double scale = std::exp(-stats.policy.logsum);
+  const double gap = stats.ref.logsum - stats.policy.logsum;
+  const F32 slope(static_cast<float>(scale * grad.g_kl));
+  const F32 constant(static_cast<float>(scale * (grad.g_kl * (gap - stats.kl) - grad.g_logp)));
   const F32 sz(static_cast<float>(stats.policy.shift)), sr(static_cast<float>(stats.ref.shift));
-  const Exp2<kGradDegree<T>> exp2;
+  const GradExp<T> exp;
 
   const auto group = [&](const T* in, const R* ref, T* out) {
     F32 x[4], y[4];
@@ -253,9 +242,8 @@ void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats
     load_group(ref, y);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      const F32 uz = fma(x[k] - sz, log2e, minus_z), ur = fma(y[k] - sr, log2e, minus_r);
-      const F32 p = exp2(uz);
-      x[k] = where_nonzero(p, p * fma(uz - ur, slope, constant));
+      const F32 zs = x[k] - sz, rs = y[k] - sr, p = exp(zs);
+      x[k] = where_nonzero(p, p * fma(zs - rs, slope, constant));
     }
     store_group(out, x);
   };

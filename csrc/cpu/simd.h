@@ -1,6 +1,6 @@
-// A thin vector layer: one class F32 of `size` float lanes per instruction set, with just the operations the row kernels
-// need. Each SIMD level compiles this header in an object of its own, in a namespace of its own (SPO_SIMD_LEVEL), with
-// its own compiler flags; nothing here may be called from another level's object.
+// A thin vector layer: one class F32 of `size` float lanes per instruction set, with just the operations the row
+// kernels need. Each SIMD level compiles this header in an object of its own, in a namespace of its own
+// (SPO_SIMD_LEVEL), with its own compiler flags; nothing here may be called from another level's object.
 //
 // 16-bit types convert to float on load and round to nearest even on store, two vectors at a time, in memory order.
 #pragma once
@@ -18,27 +18,31 @@
 
 namespace spo::cpu::SPO_SIMD_LEVEL {
 
-// 2^f = poly(f), of least relative error among those with poly(0) = 1, so that the largest logit of a row counts exactly 1.
-// Error in float32 arithmetic: 4th degree 3.0e-6 (but 1.5e-8 on average over [0, 1)), 5th degree 1.6e-7. The 4th is enough
-// for gradients that are rounded to 16 bits; the rest takes the 5th: the 4th left 3e-6 on log-probabilities of rows with few
-// likely tokens, where eager torch is exact.
-template <int degree, bool centred>
-struct Exp2Poly;
+constexpr float kLog2e = 1.44269504088896340736f;
+
+// Polynomials of least relative error among those that are 1 at 0, so that the largest logit of a row counts exactly 1.
+// Error in float32 arithmetic: 4th degree 3.0e-6, 5th degree 1.7e-7. The 4th is enough for gradients that are rounded
+// to bfloat16; the rest takes the 5th: the 4th left 3e-6 on log-probabilities of rows with few likely tokens, where
+// eager torch is exact.
+template <int degree>
+struct Exp2Poly;  // 2^f, f in [0, 1)
 template <>
-struct Exp2Poly<4, false> {  // f in [0, 1)
+struct Exp2Poly<4> {
   static constexpr float c[] = {1.f, 0.6930448413f, 0.241280213f, 0.05224244669f, 0.01342670154f};
 };
 template <>
-struct Exp2Poly<5, false> {
+struct Exp2Poly<5> {
   static constexpr float c[] = {1.f, 0.6931512952f, 0.2401644439f, 0.05579991639f, 0.009017026983f, 0.001867131679f};
 };
+template <int degree>
+struct ExpPoly;  // e^f, f in [-ln(2) / 2, ln(2) / 2]
 template <>
-struct Exp2Poly<4, true> {  // f in [-1/2, 1/2]
-  static constexpr float c[] = {1.f, 0.6931241751f, 0.2402409911f, 0.05590642989f, 0.009582855739f};
+struct ExpPoly<4> {
+  static constexpr float c[] = {1.f, 0.9999668598f, 0.50003016f, 0.1678747535f, 0.0415138565f};
 };
 template <>
-struct Exp2Poly<5, true> {
-  static constexpr float c[] = {1.f, 0.6931470037f, 0.2402224243f, 0.05550733581f, 0.009671512991f, 0.001326472848f};
+struct ExpPoly<5> {
+  static constexpr float c[] = {1.f, 0.999999702f, 0.4999915063f, 0.1666763574f, 0.0418979302f, 0.008290315978f};
 };
 
 #if defined(SPO_SIMD_AVX512)
@@ -63,15 +67,28 @@ SPO_INLINE F32 where_nonzero(F32 w, F32 x) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(w.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), x.v);
 }
 
-// 2^u * scale, the scale folded into the coefficients. scalef handles every exponent, overflow to inf and -inf included.
-template <int degree>
-struct Exp2 {
+// e^x * scale, the scale folded into the coefficients: x log2(e) = n + f, then poly(f) 2^n. scalef handles every
+// exponent, overflow to inf and -inf included.
+//
+// exact: take f from x itself, not from the rounded product. One instruction more; without it the relative error of a
+// small result is 1e-7 |log2 result|, which a sum does not notice but a float32 gradient shows.
+template <int degree, bool exact = false>
+struct Exp {
   F32 c[degree + 1];
-  SPO_INLINE explicit Exp2(float scale = 1.f) {
-    for (int i = 0; i <= degree; ++i) c[i] = F32(scale * Exp2Poly<degree, false>::c[i]);
+  SPO_INLINE explicit Exp(float scale = 1.f) {
+    for (int i = 0; i <= degree; ++i) c[i] = F32(scale * Exp2Poly<degree>::c[i]);
   }
-  SPO_INLINE F32 operator()(F32 u) const {
-    const F32 f = _mm512_reduce_ps(u.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // u - floor(u)
+  SPO_INLINE F32 operator()(F32 x) const {
+    constexpr int kFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    const F32 u = x * F32(kLog2e);
+    F32 f;
+    if constexpr (exact) {
+      f = _mm512_fmsub_ps(x.v, F32(kLog2e).v, _mm512_roundscale_ps(u.v, kFloor));
+      // Of -inf, f is NaN, for which max takes its second operand; any f does, since the exponent is -inf.
+      f = _mm512_max_ps(f.v, F32(-1.f).v);
+    } else {
+      f = _mm512_reduce_ps(u.v, kFloor);  // u - floor(u)
+    }
     F32 p = c[degree];
 #pragma GCC unroll 8
     for (int i = degree - 1; i >= 0; --i) p = fma(p, f, c[i]);
@@ -94,7 +111,8 @@ SPO_INLINE void load2(const bf16* p, F32& a, F32& b) {
   a = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   b = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
 }
-SPO_INLINE __m512i round_high_half(__m512 x) {  // to nearest even, in the upper 16 bits; NaN stays NaN (quiet, no payload)
+SPO_INLINE __m512i
+round_high_half(__m512 x) {  // to nearest even, in the upper 16 bits; NaN stays NaN (quiet, no payload)
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   return _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
@@ -137,9 +155,7 @@ SPO_INLINE F32 min(F32 a, F32 b) { return _mm256_min_ps(a.v, b.v); }
 SPO_INLINE F32 where_nonzero(F32 w, F32 x) {
   return _mm256_and_ps(_mm256_cmp_ps(w.v, _mm256_setzero_ps(), _CMP_NEQ_UQ), x.v);
 }
-SPO_INLINE F32 shift_to_exponent(F32 z) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(z.v), 23));
-}
+SPO_INLINE F32 shift_to_exponent(F32 z) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(z.v), 23)); }
 
 SPO_INLINE void load2(const float* p, F32& a, F32& b) {
   a = _mm256_loadu_ps(p);
@@ -269,19 +285,22 @@ SPO_INLINE float reduce_max(F32 a) {
   return m;
 }
 
-// 2^u * scale without a scaling instruction: adding 1.5 * 2^23 rounds u to an integer, which then stands in the low bits
-// and, biased, is the exponent. Clamped to [-127, 128]: 0 below, inf above.
-template <int degree>
-struct Exp2 {
+// e^x * scale without a scaling instruction: adding 1.5 * 2^23 rounds x log2(e) to an integer n, which then stands in
+// the low bits and, biased, is the exponent. What is left of x, in two steps since n ln(2) does not fit one float, goes
+// to the polynomial. Clamped to exponents of -127 (0) and 128 (inf).
+template <int degree, bool exact = true>
+struct Exp {
   static constexpr float kRound = 12582912.f + 127.f;
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   F32 c[degree + 1];
-  SPO_INLINE explicit Exp2(float scale = 1.f) {
-    for (int i = 0; i <= degree; ++i) c[i] = F32(scale * Exp2Poly<degree, true>::c[i]);
+  SPO_INLINE explicit Exp(float scale = 1.f) {
+    for (int i = 0; i <= degree; ++i) c[i] = F32(scale * ExpPoly<degree>::c[i]);
   }
-  SPO_INLINE F32 operator()(F32 u) const {
-    u = min(F32(128.f), max(F32(-127.f), u));
-    const F32 z = u + F32(kRound);
-    const F32 f = u - (z - F32(kRound));
+  SPO_INLINE F32 operator()(F32 x) const {
+    x = min(F32(88.8f), max(F32(-88.1f), x));
+    const F32 z = fma(x, F32(kLog2e), F32(kRound));
+    const F32 n = z - F32(kRound);
+    const F32 f = fma(n, F32(-kLn2Low), fma(n, F32(-kLn2High), x));
     F32 p = c[degree];
 #pragma GCC unroll 8
     for (int i = degree - 1; i >= 0; --i) p = fma(p, f, c[i]);

@@ -63,7 +63,8 @@ double fastest(std::initializer_list<void (*)(T*, std::int64_t)> parts, T* data,
 }  // namespace
 
 double stream_read(const float* data, std::int64_t n, int threads) {
-  return fastest<const float>({read_part<1, 0>, read_part<1, 4096>, read_part<4, 0>, read_part<4, 4096>}, data, n, threads);
+  return fastest<const float>({read_part<1, 0>, read_part<1, 4096>, read_part<4, 0>, read_part<4, 4096>}, data, n,
+                              threads);
 }
 double stream_inplace(float* data, std::int64_t n, int threads) {
   return fastest<float>({inplace_part<0>, inplace_part<4096>}, data, n, threads);

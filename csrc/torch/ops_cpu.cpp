@@ -1,5 +1,5 @@
-// The ops on CPU tensors: checks, outputs, threads. Schemas and gradients are in spo_kernels/ops.py; the arithmetic is in
-// csrc/cpu, free of torch. torch's stable ABI only, so that one build serves every torch from 2.10 on.
+// The ops on CPU tensors: checks, outputs, threads. Schemas and gradients are in spo_kernels/ops.py; the arithmetic is
+// in csrc/cpu, free of torch. torch's stable ABI only, so that one build serves every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -100,8 +100,8 @@ Tensor empty_contiguous_like(const Tensor& t) {
   return empty(t, shape, t.scalar_type());
 }
 
-// work(begin, end) over all rows. Workers draw small ranges from a common counter instead of getting one large range each:
-// ignored rows cost nothing, and they come in runs (prompts, padding).
+// work(begin, end) over all rows. Workers draw small ranges from a common counter instead of getting one large range
+// each: ignored rows cost nothing, and they come in runs (prompts, padding).
 template <class F>
 void for_rows(int64_t N, int64_t row_bytes, const F& work) {
   if (N == 0) return;

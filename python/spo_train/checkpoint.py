@@ -37,7 +37,8 @@ def save_checkpoint(path: Path, *, tensors: Mapping[str, Tensor], state: Mapping
     """
     path = Path(path)
     plain = _plain(tensors)
-    metadata = {"format": FORMAT, "state": json.dumps(state), "crc32": str(_crc32(plain))}
+    text = json.dumps(state)
+    metadata = {"format": FORMAT, "state": text, "crc32": str(_crc32(text, plain))}
     try:
         write_atomically(path, safetensors.torch.save(plain, metadata))
     except OSError as error:
@@ -67,13 +68,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.get("format") != FORMAT:
         found = metadata.get("format")
         raise CheckpointError(f"{path} is not a training checkpoint: its format is {found!r}, expected {FORMAT!r}")
-    if metadata.get("crc32") != str(_crc32(tensors)):
+    text = metadata.get("state", "")
+    if metadata.get("crc32") != str(_crc32(text, tensors)):
         raise CheckpointError(f"checkpoint {path} is damaged: its checksum does not match its content")
-    try:
-        state = json.loads(metadata["state"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: its state is not JSON ({error})") from error
-    return tensors, state
+    return tensors, json.loads(text)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -89,8 +87,8 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def _crc32(tensors: Mapping[str, Tensor]) -> int:
-    crc = 0
+def _crc32(text: str, tensors: Mapping[str, Tensor]) -> int:
+    crc = zlib.crc32(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)

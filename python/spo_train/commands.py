@@ -156,7 +156,7 @@ def pretrain(
 def reference(out: Path, stories: int | None, overwrite: bool, **options: Any) -> None:
     """Train the shipped reference model again, from the story grammar.
 
-    With the defaults it is the recipe of the model in the package; about 15 minutes on two cores.
+    With the defaults it is the recipe of the model in the package; some ten minutes on two cores.
     """
     config = settings(PretrainConfig, options)
     from spo_train.pretrain import REFERENCE_STORIES, train_reference
@@ -339,12 +339,12 @@ def report(runs: tuple[Path, ...], out: Path, stories: int) -> None:
 
     RUNS are folders written by align with a judge.
     """
-    from spo_train.report import markdown_table, read_runs, write_report
+    from spo_train.report import MAIN_COLUMNS, markdown_table, read_runs, write_report
 
     read = read_runs(runs)
     for file in write_report(read, out, stories=stories):
         click.echo(str(file))
-    click.echo("\n" + markdown_table(read))
+    click.echo("\n" + markdown_table(read, MAIN_COLUMNS))
 
 
 @cli.command(short_help="The whole job, small, in about five minutes.")

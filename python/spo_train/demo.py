@@ -22,7 +22,7 @@ from spo_train.files import write_atomically
 from spo_train.metrics import read_jsonl
 from spo_train.model import load_reference
 from spo_train.pairs import make_pairs
-from spo_train.report import markdown_table, read_run, read_runs, write_report
+from spo_train.report import MAIN_COLUMNS, markdown_table, read_run, read_runs, write_report
 from spo_train.source_config import PairsConfig
 
 SETTINGS_FILE, PAIRS_FILE, REFERENCE_FILE = "demo.json", "pairs.jsonl", "reference.jsonl"
@@ -112,7 +112,7 @@ def run_demo(out: Path, config: DemoConfig, *, fresh: bool = False, say: Callabl
     for file in files:
         say(f"      {file}")
     say("")
-    say(markdown_table(runs))
+    say(markdown_table(runs, MAIN_COLUMNS))
     return files
 
 

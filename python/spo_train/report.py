@@ -79,6 +79,9 @@ COLUMNS: dict[str, Callable[[Run], str]] = {
     "s a step": lambda run: f"{run.step_seconds:.2f}",
 }
 
+# Those that fit a terminal.
+MAIN_COLUMNS = ("best win rate", "at step", "final win rate", "final KL", "fluency")
+
 
 def label(config: dict[str, Any]) -> str:
     """A short name for a run with this `AlignConfig`."""
@@ -166,11 +169,11 @@ def draw_figure(runs: Sequence[Run]) -> bytes:
         main.axhline(0.5, color=FAINT, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
         main.annotate(
             "reference: 50 %",
-            (1, 0.5),
+            (0.5, 0.5),
             xycoords=("axes fraction", "data"),
             xytext=(0, -4),
             textcoords="offset points",
-            ha="right",
+            ha="center",
             va="top",
             color=FAINT,
         )
@@ -196,21 +199,20 @@ def draw_figure(runs: Sequence[Run]) -> bytes:
     return image.getvalue()
 
 
-def markdown_table(runs: Sequence[Run]) -> str:
-    """One row a run: its best and its last evaluation, with 95 % bands."""
-    heads = ["run", *COLUMNS]
-    rows = [[run.label, *(cell(run) for cell in COLUMNS.values())] for run in runs]
+def markdown_table(runs: Sequence[Run], columns: Sequence[str] = tuple(COLUMNS)) -> str:
+    """One row a run: its best and its last evaluation, with 95 % bands, and what is to be said about them."""
+    heads = ["run", *columns]
+    rows = [[run.label, *(COLUMNS[column](run) for column in columns)] for run in runs]
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     lines = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in [heads, *rows]
     ]
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     points = max(len(run.evaluations) - 1 for run in runs)
-    notes = (
-        f"Score to length are those of the last evaluation. {BAND_NOTE} The best of {points} noisy evaluations "
-        "flatters every run a little; KL is in nats a text; s a step is the median time of a training step."
-    )
-    return "\n".join(lines) + "\n\n" + notes
+    notes = [BAND_NOTE, f"The best of {points} noisy evaluations flatters every run a little."]
+    if set(columns) == set(COLUMNS):
+        notes.append("Score to length are those of the last evaluation; KL is in nats a text.")
+    return "\n".join(lines) + "\n\n" + "\n".join(notes)
 
 
 def csv_table(runs: Sequence[Run]) -> str:
@@ -275,7 +277,7 @@ def _colours(count: int) -> list[str]:
 
 
 def _rate(record: Row) -> str:
-    return f"{record['win_rate']:.1%} ({record['win_rate_low']:.1%} to {record['win_rate_high']:.1%})"
+    return f"{record['win_rate']:.1%} ({100 * record['win_rate_low']:.1f} to {100 * record['win_rate_high']:.1f})"
 
 
 def _number(record: Row, key: str, decimals: int) -> str:

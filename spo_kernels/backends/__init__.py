@@ -23,6 +23,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -121,6 +122,11 @@ def _asked() -> str | None:
 
 _ASKED = _asked()
 _SELECTED = {device_type: _select(device_type, _ASKED) for device_type in _DEFAULTS}
+if _SELECTED["cpu"].backend is None:
+    raise ImportError(
+        f"the compiled kernels of spo_kernels were never built in {Path(__file__).parent.parent}: pip install the "
+        "package and import it from outside its source tree, or install it with pip install -e"
+    )
 
 
 def selection(device_type: str) -> Selection:
@@ -158,7 +164,7 @@ def _register(device_type: str) -> None:
         cpu.load()  # registers its kernels itself, without Python between the dispatcher and them
         return
 
-    def backend() -> Backend:
+    def backend() -> Any:  # looked up at each call: importing Triton takes seconds
         if name is None:
             raise RuntimeError(f"spo_kernels has no backend for {device_type} tensors: {reason}")
         return get(name)

@@ -61,9 +61,7 @@ def token_stats_bwd(
         return logits
 
 
-def kl_loss_fwd(
-    logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool
-) -> tuple[Tensor, Tensor]:
+def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         if not inplace:
             return torch.ops.spo_kernels.kl_loss_fwd(logits, ref_logits, row_weight)

@@ -16,7 +16,7 @@ from spo_kernels.reference import accumulate_dtype
 
 name = "triton"
 
-_WARP = 64 if torch.version.hip else 32
+_WARP = 64 if torch.version.hip else 32  # threads; 64 on AMD's data-centre GPUs
 _VECTOR_BYTES = 16  # the widest load
 
 

@@ -11,12 +11,14 @@ and sums per lane. A lane belongs to one thread, and its maximum moves at most o
 exponentials an element, and no thread waits for another before the end of the row, however the row is aligned.
 """
 
+# Parameters of kernels are what the compiler makes of them; comments say what they are.
+# mypy: disallow-untyped-defs=False
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_LOW = tl.constexpr(1.9259629911266175e-08)  # what is left of it after rounding to float32
 
@@ -28,19 +30,8 @@ def _row_offset(row, T, stride_b, stride_t):
 
 @triton.jit
 def _exp(x):
-    """In float32 off by up to ``6e-8 |x|`` of itself, which is the rounding of ``x log2(e)``."""
+    """In float32 off by up to ``6e-8 |x|`` of itself: the rounding of ``x log2(e)``, which sums average out."""
     return tl.exp2(x * LOG2E)
-
-
-@triton.jit
-def _exp_exact(x):
-    """`_exp` with that rounding made good, for once a row. NaN counts as -inf: the sums it weighs are NaN already."""
-    x = tl.maximum(x, -2000.0)  # -inf would make the remainder below NaN
-    y = x * LOG2E
-    if x.dtype.scalar == tl.float64:
-        return tl.exp2(y)
-    else:
-        return tl.exp2(y) * (1 + LN2 * (tl.fma(x, LOG2E, -y) + x * LOG2E_LOW))
 
 
 @triton.jit
@@ -70,7 +61,7 @@ def _softmax_stats(row_logits, V, dtype: tl.constexpr, STEPS: tl.constexpr, LANE
         total = total * _exp(top - origin) + tl.sum(_exp(x - origin[None, :]), 0)
         top = new_top
     shift = _origin(tl.max(top, 0))
-    return shift, tl.log(tl.sum(total * _exp_exact(top - shift), 0))
+    return shift, tl.log(tl.sum(total * _exp(top - shift), 0))
 
 
 @triton.jit
@@ -120,10 +111,10 @@ def _kl_stats(
     ref_shift = _origin(tl.max(ref_top, 0))
     move = top - shift
     ref_move = ref_top - ref_shift
-    keep = _exp_exact(move)
+    keep = _exp(move)
     gap = tl.sum(_moved_gap(gap, total, keep, move - ref_move), 0)
     total = tl.sum(total * keep, 0)
-    ref_total = tl.sum(ref_total * _exp_exact(ref_move), 0)
+    ref_total = tl.sum(ref_total * _exp(ref_move), 0)
     # One logarithm of the quotient: those of the stats are rounded, and their difference may be all there is.
     kl = gap / total + tl.log(ref_total / total)
     return shift, tl.log(total), ref_shift, tl.log(ref_total), kl
@@ -173,8 +164,6 @@ def token_stats_fwd_kernel(
     if labels is not None:
         label = tl.load(labels + row)
         labelled = label != ignore_index
-        in_range = (label >= 0) & (label < V)
-        tl.device_assert(in_range | ~labelled, "labels must be in [0, V) or ignore_index")
     else:
         labelled = ref_logits is None
 
@@ -202,6 +191,8 @@ def token_stats_fwd_kernel(
     tl.store(stats + N + row, logsum)
 
     if labels is not None:
+        in_range = (label >= 0) & (label < V)
+        tl.device_assert(in_range | ~labelled, "labels must be in [0, V) or ignore_index")
         # In this order: shift + logsum rounded to float32 near 1e4 would cost 5e-4 of the probability.
         picked = tl.load(logits + label, mask=labelled & in_range, other=0.0).to(dtype)
         tl.store(logps + row, tl.where(labelled, (picked - shift) - logsum, 0.0))

@@ -1,5 +1,6 @@
-// The row ops under ASan and UBSan: every allocation ends where the logits end, rows start at odd offsets, and results are
-// compared with plain double loops. Prints "ok <level>" for each SIMD level this CPU has; exits 1 at the first wrong value.
+// The row ops under ASan and UBSan: every allocation ends where the logits end, rows start at odd offsets, and results
+// are compared with plain double loops. Prints "ok <level>" for each SIMD level this CPU has; exits 1 at the first
+// wrong value.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -21,7 +22,8 @@ template <class T>
 struct Block {
   std::unique_ptr<T[]> data;
   Rows rows;
-  Block(std::int64_t B, std::int64_t steps, std::int64_t V, std::int64_t pad, std::int64_t lead, DType dtype, double spread) {
+  Block(std::int64_t B, std::int64_t steps, std::int64_t V, std::int64_t pad, std::int64_t lead, DType dtype,
+        double spread) {
     const std::int64_t stride_t = V + pad, stride_b = stride_t * (steps + 1);
     const std::int64_t size = lead + (B - 1) * stride_b + (steps - 1) * stride_t + V;
     data = std::make_unique<T[]>(size);
@@ -29,7 +31,9 @@ struct Block {
     for (std::int64_t i = 0; i < size; ++i) from_double(normal(rng), data[i]);
     rows = {data.get() + lead, dtype, steps, stride_b, stride_t};
   }
-  T* row(std::int64_t i) const { return static_cast<T*>(rows.data) + i / rows.T * rows.stride_b + i % rows.T * rows.stride_t; }
+  T* row(std::int64_t i) const {
+    return static_cast<T*>(rows.data) + i / rows.T * rows.stride_b + i % rows.T * rows.stride_t;
+  }
 };
 
 void require(bool right, const char* what, double got, double want) {
@@ -58,9 +62,11 @@ void check(DType dtype_z, DType dtype_r, std::int64_t V, std::int64_t pad, std::
   const std::unique_ptr<bool[]> mask(new bool[N]{true, false, true, true, true, false});
   std::vector<float> logps(N, NAN), kl(N, NAN), stats(4 * N, NAN), dlogps(N, -1.5f), dkl(N, 0.75f);
 
-  token_stats_fwd({z.rows, r.rows, labels.data(), mask.get(), N, V, ignore, logps.data(), kl.data(), stats.data()}, 0, N);
+  token_stats_fwd({z.rows, r.rows, labels.data(), mask.get(), N, V, ignore, logps.data(), kl.data(), stats.data()}, 0,
+                  N);
   Block<T> dz(B, steps, V, pad, lead, dtype_z, spread);
-  TokenStatsBwd bwd{z.rows, r.rows, dz.rows, labels.data(), mask.get(), N, V, ignore, dlogps.data(), dkl.data(), kl.data(), stats.data()};
+  TokenStatsBwd bwd{z.rows, r.rows, dz.rows,       labels.data(), mask.get(), N,
+                    V,      ignore, dlogps.data(), dkl.data(),    kl.data(),  stats.data()};
   token_stats_bwd(bwd, 0, N);
 
   const double half = sizeof(T) == 2 ? 0x1p-8 : 0;

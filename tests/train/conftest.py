@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from spo_train.data import PairDataset, load_pairs
 from spo_train.model import Llama, ModelConfig
 from spo_train.stories.grammar import stories

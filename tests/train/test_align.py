@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
 from spo_train import align
 from spo_train.align import Aligner, NonFiniteLossError, RunInterruptedError, run
 from spo_train.checkpoint import CheckpointError, load_checkpoint

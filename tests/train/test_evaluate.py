@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from spo_train.config import EvaluateConfig
 from spo_train.evaluate import Evaluator, Text, load_judge, story_judge, win_rate
 from spo_train.model import Llama

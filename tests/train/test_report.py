@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from spo_train import report
 
 SPO = {"method": "spo", "alpha": 0.1, "beta": 0.03}
@@ -74,9 +75,9 @@ def test_table_has_the_numbers(runs: list[report.Run]) -> None:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:4]]
     spo = dict(zip(cells[0], cells[2], strict=True))
     assert spo["run"] == "SPO, α = 0.1, β = 0.03"  # noqa: RUF001 (the paper's letter)
-    assert spo["best win rate"] == "90.0% (87.0% to 93.0%)"
+    assert spo["best win rate"] == "90.0% (87.0 to 93.0)"
     assert spo["at step"] == "100"
-    assert spo["final win rate"] == "85.0% (82.0% to 88.0%)"
+    assert spo["final win rate"] == "85.0% (82.0 to 88.0)"
     assert (spo["KL at best"], spo["final KL"], spo["fluency"]) == ("6.0", "9.0", "0.960")
     assert spo["s a step"] == "0.50"
     assert len({len(line) for line in lines[:4]}) == 1

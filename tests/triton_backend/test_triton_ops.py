@@ -6,6 +6,7 @@ The interpreter models arithmetic and addresses. It does not model threads, alig
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,7 @@ from oracle import (
     poisoned_memory,
     run,
     truth,
+    ulp,
 )
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def check(backend: Backend, case: Case) -> Result:
     own = case.logits.clone()
     result = run(backend, case)
     assert_same(case.logits, own, "logits")
-    assert_within_budget(result, truth(case), None if case.logits.dtype == torch.float64 else eager(case))
+    assert_within_budget(result, truth(case), eager(case))
     return result
 
 
@@ -80,6 +82,21 @@ def test_token_stats_over_rows(backend: Backend, rows: str, dtype: torch.dtype) 
     check(backend, make_case(4, 4097, dtype, rows=rows))
 
 
+@pytest.mark.parametrize("rows", ["peaked", "falling"])
+def test_small_probabilities_keep_their_relative_accuracy(backend: Backend, rows: str) -> None:
+    """The gradient's absolute error says nothing of p = 1e-20: here every p is measured on its own scale."""
+    case = replace(make_case(4, 1000, rows=rows, mode="logps"), labels=torch.zeros(4, dtype=torch.int64))
+    true, yardstick = truth(case).dlogits, eager(case)
+    assert yardstick is not None
+    tail = true.abs() > 1e-35  # below, p may be flushed to zero
+    tail[:, 0] = False  # the label's 1 - p cancels
+    error, eager_error = (
+        ((x.double() - true).abs() / ulp(true, torch.float32))[tail].max()
+        for x in (run(backend, case).dlogits, yardstick.dlogits)
+    )
+    assert error <= 2 * eager_error + 2
+
+
 @pytest.mark.parametrize(
     ("dtype", "ref_dtype"),
     [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)],
@@ -93,7 +110,6 @@ def test_token_stats_of_different_dtypes(backend: Backend, dtype: torch.dtype, r
 def test_odd_rows_are_as_in_the_reference_and_touch_no_other(backend: Backend, dtype: torch.dtype) -> None:
     v = 4097
     case = replace(make_case(8, v, dtype), mask=None, labels=torch.arange(8))
-    assert case.ref_logits is not None
     case.logits[1, v - 1] = NAN
     case.logits[2, 7] = INF
     case.logits[3] = -INF
@@ -102,21 +118,20 @@ def test_odd_rows_are_as_in_the_reference_and_touch_no_other(backend: Backend, d
     case.ref_logits[5, v - 1] = -INF
     case.ref_logits[6, 0] = NAN
     result = check(backend, case)
-    assert result.logps is not None and result.kl is not None
     assert result.logps.isnan().tolist() == [False, True, True, True, False, False, False, False]
     assert result.kl.isnan().tolist() == [False, True, True, True, False, False, True, False]
-    assert result.logps[4] == -INF and result.kl[5] == INF
+    assert result.logps[4] == -INF
+    assert result.kl[5] == INF
 
 
 def test_a_reference_of_minus_inf_where_p_underflows_later(backend: Backend) -> None:
     """The weight is 1 in the first tile and 0 once the row's maximum is known: infinity times 0 must not be NaN."""
     case = make_case(2, 8192, torch.float32, mode="kl")
-    assert case.ref_logits is not None
     case.logits[0, 3], case.logits[0, 4096:] = 0, 300
     case.ref_logits[0, 3] = -INF
     result = run(backend, case)
     expected = run(reference, case)
-    assert result.kl is not None and expected.kl is not None and expected.kl.isfinite().all()
+    assert expected.kl.isfinite().all()
     torch.testing.assert_close(result.kl, expected.kl)
     torch.testing.assert_close(result.dlogits, expected.dlogits)
 
@@ -127,15 +142,14 @@ def test_kl_to_oneself_is_exactly_zero(backend: Backend, rows: str, dtype: torch
     case = make_case(2, 4097, dtype, rows=rows, mode="kl")
     elsewhere = torch.empty(case.logits.numel() + 1, dtype=dtype)[1:].view_as(case.logits).copy_(case.logits)
     result = run(backend, replace(case, ref_logits=elsewhere))
-    assert result.kl is not None
-    assert not result.kl.any() and not result.dlogits.any()
+    assert not result.kl.any()
+    assert not result.dlogits.any()
     _, dlogits = backend.kl_loss_fwd(case.logits, elsewhere, None, False)
     assert not dlogits.any()
 
 
 def test_kl_of_close_distributions(backend: Backend) -> None:
     case = make_case(6, 1000, mode="kl")
-    assert case.ref_logits is not None
     check(backend, replace(case, ref_logits=case.logits + 1e-3 * case.ref_logits))
 
 
@@ -153,8 +167,7 @@ def time_first_wide_and_misaligned(x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts_give_the_same_bits_and_padding_is_left_alone(backend: Backend, dtype: torch.dtype) -> None:
     flat = make_case(6, 33, dtype)
-    case = Case(*(None if x is None else x.unflatten(0, (2, 3)) for x in vars(flat).values()))  # type: ignore[arg-type]
-    assert case.ref_logits is not None
+    case = flat.map(lambda x: x.unflatten(0, (2, 3)))
     expected = run(backend, flat)
     weight = torch.rand(2, 3)
     loss, kl_dlogits = backend.kl_loss_fwd(case.logits, case.ref_logits, weight, False)
@@ -177,7 +190,7 @@ def test_layouts_give_the_same_bits_and_padding_is_left_alone(backend: Backend, 
         result = run(backend, laid_out)
         assert_same(memory, before, "logits and their padding")
         assert result.dlogits.is_contiguous()
-        assert_same_bits(Result(*(None if x is None else x.flatten(0, 1) for x in result)), expected)
+        assert_same_bits(result.map(lambda x: x.flatten(0, 1)), expected)
 
         run(backend, laid_out, inplace=True)
         assert_same(view.flatten(0, 1), expected.dlogits, "dlogits")
@@ -197,14 +210,14 @@ def test_a_row_does_not_depend_on_its_batch(backend: Backend) -> None:
     case = make_case(5, 1000, torch.bfloat16)
     whole = run(backend, case)
     for rows in ([4], [3, 1]):
-        assert_same_bits(run(backend, case.map(lambda x, rows=rows: x[rows])), whole.map(lambda x, rows=rows: x[rows]))  # type: ignore[misc]
+        part = operator.itemgetter(torch.tensor(rows))
+        assert_same_bits(run(backend, case.map(part)), whole.map(part))
 
 
 def test_expanded_logits_and_upstream_gradients(backend: Backend) -> None:
     case = make_case(1, 33)
-    expanded = Case(*(None if x is None else x[0].expand(3, *x.shape[1:]) for x in vars(case).values()))  # type: ignore[arg-type]
-    dense = Case(*(None if x is None else x.contiguous() for x in vars(expanded).values()))  # type: ignore[arg-type]
-    assert_same_bits(run(backend, expanded), run(backend, dense))
+    expanded = case.map(lambda x: x[0].expand(3, *x.shape[1:]))
+    assert_same_bits(run(backend, expanded), run(backend, expanded.map(torch.Tensor.contiguous)))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (2, 0, 5)])
@@ -218,16 +231,17 @@ def test_no_rows(backend: Backend, shape: tuple[int, ...]) -> None:
         assert result.dlogits.shape == shape
         assert all(x is None or x.shape == rows for x in result[:2])
     loss, dlogits = backend.kl_loss_fwd(logits, ref_logits, None, False)
-    assert loss == 0 and dlogits.shape == shape
+    assert loss == 0
+    assert dlogits.shape == shape
     backend.scale_(logits, torch.tensor(0.5))
 
 
 def test_outputs_not_asked_for_are_empty(backend: Backend) -> None:
     logits = torch.randn(2, 5)
-    logps, kl, stats = backend.token_stats_fwd(logits, torch.zeros(2, dtype=torch.int64), None, None, IGNORE)
-    assert logps.shape == (2,) and kl.shape == (0,) and stats.shape == (2, 2)
-    logps, kl, stats = backend.token_stats_fwd(logits, None, logits, None, IGNORE)
-    assert logps.shape == (0,) and kl.shape == (2,) and stats.shape == (4, 2)
+    of_labels = backend.token_stats_fwd(logits, torch.zeros(2, dtype=torch.int64), None, None, IGNORE)
+    assert [x.shape for x in of_labels] == [(2,), (0,), (2, 2)]
+    of_reference = backend.token_stats_fwd(logits, None, logits, None, IGNORE)
+    assert [x.shape for x in of_reference] == [(0,), (2,), (4, 2)]
 
 
 def test_unwanted_rows_cost_no_read_and_are_exactly_zero(backend: Backend, loads: list[int]) -> None:
@@ -235,15 +249,14 @@ def test_unwanted_rows_cost_no_read_and_are_exactly_zero(backend: Backend, loads
     case = make_case(4, v)
     # One row for each: nothing, the log-probability alone, the KL alone, both.
     case = replace(case, labels=torch.tensor([IGNORE, 1, IGNORE, 3]), mask=torch.tensor([False, False, True, True]))
-    assert case.ref_logits is not None and case.dlogps is not None and case.dkl is not None
     clean = run(backend, case)
     assert sum(loads) == 2 * (0 + 1 + 2 + 2) * v  # forward and backward
     case.logits[0] = case.ref_logits[:2] = NAN
     case.dlogps[[0, 2]] = case.dkl[:2] = NAN
     poisoned = run(backend, case)
     assert_same_bits(poisoned, clean)
-    assert clean.logps is not None and clean.kl is not None
-    assert not clean.logps[[0, 2]].any() and not clean.kl[:2].any() and not clean.dlogits[0].any()
+    for zeros in (clean.logps[[0, 2]], clean.kl[:2], clean.dlogits[0]):
+        assert not zeros.any()
 
 
 def test_an_upstream_gradient_of_one_output_only(backend: Backend) -> None:
@@ -255,7 +268,9 @@ def test_an_upstream_gradient_of_one_output_only(backend: Backend) -> None:
         of_logps = backend.token_stats_bwd(case.dlogps, None, *rest)
         of_kl = backend.token_stats_bwd(None, case.dkl, *rest)
     for got, one in ((of_logps, replace(case, dkl=zeros)), (of_kl, replace(case, dlogps=zeros))):
-        assert_close(got, truth(one).dlogits, eager(one).dlogits, "dlogits")
+        yardstick = eager(one)
+        assert yardstick is not None
+        assert_close(got, truth(one).dlogits, yardstick.dlogits, "dlogits")
 
 
 def test_another_ignore_index_may_be_a_token(backend: Backend) -> None:
@@ -268,7 +283,6 @@ def test_another_ignore_index_may_be_a_token(backend: Backend) -> None:
 @pytest.mark.parametrize("label", [-1, 33, 2**40])
 def test_label_out_of_range_is_named_and_nothing_is_written(backend: Backend, label: int) -> None:
     case = make_case(3, 33, mode="logps")
-    assert case.labels is not None
     _, kl, stats = backend.token_stats_fwd(case.logits, case.labels, None, None, IGNORE)
     case.labels[2] = label
     before = case.logits.clone()
@@ -282,7 +296,7 @@ def test_label_out_of_range_is_named_and_nothing_is_written(backend: Backend, la
 
 @pytest.mark.parametrize("shape", [(4,), (2, 2, 2, 4)])
 def test_logits_of_other_ranks_are_refused(backend: Backend, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="logits must be .N, V. or .B, T, V. with a unit last stride"):
+    with pytest.raises(ValueError, match=r"logits must be \[N, V\] or \[B, T, V\] with a unit last stride"):
         backend.token_stats_fwd(torch.zeros(shape), None, None, None, IGNORE)
 
 
@@ -295,20 +309,19 @@ def test_logits_with_another_last_stride_are_refused(backend: Backend) -> None:
 @pytest.mark.parametrize("v", [33, 4097])
 def test_kl_loss(backend: Backend, v: int, dtype: torch.dtype) -> None:
     case = make_case(5, v, dtype, mode="kl")
-    assert case.ref_logits is not None
     weight = torch.tensor([0.3, 0.0, 1.0, -0.7, 2.0], dtype=reference.accumulate_dtype(dtype))
     case = replace(case, mask=None, dkl=weight)
-    true, yardstick = truth(case), None if dtype == torch.float64 else eager(case)
+    true, yardstick = truth(case), eager(case)
 
     def total(result: Result) -> Tensor:
-        assert result.kl is not None
         return (result.kl * weight).sum()
 
     own = case.logits.clone()
     with poisoned_memory():
         loss, dlogits = backend.kl_loss_fwd(case.logits, case.ref_logits, weight, False)
     assert_same(case.logits, own, "logits")
-    assert loss.shape == () and loss.dtype == weight.dtype and dlogits.dtype == dtype
+    assert loss.shape == ()
+    assert (loss.dtype, dlogits.dtype) == (weight.dtype, dtype)
     assert_close(loss, total(true), None if yardstick is None else total(yardstick), "loss")
     assert_close(dlogits, true.dlogits, None if yardstick is None else yardstick.dlogits, "dlogits")
     inplace_loss, gradient = backend.kl_loss_fwd(own, case.ref_logits, weight, True)
@@ -370,5 +383,5 @@ def test_public_functions(inplace: bool) -> None:
     agree(spo_kernels.token_kl(logits(), ref_logits, mask, inplace_backward=inplace), kl)
     logps_kl = spo_kernels.token_logps_kl(logits(), labels, ref_logits, mask, inplace_backward=inplace)
     agree(torch.stack(logps_kl), torch.stack([token, kl]))
-    options = {"row_weight": weight, "overwrite_logits": inplace}
-    agree(spo_kernels.kl_loss(logits(), ref_logits, mask, **options), (weight * kl).sum())
+    loss = spo_kernels.kl_loss(logits(), ref_logits, mask, row_weight=weight, overwrite_logits=inplace)
+    agree(loss, (weight * kl).sum())

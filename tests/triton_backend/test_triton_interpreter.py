@@ -21,9 +21,9 @@ def test_ops_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
     child = subprocess.run(command, env=environment, cwd=tests.parents[2], capture_output=True, text=True, timeout=600)
     assert child.returncode == 0, child.stdout + child.stderr
-    assert " passed" in child.stdout and "skipped" not in child.stdout, child.stdout
+    assert "skipped" not in child.stdout, child.stdout
 
 
 def test_without_the_interpreter_cpu_tensors_are_refused() -> None:
-    with pytest.raises(ValueError, match="tensor must be on a GPU.*got cpu"):
+    with pytest.raises(ValueError, match=r"tensor must be on a GPU.*got cpu"):
         backends.get("triton").scale_(torch.ones(2, 3), torch.ones(()))

@@ -1,0 +1,126 @@
+"""Compiles every Triton kernel for GPUs that need not be there: ``python cross_compile.py cuda:90 hip:gfx942``.
+
+Prints one JSON object per compilation: what it was, its registers, and the bytes or registers it spilled. Runs as a
+program, because a process that interprets kernels cannot compile them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from spo_kernels.backends import triton as launch
+from spo_kernels.backends import triton_kernels as kernels
+
+ITEMSIZE = {"bf16": 2, "fp32": 4, "fp64": 8}
+# The one target that compiles every configuration; the others get what has needed the most registers.
+THOROUGH = "cuda:90"
+LARGEST, SMALLER = 128256, (1000, 32768)
+HARDEST = (("bf16", None), ("bf16", "bf16"), ("fp64", "fp64"))
+
+
+class Case(NamedTuple):
+    """One compilation; ``absent`` names the arguments that are None in it, ``ones`` those that are the constant 1."""
+
+    kernel: str
+    dtype: str
+    ref_dtype: str | None
+    constants: dict[str, int]
+    threads: int
+    aligned: bool = True
+    absent: tuple[str, ...] = ()
+    ones: tuple[str, ...] = ()
+
+
+def cases(V: int, dtypes: Iterable[tuple[str, str | None]], alignments: Iterable[bool]) -> Iterator[Case]:
+    """What is launched for rows of V elements."""
+    block = launch.block_config(V)
+    blocks = {"BLOCK": block.block}
+    for (dtype, ref_dtype), aligned in itertools.product(dtypes, alignments):
+        row = launch.row_config(V, ITEMSIZE[dtype], 1 if ref_dtype is None else 2)
+        tiles = {"STEPS": row.steps, "LANES": row.lanes}
+        yield Case("token_stats_fwd_kernel", dtype, ref_dtype, tiles, row.threads, aligned)
+        if ref_dtype is not None:
+            yield Case("kl_loss_fwd_kernel", dtype, ref_dtype, tiles, row.threads, aligned)
+            yield Case("token_stats_bwd_kernel", dtype, ref_dtype, blocks, block.threads, aligned)
+    yield Case("scale_kernel", "bf16", None, blocks, block.threads)
+
+
+def variants(V: int) -> Iterator[Case]:
+    """Launches with arguments left out, and with sizes of 1, which Triton makes constants."""
+    block = launch.block_config(V)
+    blocks = {"BLOCK": block.block}
+    row = launch.row_config(V, ITEMSIZE["bf16"], 2)
+    tiles = {"STEPS": row.steps, "LANES": row.lanes}
+    ones = ("N", "V", "T", "stride_b")
+    for absent in (("mask",), ("labels", "logps", "dlogps"), ("mask", "labels", "logps", "dlogps")):
+        yield Case("token_stats_fwd_kernel", "bf16", "bf16", tiles, row.threads, True, absent, ones)
+        yield Case("token_stats_bwd_kernel", "bf16", "bf16", blocks, block.threads, True, absent, ones)
+    yield Case("token_stats_bwd_kernel", "bf16", None, blocks, block.threads, True, (), ones)
+    yield Case("kl_loss_fwd_kernel", "bf16", "bf16", tiles, row.threads, True, ("row_weight",), ones)
+
+
+def source(case: Case) -> ASTSource:
+    """The kernel with the argument types of a launch; aligned: pointers, V and strides are multiples of 16."""
+    wide = "fp64" if case.dtype == "fp64" else "fp32"
+    types = dict.fromkeys(("logps", "dlogps", "stats", "losses", "row_weight", "scale", "kl", "dkl"), f"*{wide}")
+    types |= dict.fromkeys(("logits", "dlogits", "tensor"), f"*{case.dtype}")
+    types |= {"ref_logits": f"*{case.ref_dtype}", "mask": "*i1", "labels": "*i64"}
+    absent = case.absent if case.ref_dtype else (*case.absent, "ref_logits", "mask", "kl", "dkl")
+
+    kernel = getattr(kernels, case.kernel)
+    constants: dict[str, int | None] = dict(case.constants)
+    constants |= {argument: 1 for argument in case.ones if argument in kernel.arg_names}
+    constants |= {argument: None for argument in absent if argument in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    divisible = [name for name in kernel.arg_names if case.aligned and name not in (*constants, "T", "ignore_index")]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers, and what was spilled, read from the machine code."""
+    if "amdgcn" in compiled.asm:
+        found = dict(re.findall(r"\.(vgpr_count|[vs]gpr_spill_count):\s*(\d+)", compiled.asm["amdgcn"]))
+        spills = int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])
+        return {"registers": int(found["vgpr_count"]), "spills": spills}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK):(\d+)", text))
+    return {"registers": int(found["REG"]), "spills": int(found["STACK"])}
+
+
+def main(target: str) -> None:
+    """Compile everything for ``cuda:<capability>`` or ``hip:<architecture>``."""
+    backend, architecture = target.split(":")
+    warp = 64 if backend == "hip" else 32
+    gpu = GPUTarget(backend, architecture if backend == "hip" else int(architecture), warp)
+    todo = list(cases(LARGEST, HARDEST, (True,))) + list(cases(LARGEST, HARDEST[1:2], (False,)))
+    if target == THOROUGH:
+        # A smaller configuration has fewer threads, which do the same: one dtype will do.
+        todo += [case for V in SMALLER for case in cases(V, HARDEST[1:2], (True,))]
+        todo += [*cases(LARGEST, [("fp32", None), ("fp32", "fp32"), ("bf16", "fp32")], (True,)), *variants(SMALLER[0])]
+    for case in todo:
+        options: dict[str, int] = {"num_warps": case.threads // warp}
+        if case.kernel == "token_stats_fwd_kernel":
+            options |= {"debug": True, "sanitize_overflow": False}
+        compiled = triton.compile(source(case), gpu, options)
+        print(json.dumps({"target": target} | case._asdict() | resources(compiled)), flush=True)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        main(argument)
