@@ -30,7 +30,19 @@ constexpr std::int64_t kPrefetch = 4096;      // bytes ahead
 
 // The exponential of gradients: as precise as their type can show.
 template <class T>
-using GradExp = Exp<std::is_same_v<T, bf16> ? 4 : 5, std::is_same_v<T, float>>;
+struct GradExpOf {
+  using type = Exp<5>;
+};
+template <>
+struct GradExpOf<float> {
+  using type = Exp<6, true>;
+};
+template <>
+struct GradExpOf<bf16> {
+  using type = Exp<4>;
+};
+template <class T>
+using GradExp = typename GradExpOf<T>::type;
 
 template <class T>
 SPO_INLINE void prefetch(

@@ -21,9 +21,9 @@ namespace spo::cpu::SPO_SIMD_LEVEL {
 constexpr float kLog2e = 1.44269504088896340736f;
 
 // Polynomials of least relative error among those that are 1 at 0, so that the largest logit of a row counts exactly 1.
-// Error in float32 arithmetic: 4th degree 3.0e-6, 5th degree 1.7e-7. The 4th is enough for gradients that are rounded
-// to bfloat16; the rest takes the 5th: the 4th left 3e-6 on log-probabilities of rows with few likely tokens, where
-// eager torch is exact.
+// Error in float32 arithmetic: 4th degree 3.0e-6, 5th 1.7e-7, 6th 1.0e-7. The 4th is enough for gradients that are
+// rounded to bfloat16. Sums take the 5th: the 4th left 3e-6 on log-probabilities of rows with few likely tokens, where
+// eager torch is exact. float32 gradients take the 6th.
 template <int degree>
 struct Exp2Poly;  // 2^f, f in [0, 1)
 template <>
@@ -34,6 +34,11 @@ template <>
 struct Exp2Poly<5> {
   static constexpr float c[] = {1.f, 0.6931512952f, 0.2401644439f, 0.05579991639f, 0.009017026983f, 0.001867131679f};
 };
+template <>
+struct Exp2Poly<6> {
+  static constexpr float c[] = {
+      1.f, 0.6931470633f, 0.2402293086f, 0.05548528209f, 0.009675451554f, 0.001246784232f, 0.0002161292796f};
+};
 template <int degree>
 struct ExpPoly;  // e^f, f in [-ln(2) / 2, ln(2) / 2]
 template <>
@@ -43,6 +48,11 @@ struct ExpPoly<4> {
 template <>
 struct ExpPoly<5> {
   static constexpr float c[] = {1.f, 0.999999702f, 0.4999915063f, 0.1666763574f, 0.0418979302f, 0.008290315978f};
+};
+template <>
+struct ExpPoly<6> {
+  static constexpr float c[] = {
+      1.f, 1.f, 0.4999999404f, 0.1666643173f, 0.04166800156f, 0.008374155499f, 0.001384365489f};
 };
 
 #if defined(SPO_SIMD_AVX512)
@@ -80,12 +90,11 @@ struct Exp {
   }
   SPO_INLINE F32 operator()(F32 x) const {
     constexpr int kFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    if constexpr (exact) x = max(F32(-1000.f), x);  // far below, what the rounding took away would not fit f
     const F32 u = x * F32(kLog2e);
     F32 f;
     if constexpr (exact) {
       f = _mm512_fmsub_ps(x.v, F32(kLog2e).v, _mm512_roundscale_ps(u.v, kFloor));
-      // Of -inf, f is NaN, for which max takes its second operand; any f does, since the exponent is -inf.
-      f = _mm512_max_ps(f.v, F32(-1.f).v);
     } else {
       f = _mm512_reduce_ps(u.v, kFloor);  // u - floor(u)
     }
