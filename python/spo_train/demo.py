@@ -28,10 +28,10 @@ from spo_train.source_config import PairsConfig
 SETTINGS_FILE, PAIRS_FILE, REFERENCE_FILE = "demo.json", "pairs.jsonl", "reference.jsonl"
 RUNS_FOLDER, REPORT_FOLDER = "runs", "report"
 
-# Name of the run's folder to what is aligned: SPO as in the paper's Appendix B, and DPO at two strengths, the usual
-# one and the one that did best in a pilot.
+# Name of the run's folder to what is aligned: SPO as in the paper's Appendix B, with as many KL samples as pairs (the
+# paper's batch has a quarter), and DPO at two strengths, the usual one and the one that did best in a pilot.
 ALIGNMENTS: dict[str, dict[str, Any]] = {
-    "spo": {"method": "spo", "alpha": 0.1, "beta": 0.03, "weight": "soft", "gamma": 0.1},
+    "spo": {"method": "spo", "alpha": 0.1, "beta": 0.03, "weight": "soft", "gamma": 0.1, "kl_samples": 16},
     "dpo-0.1": {"method": "dpo", "beta": 0.1},
     "dpo-0.3": {"method": "dpo", "beta": 0.3},
 }
