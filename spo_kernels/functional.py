@@ -2,8 +2,8 @@
 
 Shapes: logits ``[N, V]`` or ``[B, T, V]`` (any number of leading dimensions; a slice such as ``logits[:, :-1]`` is
 read where it lies, never copied). Dtypes: float32, bfloat16, float16 or float64; outputs and accumulation are float32,
-float64 for float64 logits. Log-probabilities and KL are in nats. Gradients have the logits' dtype. Labels arrive aligned
-with the logits: only `get_batch_logps` shifts.
+float64 for float64 logits. Log-probabilities and KL are in nats. Gradients have the logits' dtype. Labels arrive
+aligned with the logits: only `get_batch_logps` shifts.
 
 Every function raises ValueError where a shape, dtype or device is wrong, naming the argument, what it must be and what
 came; a label outside ``[0, V)`` that is not ``ignore_index`` is a RuntimeError (a device-side assertion on a GPU). NaN
