@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ def python(*args: str, at: Path | None = None, **environment: str) -> subprocess
     if at is not None:
         env["PYTHONPATH"] = str(at)
     command = [sys.executable, *args]
-    return subprocess.run(command, env=env, cwd=at, capture_output=True, text=True, timeout=300, check=False)
+    # Not from the repository's root, whose unbuilt tree would come before the installed package.
+    cwd = at or tempfile.gettempdir()
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
 
 CALL = "import torch, spo_kernels as s; print(s.token_logps(torch.zeros(1, 4), torch.tensor([0])).exp().item()); "

@@ -120,11 +120,11 @@ class DemoConfig:
     """
 
     pairs: int = setting(2500, "Pairs sampled and judged; about a sixth passes the filter, re-paired samples add more.")
-    steps: int = setting(300, "Optimizer steps of each of the three alignments.")
+    steps: int = setting(200, "Optimizer steps of each of the three alignments.")
     warmup_steps: int = setting(60, "Steps over which the learning rate rises linearly from 0.")
     batch_size: int = setting(16, "Pairs a step.")
     evaluate_every: int = setting(50, "Steps between two evaluations.")
-    samples: int = setting(256, "Stories sampled at an evaluation.")
+    samples: int = setting(192, "Stories sampled at an evaluation.")
     reference_samples: int = setting(512, "Stories of the reference that they are compared with.")
     seed: int = setting(0, "Seed of pairs, alignments and evaluations.")
 

@@ -175,7 +175,7 @@ def test_a_killed_run_is_resumed(tmp_path: Path, model: Path, pairs_file: Path) 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "spo_train", *map(str, arguments), "--out", str(killed)], env=environment
+        [sys.executable, "-m", "spo_train", *map(str, arguments), "--out", str(killed)], env=environment, cwd=tmp_path
     )
     deadline = time.monotonic() + 120
     while not (killed / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
