@@ -22,11 +22,13 @@
 namespace spo::cpu::SPO_SIMD_LEVEL {
 namespace {
 
-constexpr int kGroup = 4 * F32::size;         // elements a step of the inner loops takes: four independent chains
-constexpr std::int64_t kBlock = 64 * kGroup;  // between overflow checks: a lane adds 64 terms before double takes over
-constexpr std::int64_t kFirst = 512;          // elements whose maximum is the first shift
-constexpr float kTooLarge = 8192.f;           // a block sum beyond this: redo with a higher shift
-constexpr std::int64_t kPrefetch = 4096;      // bytes ahead
+constexpr int kGroup = 4 * F32::size;  // elements a step of the inner loops takes: four independent chains
+// Elements between overflow checks, where double takes over: a lane adds 64 terms by then.
+constexpr std::int64_t kBlock = 64 * kGroup;
+constexpr std::int64_t kKlBlock = kBlock / 2;  // of two chains a sum
+constexpr std::int64_t kFirst = 512;           // elements whose maximum is the first shift
+constexpr float kTooLarge = 8192.f;            // a block sum beyond this: redo with a higher shift
+constexpr std::int64_t kPrefetch = 2048;       // bytes ahead
 
 // The exponential of gradients: as precise as their type can show.
 template <class T>
@@ -53,16 +55,27 @@ SPO_INLINE void prefetch(
     __builtin_prefetch(reinterpret_cast<const void*>(ahead + byte), 0, 3);
 }
 
-// A group of elements as four vectors.
+// A group of elements as four vectors, in the fastest order for their type.
 template <class T>
 SPO_INLINE void load_group(const T* p, F32 (&x)[4]) {
-  load2(p, x[0], x[1]);
-  load2(p + 2 * F32::size, x[2], x[3]);
+  load2_any(p, x[0], x[1]);
+  load2_any(p + 2 * F32::size, x[2], x[3]);
 }
 template <class T>
 SPO_INLINE void store_group(T* p, const F32 (&x)[4]) {
-  store2(p, x[0], x[1]);
-  store2(p + 2 * F32::size, x[2], x[3]);
+  store2_any(p, x[0], x[1]);
+  store2_any(p + 2 * F32::size, x[2], x[3]);
+}
+// Two vectors of a loop over T and R, in an order that is the same for both.
+template <class T, class R>
+SPO_INLINE void load_half(const T* z, const R* r, F32& z0, F32& z1, F32& r0, F32& r1) {
+  if constexpr (std::is_same_v<T, R>) {
+    load2_any(z, z0, z1);
+    load2_any(r, r0, r1);
+  } else {
+    load2(z, z0, z1);
+    load2(r, r0, r1);
+  }
 }
 
 // The last V % kGroup elements of a row, padded to a group with -inf: probability 0, adding nothing anywhere.
@@ -85,7 +98,8 @@ SPO_INLINE void for_blocks(const T* z, std::int64_t V, F f) {
 template <class T, class R, class F>
 SPO_INLINE void for_blocks(const T* z, const R* r, std::int64_t V, F f) {
   const std::int64_t whole = V / kGroup * kGroup;
-  for (std::int64_t v = 0; v < whole; v += kBlock) f(z + v, r + v, (whole - v < kBlock ? whole - v : kBlock) / kGroup);
+  for (std::int64_t v = 0; v < whole; v += kKlBlock)
+    f(z + v, r + v, (whole - v < kKlBlock ? whole - v : kKlBlock) / kGroup);
   if (whole < V) f(Tail<T>(z + whole, V - whole).data, Tail<R>(r + whole, V - whole).data, 1);
 }
 
@@ -129,8 +143,9 @@ SPO_INLINE float sum_exp(const T* z, std::int64_t groups, float shift) {
   for (std::int64_t g = 0; g < groups; ++g) {
     prefetch(z + g * kGroup);
     load_group(z + g * kGroup, x);
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) sum[k] = sum[k] + exp(x[k] - s);
+    for (int k = 0; k < 4; ++k) x[k] = x[k] - s;
+    exp(x);
+    for (int k = 0; k < 4; ++k) sum[k] = sum[k] + x[k];
   }
   return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
@@ -159,44 +174,75 @@ template <class T, class R>
 SPO_INLINE KlBlock sum_kl(const T* z, const R* r, std::int64_t groups, float shift_z, float shift_r) {
   const F32 sz(shift_z), sr(shift_r);
   const Exp<5> exp;
-  F32 p[4], q[4], gap[4], x[4], y[4];
+  F32 p[2], q[2], gap[2];
   for (std::int64_t g = 0; g < groups; ++g) {
     prefetch(z + g * kGroup);
     prefetch(r + g * kGroup);
-    load_group(z + g * kGroup, x);
-    load_group(r + g * kGroup, y);
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      const F32 zs = x[k] - sz, rs = y[k] - sr, w = exp(zs);
-      p[k] = p[k] + w;
-      q[k] = q[k] + exp(rs);
-      // Where p is 0 the gap may be infinite or NaN (-inf - -inf): no term. Where it is not and r = -inf, +inf.
-      gap[k] = fma(w, where_nonzero(w, zs - rs), gap[k]);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const std::int64_t v = g * kGroup + half * 2 * F32::size;
+      F32 e[4];  // two of the policy, two of the reference
+      load_half(z + v, r + v, e[0], e[1], e[2], e[3]);
+      for (int k = 0; k < 2; ++k) e[k] = e[k] - sz;
+      for (int k = 2; k < 4; ++k) e[k] = e[k] - sr;
+      const F32 diff[2] = {e[0] - e[2], e[1] - e[3]};
+      exp(e);
+      for (int k = 0; k < 2; ++k) {
+        p[k] = p[k] + e[k];
+        q[k] = q[k] + e[k + 2];
+        // Where p is 0 the gap may be infinite or NaN (-inf - -inf): no term. Where it is not and r = -inf, +inf.
+        gap[k] = add_weighed(e[k], diff[k], gap[k]);
+      }
     }
   }
-  return {reduce_add((p[0] + p[1]) + (p[2] + p[3])), reduce_add((q[0] + q[1]) + (q[2] + q[3])),
-          reduce_add((gap[0] + gap[1]) + (gap[2] + gap[3]))};
+  return {reduce_add(p[0] + p[1]), reduce_add(q[0] + q[1]), reduce_add(gap[0] + gap[1])};
 }
+
+// Sums over a row, or a part of it, of exp(zs) and exp(zs) (zs - rs).
+struct PolicySums {
+  double p = 0, gap = 0;
+  void raise(double dz, double dr) {  // raising a shift lowers zs or rs
+    const double scale = std::exp(-dz);
+    gap = p == 0 ? 0 : (gap + p * (dr - dz)) * scale;
+    p *= scale;
+  }
+};
 
 template <class T, class R>
 KlStats kl_stats(const T* z, const R* r, std::int64_t V) {
-  ExpSum p(z, V), q(r, V);
-  double gap = 0;
+  ExpSum policy(z, V), ref(r, V);
+  PolicySums row, heaviest;  // heaviest: the block that holds most of the row's probability
+  struct {
+    const T* z;
+    const R* r;
+    std::int64_t groups;
+    bool stale;  // summed with shifts that are not the row's any more
+  } at{};
   for_blocks(z, r, V, [&](const T* zb, const R* rb, std::int64_t groups) {
-    KlBlock b = sum_kl(zb, rb, groups, p.shift, q.shift);
+    KlBlock b = sum_kl(zb, rb, groups, policy.shift, ref.shift);
     if (__builtin_expect(!(b.p < kTooLarge && b.q < kTooLarge), 0)) {
-      // gap is a sum of exp(zs) (zs - rs): raising a shift lowers zs or rs.
-      const double sum = p.sum, dz = p.raise(block_max(zb, groups)), dr = q.raise(block_max(rb, groups));
-      gap = sum == 0 ? 0 : (gap + sum * (dr - dz)) * std::exp(-dz);
-      b = sum_kl(zb, rb, groups, p.shift, q.shift);
+      const double dz = policy.raise(block_max(zb, groups)), dr = ref.raise(block_max(rb, groups));
+      row.raise(dz, dr);
+      heaviest.raise(dz, dr);
+      at.stale = true;
+      b = sum_kl(zb, rb, groups, policy.shift, ref.shift);
     }
-    p.sum += b.p;
-    q.sum += b.q;
-    gap += b.gap;
+    row.p += b.p;
+    row.gap += b.gap;
+    ref.sum += b.q;
+    if (b.p > heaviest.p) heaviest = {b.p, b.gap}, at = {zb, rb, groups, false};
   });
-  if (__builtin_expect(p.sum == 0 || q.sum == 0, 0)) return scalar::kl_stats(z, r, V);
-  const RowStats policy = p.stats(), ref = q.stats();
-  return {policy, ref, gap / p.sum - policy.logsum + ref.logsum};
+  if (__builtin_expect(at.stale, 0)) {
+    // The gradient of a token with p near 1 is the difference of its zs - rs and the row's mean of them: both must have
+    // been rounded alike. (The padded tail, a temporary, is the last block: never stale.)
+    const KlBlock b = sum_kl(at.z, at.r, at.groups, policy.shift, ref.shift);
+    row.p += b.p - heaviest.p;
+    row.gap += b.gap - heaviest.gap;
+  }
+  policy.sum = row.p;
+  if (__builtin_expect(policy.sum == 0 || ref.sum == 0, 0)) return scalar::kl_stats(z, r, V);
+  const RowStats p = policy.stats(), q = ref.stats();
+  return {p, q, row.gap / row.p - p.logsum + q.logsum};
 }
 
 // Otherwise the row was not finite, or belongs to `scalar` in the forward too.
@@ -226,8 +272,8 @@ void grad_logp(const T* z, T* dz, std::int64_t V, const RowStats& stats, const R
     for (std::int64_t g = 0; g < groups; ++g) {
       prefetch(in + g * kGroup);
       load_group(in + g * kGroup, x);
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) x[k] = exp(x[k] - shift);
+      for (int k = 0; k < 4; ++k) x[k] = x[k] - shift;
+      exp(x);
       store_group(out + g * kGroup, x);
     }
   });
@@ -239,25 +285,33 @@ void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats
   if (__builtin_expect(!(in_range(stats.policy) && in_range(stats.ref)), 0))
     return scalar::grad_kl(z, r, dz, V, stats, grad);
   const double at_label = grad.label >= 0 ? scalar::label_grad_kl(z, r, stats, grad) : 0;
-  // With zs and rs the logits less their shifts:
-  // p (g_kl (log p - log q - kl) - g_logp) = exp(zs) ((zs - rs) slope + constant)
+  // With zs and rs the logits less their shifts, and mean the row's mean of zs - rs:
+  // p (g_kl (log p - log q - kl) - g_logp) = exp(zs) ((zs - rs - mean) slope + rest)
+  // A token with p near 1 has zs - rs near the mean. Their difference is exact; rest makes up for the mean's rounding.
   const double scale = std::exp(-stats.policy.logsum);
-  const double gap = stats.ref.logsum - stats.policy.logsum;
+  const double exact_mean = stats.kl + stats.policy.logsum - stats.ref.logsum;
+  const F32 mean(static_cast<float>(exact_mean));
   const F32 slope(static_cast<float>(scale * grad.g_kl));
-  const F32 constant(static_cast<float>(scale * (grad.g_kl * (gap - stats.kl) - grad.g_logp)));
+  const F32 rest(static_cast<float>(scale * (grad.g_kl * (static_cast<float>(exact_mean) - exact_mean) - grad.g_logp)));
   const F32 sz(static_cast<float>(stats.policy.shift)), sr(static_cast<float>(stats.ref.shift));
   const GradExp<T> exp;
 
   const auto group = [&](const T* in, const R* ref, T* out) {
     F32 x[4], y[4];
-    load_group(in, x);
-    load_group(ref, y);
-#pragma GCC unroll 4
+    load_half(in, ref, x[0], x[1], y[0], y[1]);
+    load_half(in + 2 * F32::size, ref + 2 * F32::size, x[2], x[3], y[2], y[3]);
     for (int k = 0; k < 4; ++k) {
-      const F32 zs = x[k] - sz, rs = y[k] - sr, p = exp(zs);
-      x[k] = where_nonzero(p, p * fma(zs - rs, slope, constant));
+      x[k] = x[k] - sz;
+      y[k] = fma(x[k] - (y[k] - sr) - mean, slope, rest);
     }
-    store_group(out, x);
+    exp(x);
+    for (int k = 0; k < 4; ++k) x[k] = weigh(x[k], y[k]);
+    if constexpr (std::is_same_v<T, R>) {
+      store_group(out, x);
+    } else {
+      store2(out, x[0], x[1]);
+      store2(out + 2 * F32::size, x[2], x[3]);
+    }
   };
   const std::int64_t whole = V / kGroup * kGroup;
   for (std::int64_t v = 0; v < whole; v += kGroup) {

@@ -72,38 +72,10 @@ SPO_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.v, b.v, c.v);
 SPO_INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a.v, b.v); }
 SPO_INLINE float reduce_add(F32 a) { return _mm512_reduce_add_ps(a.v); }
 SPO_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
-// w ? x : 0 with w != 0 as the condition (NaN counts as nonzero).
-SPO_INLINE F32 where_nonzero(F32 w, F32 x) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(w.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), x.v);
-}
-
-// e^x * scale, the scale folded into the coefficients: x log2(e) = n + f, then poly(f) 2^n. scalef handles every
-// exponent, overflow to inf and -inf included.
-//
-// exact: take f from x itself, not from the rounded product. One instruction more; without it the relative error of a
-// small result is 1e-7 |log2 result|, which a sum does not notice but a float32 gradient shows.
-template <int degree, bool exact = false>
-struct Exp {
-  F32 c[degree + 1];
-  SPO_INLINE explicit Exp(float scale = 1.f) {
-    for (int i = 0; i <= degree; ++i) c[i] = F32(scale * Exp2Poly<degree>::c[i]);
-  }
-  SPO_INLINE F32 operator()(F32 x) const {
-    constexpr int kFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-    if constexpr (exact) x = max(F32(-1000.f), x);  // far below, what the rounding took away would not fit f
-    const F32 u = x * F32(kLog2e);
-    F32 f;
-    if constexpr (exact) {
-      f = _mm512_fmsub_ps(x.v, F32(kLog2e).v, _mm512_roundscale_ps(u.v, kFloor));
-    } else {
-      f = _mm512_reduce_ps(u.v, kFloor);  // u - floor(u)
-    }
-    F32 p = c[degree];
-#pragma GCC unroll 8
-    for (int i = degree - 1; i >= 0; --i) p = fma(p, f, c[i]);
-    return _mm512_scalef_ps(p.v, u.v);
-  }
-};
+SPO_INLINE __mmask16 nonzero(F32 w) { return _mm512_cmp_ps_mask(w.v, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
+// w x, and w x + sum, that take 0 x as 0 whatever x is. A NaN in w stays.
+SPO_INLINE F32 weigh(F32 w, F32 x) { return _mm512_maskz_mul_ps(nonzero(w), w.v, x.v); }
+SPO_INLINE F32 add_weighed(F32 w, F32 x, F32 sum) { return _mm512_mask3_fmadd_ps(w.v, x.v, sum.v, nonzero(w)); }
 
 SPO_INLINE void load2(const float* p, F32& a, F32& b) {
   a = _mm512_loadu_ps(p);
@@ -132,6 +104,17 @@ SPO_INLINE void store2(bf16* p, F32 a, F32 b) {
                                                          45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   const __m512i halves = _mm512_permutex2var_epi16(round_high_half(a.v), _mm512_load_si512(kOdd), round_high_half(b.v));
   _mm512_storeu_si512(p, halves);
+}
+SPO_INLINE void load2_any(const bf16* p, F32& even, F32& odd) {
+  const __m512i both = _mm512_loadu_si512(p);
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+SPO_INLINE void store2_any(bf16* p, F32 even, F32 odd) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  constexpr int kSelect = 0xca;  // a ? b : c, bit by bit
+  _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(high, round_high_half(odd.v),
+                                                   _mm512_srli_epi32(round_high_half(even.v), 16), kSelect));
 }
 SPO_INLINE void load2(const f16* p, F32& a, F32& b) {
   a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -294,9 +277,75 @@ SPO_INLINE float reduce_max(F32 a) {
   return m;
 }
 
-// e^x * scale without a scaling instruction: adding 1.5 * 2^23 rounds x log2(e) to an integer n, which then stands in
-// the low bits and, biased, is the exponent. What is left of x, in two steps since n ln(2) does not fit one float, goes
-// to the polynomial. Clamped to exponents of -127 (0) and 128 (inf).
+SPO_INLINE F32 weigh(F32 w, F32 x) { return w * where_nonzero(w, x); }
+SPO_INLINE F32 add_weighed(F32 w, F32 x, F32 sum) { return fma(w, where_nonzero(w, x), sum); }
+
+#endif
+
+// The same pair in whatever order is fastest, one order a type, for loops that do not mix types.
+template <class T>
+SPO_INLINE void load2_any(const T* p, F32& a, F32& b) {
+  load2(p, a, b);
+}
+template <class T>
+SPO_INLINE void store2_any(T* p, F32 a, F32 b) {
+  store2(p, a, b);
+}
+
+// x[k] = c[0] + c[1] f[k] + ... The exponentials below take several vectors stage by stage: left to itself the compiler
+// emits one after the other, further apart than out-of-order execution looks (Zen 4: 11 % of the loop's time).
+template <int size, int n>
+SPO_INLINE void horner(const F32 (&c)[size], const F32 (&f)[n], F32 (&x)[n]) {
+#pragma GCC unroll 8
+  for (int k = 0; k < n; ++k) x[k] = fma(c[size - 1], f[k], c[size - 2]);
+#pragma GCC unroll 8
+  for (int i = size - 3; i >= 0; --i) {
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) x[k] = fma(x[k], f[k], c[i]);
+  }
+}
+
+#if defined(SPO_SIMD_AVX512)
+
+// x[k] = e^x[k] * scale, the scale folded into the coefficients: x log2(e) = n + f, then poly(f) 2^n. scalef handles
+// every exponent, overflow to inf and -inf included.
+//
+// exact: take f from x itself, not from the rounded product. One instruction more; without it the relative error of a
+// small result is 1e-7 |log2 result|, which a sum does not notice but a float32 gradient shows.
+template <int degree, bool exact = false>
+struct Exp {
+  F32 c[degree + 1];
+  SPO_INLINE explicit Exp(float scale = 1.f) {
+    for (int i = 0; i <= degree; ++i) c[i] = F32(scale * Exp2Poly<degree>::c[i]);
+  }
+  template <int n>
+  SPO_INLINE void operator()(F32 (&x)[n]) const {
+    constexpr int kFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    F32 u[n], f[n];
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) {
+      if constexpr (exact) x[k] = max(F32(-1000.f), x[k]);  // far below, what the rounding took away would not fit f
+      u[k] = x[k] * F32(kLog2e);
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) {
+      if constexpr (exact) {
+        f[k] = _mm512_fmsub_ps(x[k].v, F32(kLog2e).v, _mm512_roundscale_ps(u[k].v, kFloor));
+      } else {
+        f[k] = _mm512_reduce_ps(u[k].v, kFloor);  // u - floor(u)
+      }
+    }
+    horner(c, f, x);
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) x[k] = _mm512_scalef_ps(x[k].v, u[k].v);
+  }
+};
+
+#else
+
+// x[k] = e^x[k] * scale without a scaling instruction: adding 1.5 * 2^23 rounds x log2(e) to an integer n, which then
+// stands in the low bits and, biased, is the exponent. What is left of x, in two steps since n ln(2) does not fit one
+// float, goes to the polynomial. Clamped to exponents of -127 (0) and 128 (inf).
 template <int degree, bool exact = true>
 struct Exp {
   static constexpr float kRound = 12582912.f + 127.f;
@@ -305,15 +354,22 @@ struct Exp {
   SPO_INLINE explicit Exp(float scale = 1.f) {
     for (int i = 0; i <= degree; ++i) c[i] = F32(scale * ExpPoly<degree>::c[i]);
   }
-  SPO_INLINE F32 operator()(F32 x) const {
-    x = min(F32(88.8f), max(F32(-88.1f), x));
-    const F32 z = fma(x, F32(kLog2e), F32(kRound));
-    const F32 n = z - F32(kRound);
-    const F32 f = fma(n, F32(-kLn2Low), fma(n, F32(-kLn2High), x));
-    F32 p = c[degree];
+  template <int n>
+  SPO_INLINE void operator()(F32 (&x)[n]) const {
+    F32 z[n], f[n];
 #pragma GCC unroll 8
-    for (int i = degree - 1; i >= 0; --i) p = fma(p, f, c[i]);
-    return p * shift_to_exponent(z);
+    for (int k = 0; k < n; ++k) {
+      x[k] = min(F32(88.8f), max(F32(-88.1f), x[k]));
+      z[k] = fma(x[k], F32(kLog2e), F32(kRound));
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) {
+      const F32 whole = z[k] - F32(kRound);
+      f[k] = fma(whole, F32(-kLn2Low), fma(whole, F32(-kLn2High), x[k]));
+    }
+    horner(c, f, x);
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) x[k] = x[k] * shift_to_exponent(z[k]);
   }
 };
 
