@@ -90,7 +90,11 @@ class Call:
         self._warm = warm
         self._simd = simd
         self._arguments: dict[str, Tensor] = {}
-        self.entry = measure.Entry(self.call, self.prepare, self.finish)
+
+    @property
+    def entry(self) -> measure.Entry:
+        # Not an attribute: the cycle would keep the inputs, gigabytes of them, until the collector happens to run.
+        return measure.Entry(self.call, self.prepare, self.finish)
 
     def prepare(self) -> None:
         problem = self._problem

@@ -9,8 +9,6 @@
 
 namespace spo::cpu {
 
-enum class DType { f32, bf16, f16, f64 };
-
 struct bf16 {
   std::uint16_t bits;
 };

@@ -1,0 +1,189 @@
+// From tensors to the arguments of the row ops: what every compiled backend checks, and how it allocates. Each *Call
+// below owns the tensors that its arguments point into.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "../row_args.h"
+
+namespace spo {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::Double: return DType::f64;
+    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
+  }
+}
+
+inline ScalarType acc_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+inline Rows rows_of(const Tensor& t, const char* name, bool writable) {
+  STD_TORCH_CHECK(t.dim() == 2 || t.dim() == 3, name, " must be [N, V] or [B, T, V], got ", t.dim(), " dimensions");
+  STD_TORCH_CHECK(t.size(-1) >= 1, name, " must have V >= 1");
+  STD_TORCH_CHECK(t.stride(-1) == 1 || t.size(-1) == 1, name, " must have a unit last stride, got ", t.stride(-1));
+  Rows rows;
+  rows.data = writable ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
+  rows.dtype = dtype_of(t, name);
+  rows.T = std::max<int64_t>(t.size(-2), 1);
+  rows.stride_t = t.stride(-2);
+  rows.stride_b = t.dim() == 3 ? t.stride(0) : 0;
+  return rows;
+}
+
+inline int64_t row_count(const Tensor& t) { return t.dim() == 3 ? t.size(0) * t.size(1) : t.size(0); }
+
+// A contiguous vector of one value a row, or null. The tensor returned keeps the data alive.
+inline Tensor row_values(const Tensor& t, ScalarType dtype, int64_t N, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype");
+  STD_TORCH_CHECK(t.numel() == N, name, " must have one element a row (", N, "), got ", t.numel());
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+inline OptionalTensor row_values(const OptionalTensor& t, ScalarType dtype, int64_t N, const char* name) {
+  if (!t.has_value()) return std::nullopt;
+  return row_values(*t, dtype, N, name);
+}
+template <class T>
+const T* data_or_null(const OptionalTensor& t) {
+  return t.has_value() ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+inline Rows ref_rows(const OptionalTensor& ref_logits, const Tensor& logits) {
+  if (!ref_logits.has_value()) return {};
+  const Rows rows = rows_of(*ref_logits, "ref_logits", false);
+  bool same = ref_logits->dim() == logits.dim();
+  for (int64_t d = 0; same && d < logits.dim(); ++d) same = ref_logits->size(d) == logits.size(d);
+  STD_TORCH_CHECK(same, "ref_logits must have the shape of logits");
+  STD_TORCH_CHECK((rows.dtype == DType::f64) == (dtype_of(logits, "logits") == DType::f64),
+                  "ref_logits must be float64 exactly when logits are");
+  return rows;
+}
+
+inline std::vector<int64_t> row_shape(const Tensor& logits) {
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d + 1 < logits.dim(); ++d) shape.push_back(logits.size(d));
+  return shape;
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
+}
+
+inline Tensor empty_contiguous_like(const Tensor& t) {
+  std::vector<int64_t> shape = row_shape(t);
+  shape.push_back(t.size(-1));
+  return empty(t, shape, t.scalar_type());
+}
+
+struct TokenStatsFwdCall {
+  int64_t N, V;
+  OptionalTensor labels, mask;
+  Tensor logps, kl, stats;
+  TokenStatsFwd args;
+
+  TokenStatsFwdCall(const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
+                    const OptionalTensor& mask, int64_t ignore_index)
+      : N(row_count(logits)),
+        V(logits.size(-1)),
+        labels(row_values(labels, ScalarType::Long, N, "labels")),
+        mask(row_values(mask, ScalarType::Bool, N, "mask")) {
+    const Rows z = rows_of(logits, "logits", false), r = ref_rows(ref_logits, logits);
+    const ScalarType acc = acc_type(z.dtype);
+    const std::vector<int64_t> rows = row_shape(logits);
+    std::vector<int64_t> stats_shape{r.data ? 4 : 2};
+    stats_shape.insert(stats_shape.end(), rows.begin(), rows.end());
+    logps = empty(logits, labels ? rows : std::vector<int64_t>{0}, acc);
+    kl = empty(logits, ref_logits ? rows : std::vector<int64_t>{0}, acc);
+    stats = empty(logits, stats_shape, acc);
+    args = {.z = z,
+            .r = r,
+            .labels = data_or_null<int64_t>(this->labels),
+            .mask = data_or_null<bool>(this->mask),
+            .N = N,
+            .V = V,
+            .ignore_index = ignore_index,
+            .logps = logps.mutable_data_ptr(),
+            .kl = kl.mutable_data_ptr(),
+            .stats = stats.mutable_data_ptr()};
+  }
+};
+
+struct TokenStatsBwdCall {
+  int64_t N, V;
+  OptionalTensor dlogps, dkl, labels, mask;
+  Tensor kl, stats;
+  TokenStatsBwd args;
+
+  TokenStatsBwdCall(const Tensor& dlogits, const OptionalTensor& dlogps, const OptionalTensor& dkl,
+                    const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
+                    const OptionalTensor& mask, const Tensor& kl, const Tensor& stats, int64_t ignore_index)
+      : N(row_count(logits)),
+        V(logits.size(-1)),
+        labels(row_values(labels, ScalarType::Long, N, "labels")),
+        mask(row_values(mask, ScalarType::Bool, N, "mask")) {
+    const Rows z = rows_of(logits, "logits", false), r = ref_rows(ref_logits, logits);
+    const ScalarType acc = acc_type(z.dtype);
+    this->dlogps = row_values(dlogps, acc, N, "dlogps");
+    this->dkl = row_values(dkl, acc, N, "dkl");
+    this->kl = row_values(kl, acc, r.data ? N : 0, "kl");
+    this->stats = row_values(stats, acc, (r.data ? 4 : 2) * N, "stats");
+    STD_TORCH_CHECK(!dlogps || labels, "dlogps needs labels");
+    STD_TORCH_CHECK(!dkl || ref_logits, "dkl needs ref_logits");
+    args = {.z = z,
+            .r = r,
+            .dz = rows_of(dlogits, "dlogits", true),
+            .labels = data_or_null<int64_t>(this->labels),
+            .mask = data_or_null<bool>(this->mask),
+            .N = N,
+            .V = V,
+            .ignore_index = ignore_index,
+            .dlogps = data_or_null<void>(this->dlogps),
+            .dkl = data_or_null<void>(this->dkl),
+            .kl = this->kl.const_data_ptr(),
+            .stats = this->stats.const_data_ptr()};
+  }
+};
+
+// weighted_kl is the caller's to point at memory of the device.
+struct KlLossCall {
+  OptionalTensor row_weight;
+  ScalarType acc;
+  KlLossFwd args;
+
+  KlLossCall(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& row_weight)
+      : acc(acc_type(dtype_of(logits, "logits"))) {
+    const int64_t N = row_count(logits);
+    this->row_weight = row_values(row_weight, acc, N, "row_weight");
+    args = {.z = rows_of(logits, "logits", false),
+            .r = ref_rows(ref_logits, logits),
+            .dz = rows_of(dlogits, "dlogits", true),
+            .row_weight = data_or_null<void>(this->row_weight),
+            .N = N,
+            .V = logits.size(-1),
+            .weighted_kl = nullptr};
+  }
+};
+
+// The rows to scale, after checking that scale is one value of their accumulation dtype.
+inline Rows scale_rows(const Tensor& tensor, const Tensor& scale) {
+  STD_TORCH_CHECK(scale.numel() == 1, "scale must have one element, got ", scale.numel());
+  const Rows rows = rows_of(tensor, "tensor", true);
+  STD_TORCH_CHECK(scale.scalar_type() == acc_type(rows.dtype), "scale must have the accumulation dtype of tensor");
+  return rows;
+}
+
+}  // namespace spo
