@@ -1,7 +1,9 @@
 """Builds the op library (torch's stable ABI, no Python) and the control module (pybind11, no torch) with ninja.
 
 Environment: ``MAX_JOBS`` limits parallel compilation, ``CXX`` names the compiler, ``CXXFLAGS`` is appended,
-``SPO_SANITIZE=1`` builds with ASan and UBSan. Nothing is downloaded and no ``-march=native`` is used: each SIMD level
+``SPO_SANITIZE=1`` builds with ASan and UBSan. CUDA kernels are built where a toolkit is found (``CUDA_HOME``, nvcc on
+``PATH``, /usr/local/cuda), for the architectures of ``TORCH_CUDA_ARCH_LIST``; ``SPO_CUDA=0`` leaves them out, with
+``SPO_CUDA=1`` a missing toolkit is an error. No GPU is needed to build them. Nothing is downloaded and no ``-march=native`` is used: each SIMD level
 is an object of its own, chosen when the library is loaded.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +22,7 @@ import setuptools
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-LIBRARY, CONTROL = "libspo_kernels.so", "_control"
+LIBRARY, CUDA_LIBRARY, CONTROL = "libspo_kernels.so", "libspo_kernels_cuda.so", "_control"
 
 # The oldest torch the library runs with, as torch spells it (major, minor << 56 and 48).
 TORCH_TARGET = (2, 10)
@@ -40,6 +43,41 @@ X86_LEVELS = {
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized",
     "avx2": "-mavx2 -mfma -mf16c",
 }
+
+# Contraction is written out, as above. No fast-math: what may be approximate is written out too.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Wno-deprecated-gpu-targets"]
+CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+
+
+def cuda_home() -> Path | None:
+    """Root of the CUDA toolkit to build with; None to build without."""
+    wanted = os.environ.get("SPO_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"SPO_CUDA must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and str(Path(nvcc).resolve().parent.parent), "/usr/local/cuda"]
+    for home in filter(None, homes):
+        if (Path(home) / "bin/nvcc").exists() and (Path(home) / "include/cuda_runtime.h").exists():
+            return Path(home)
+    if wanted == "1":
+        raise SystemExit("SPO_CUDA=1, but no nvcc was found in CUDA_HOME, on PATH or in /usr/local/cuda")
+    return None
+
+
+def gencode_flags() -> list[str]:
+    """``-gencode`` of every architecture in TORCH_CUDA_ARCH_LIST, e.g. ``8.0;9.0+PTX``."""
+    flags = []
+    for item in (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).replace(";", " ").split():
+        version, plus, ptx = item.partition("+")
+        number = version.replace(".", "")
+        if not number.rstrip("af").isdigit() or (plus and ptx != "PTX"):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: cannot read {item!r}; 9.0 or 12.0+PTX are what it may hold")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if plus:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
 
 
 def cpu_sources() -> dict[str, list[str]]:
@@ -110,6 +148,18 @@ class NinjaBuild(build_ext):
             objects.append(compile_object("csrc/torch/ops_cpu.cpp", torch_compile))
             link = [*torch_link, f"-Wl,-soname,{LIBRARY}", "-pthread"]
             writer.build(str(package / LIBRARY), "link", objects, variables={"flags": shlex.join(link)})
+            (package / CUDA_LIBRARY).unlink(missing_ok=True)  # of an earlier build in place
+            if home := cuda_home():
+                nvcc = [str(home / "bin/nvcc"), "-ccbin", compiler, *NVCC_FLAGS, *gencode_flags()]
+                writer.rule("nvcc", f"{shlex.join(nvcc)} -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+                objects = []
+                for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+                    objects += writer.build(f"{source.stem}.cuda.o", "nvcc", str(source.resolve()))
+                include = ["-isystem", str(home / "include")]
+                objects.append(compile_object("csrc/torch/ops_cuda.cpp", [*torch_compile, *include]))
+                link = [*torch_link, f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-pthread"]
+                link.append(f"-Wl,-soname,{CUDA_LIBRARY}")
+                writer.build(str(package / CUDA_LIBRARY), "link", objects, variables={"flags": shlex.join(link)})
             link = [f"-L{package}", f"-l:{LIBRARY}", "'-Wl,-rpath,$$ORIGIN'"]
             writer.build(
                 str(control),
@@ -121,7 +171,8 @@ class NinjaBuild(build_ext):
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "spo_kernels"
-        return [str(package / LIBRARY), str(package / (CONTROL + sysconfig.get_config_var("EXT_SUFFIX")))]
+        libraries = [LIBRARY, CUDA_LIBRARY] if cuda_home() else [LIBRARY]
+        return [str(package / name) for name in (*libraries, CONTROL + sysconfig.get_config_var("EXT_SUFFIX"))]
 
 
 def c_string(text: str) -> str:

@@ -1,4 +1,5 @@
-"""Which implementations the tests run: the backend behind the CPU, at every SIMD level of this machine, and the oracle.
+"""Which implementations the tests run: the backend behind the CPU, at every SIMD level of this machine, and the CUDA
+kernels' own source, emulated.
 
 The suite is for the compiled kernels: without them, and without SPO_BACKEND saying that something else is meant,
 importing the package or asking for its backend fails, and so does the suite.
@@ -14,22 +15,33 @@ from typing import Any
 import pytest
 import torch
 
-# pytest's importlib mode leaves sys.path alone; the tests share oracle.py.
-sys.path.append(str(Path(__file__).parent))
+# pytest's importlib mode leaves sys.path alone; the tests share oracle.py and the emulator's build.
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent / "cuda")]
 
+import emulated
 from oracle import ACTIVE, LEVELS
 
 from spo_kernels import backends
-from spo_kernels.backends import cpu
+from spo_kernels.backends import cpu, cuda
 
 # The oracle has tests of its own; here it stands in only where it is what serves the CPU.
 IMPLEMENTATIONS = [f"cpu-{level}" for level in LEVELS] if ACTIVE == "cpu" else [ACTIVE]
+NO_CUDA_HEADERS = pytest.mark.skipif(emulated.cuda_include() is None, reason="no CUDA toolkit, whose headers it takes")
 LEVELS_OR_SKIP: list[Any] = [*LEVELS] or [pytest.param("", marks=pytest.mark.skip(reason=f"SPO_BACKEND={ACTIVE}"))]
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(scope="session")
+def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> backends.Backend:
+    """The CUDA kernels' source, compiled for the CPU."""
+    return cuda.CompiledOps("spo_kernels_emulated", emulated.build_library(tmp_path_factory.mktemp("emulated")))
+
+
+@pytest.fixture(params=[*IMPLEMENTATIONS, pytest.param("emulated_cuda", marks=NO_CUDA_HEADERS)])
 def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
     """The functions of one implementation; the compiled kernels at one SIMD level, for which no other may stand in."""
+    if request.param == "emulated_cuda":
+        yield request.getfixturevalue("emulated_cuda")
+        return
     name, _, level = request.param.partition("-")
     if not level:
         yield backends.get(name)

@@ -7,7 +7,8 @@ this module puts one backend behind each device type.
 backend                device types                 what it is
 =====================  ===========================  =========================================================
 ``cpu``                cpu                          compiled C++, SIMD level chosen at run time; the default there
-``triton``             cuda (CUDA and ROCm), cpu*   Triton kernels; the default on cuda
+``cuda``               cuda                         compiled CUDA C++; the default where it was built
+``triton``             cuda (CUDA and ROCm), cpu*   Triton kernels; the default on cuda where ``cuda`` was not built
 ``reference``          cpu, cuda                    plain torch, the oracle; only when asked for
 =====================  ===========================  =========================================================
 
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels import ops
-from spo_kernels.backends import cpu
+from spo_kernels.backends import cpu, cuda
 
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
@@ -80,6 +81,12 @@ def _cpu_missing() -> str | None:
     return None if cpu.library_path() else "the compiled kernels are not part of this installation"
 
 
+def _cuda_missing() -> str | None:
+    if cuda.library_path() is None:
+        return "the CUDA kernels are not part of this installation (they are built where nvcc is found)"
+    return None if torch.version.cuda else "this torch was built without CUDA"
+
+
 def _triton_missing() -> str | None:
     return None if importlib.util.find_spec("triton") else "the package triton is not installed"
 
@@ -90,10 +97,11 @@ def _triton_device_types() -> tuple[str, ...]:
 
 _ENTRIES = {
     "cpu": _Entry("spo_kernels.backends.cpu", ("cpu",), _cpu_missing),
+    "cuda": _Entry("spo_kernels.backends.cuda", ("cuda",), _cuda_missing),
     "triton": _Entry("spo_kernels.backends.triton", _triton_device_types(), _triton_missing),
     "reference": _Entry("spo_kernels.reference", ("cpu", "cuda"), lambda: None),
 }
-_DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
+_DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the first that can be had
 
 
 def available() -> tuple[str, ...]:
@@ -104,9 +112,13 @@ def available() -> tuple[str, ...]:
 def _select(device_type: str, asked: str | None) -> Selection:
     if asked is not None and device_type in _ENTRIES[asked].device_types:
         return Selection(asked, f"SPO_BACKEND={asked}")
-    name = _DEFAULTS[device_type]
-    missing = _ENTRIES[name].missing()
-    return Selection(None, f"{name}: {missing}") if missing else Selection(name, f"the default on {device_type}")
+    reasons = []
+    for name in _DEFAULTS[device_type]:
+        missing = _ENTRIES[name].missing()
+        if missing is None:
+            return Selection(name, "; ".join([f"the default on {device_type}", *reasons]))
+        reasons.append(f"{name}: {missing}")
+    return Selection(None, "; ".join(reasons))
 
 
 def _asked() -> str | None:
@@ -154,7 +166,7 @@ def get(name: str) -> Backend:
         raise RuntimeError(f"backend {name} cannot be had: {missing}")
     if name == "cpu" and _SELECTED["cpu"].backend != "cpu":
         raise RuntimeError(f"backend cpu is not loaded: {_SELECTED['cpu'].reason}")
-    return cast(Backend, importlib.import_module(entry.module))
+    return cuda.load() if name == "cuda" else cast(Backend, importlib.import_module(entry.module))
 
 
 def _register(device_type: str) -> None:

@@ -1,0 +1,189 @@
+// A chunk: the elements of a row that a thread takes at once, 16 bytes of the narrowest type. Chunks start at element 0
+// of a row however it is aligned, so that a row's result does not depend on where in memory it lies.
+#pragma once
+
+#include "../row_args.h"
+#include "platform.h"
+
+namespace spo::cuda {
+
+constexpr int kVectorBytes = 16;
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+// Logits whose type is known at run time alone: the reference's, where it differs from the policy's.
+struct AnyType {};
+
+template <class T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccOf<T>::type;
+
+SPO_DEVICE float to_acc(float x) { return x; }
+SPO_DEVICE double to_acc(double x) { return x; }
+SPO_DEVICE float to_acc(bf16 x) { return __bfloat162float(x); }
+SPO_DEVICE float to_acc(f16 x) { return __half2float(x); }
+
+SPO_DEVICE void from_acc(float x, float& out) { out = x; }
+SPO_DEVICE void from_acc(double x, double& out) { out = x; }
+SPO_DEVICE void from_acc(float x, bf16& out) { out = __float2bfloat16(x); }
+SPO_DEVICE void from_acc(float x, f16& out) { out = __float2half(x); }
+
+// The elements of four words, in order.
+SPO_DEVICE void unpack(const uint4& w, const bf16*, float* x) {
+  const std::uint32_t words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __uint_as_float(words[i] << 16);
+    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+SPO_DEVICE void unpack(const uint4& w, const f16*, float* x) {
+  const std::uint32_t words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+    x[2 * i] = pair.x;
+    x[2 * i + 1] = pair.y;
+  }
+}
+SPO_DEVICE void unpack(const uint4& w, const float*, float* x) {
+  x[0] = __uint_as_float(w.x);
+  x[1] = __uint_as_float(w.y);
+  x[2] = __uint_as_float(w.z);
+  x[3] = __uint_as_float(w.w);
+}
+SPO_DEVICE void unpack(const uint4& w, const double*, double* x) {
+  x[0] = __hiloint2double(static_cast<int>(w.y), static_cast<int>(w.x));
+  x[1] = __hiloint2double(static_cast<int>(w.w), static_cast<int>(w.z));
+}
+
+SPO_DEVICE uint4 pack(const float* x, const bf16*) {
+  std::uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+    words[i] = *reinterpret_cast<const std::uint32_t*>(&pair);
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+SPO_DEVICE uint4 pack(const float* x, const f16*) {
+  std::uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __half2 pair = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+    words[i] = *reinterpret_cast<const std::uint32_t*>(&pair);
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+SPO_DEVICE uint4 pack(const float* x, const float*) {
+  return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])};
+}
+SPO_DEVICE uint4 pack(const double* x, const double*) {
+  return {static_cast<unsigned>(__double2loint(x[0])), static_cast<unsigned>(__double2hiint(x[0])),
+          static_cast<unsigned>(__double2loint(x[1])), static_cast<unsigned>(__double2hiint(x[1]))};
+}
+
+// Bytes [shift, shift + 16) of two neighbouring vectors; shift is the same for a whole row.
+SPO_DEVICE uint4 shifted(const uint4& low, const uint4& high, unsigned shift) {
+  std::uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  if (shift & 8) {
+#pragma unroll
+    for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
+  }
+  if (shift & 4) {
+#pragma unroll
+    for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
+  }
+  const unsigned bits = 8 * (shift & 3);
+  return {__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits), __funnelshift_r(w[2], w[3], bits),
+          __funnelshift_r(w[3], w[4], bits)};
+}
+
+enum class Cache { stream, keep };  // data is touched once, or will be read again soon
+
+template <Cache cache>
+SPO_DEVICE uint4 load_vector(const void* at) {
+  const auto* vector = static_cast<const uint4*>(at);
+  return cache == Cache::stream ? __ldcs(vector) : *vector;
+}
+
+// A row of V elements, read in chunks of E. Beyond V there is -inf: probability 0.
+template <class T, int E>
+struct Source {
+  static_assert(E * sizeof(T) % kVectorBytes == 0);
+  using A = Acc<T>;
+  const T* row;
+  std::int64_t V;
+
+  SPO_DEVICE Source(const Rows& rows, std::int64_t i, std::int64_t V)
+      : row(static_cast<const T*>(rows.data) + i / rows.T * rows.stride_b + i % rows.T * rows.stride_t), V(V) {}
+
+  SPO_DEVICE unsigned misaligned() const { return reinterpret_cast<std::uintptr_t>(row) % kVectorBytes; }
+  SPO_DEVICE A at(std::int64_t v) const { return to_acc(row[v]); }
+
+  SPO_DEVICE void edge(std::int64_t first, A (&x)[E]) const {
+#pragma unroll
+    for (int k = 0; k < E; ++k) x[k] = first + k < V ? to_acc(row[first + k]) : -INFINITY;
+  }
+
+  // E elements from `first` on, all inside the row. Where the row is misaligned a chunk is cut out of the aligned
+  // vectors around it, unless these would reach beyond the row.
+  template <bool aligned, Cache cache>
+  SPO_DEVICE void full(std::int64_t first, A (&x)[E]) const {
+    const auto* bytes = reinterpret_cast<const char*>(row + first);
+    const unsigned shift = aligned ? 0 : reinterpret_cast<std::uintptr_t>(bytes) % kVectorBytes;
+    if (!aligned && shift && (first < E || first + 2 * E > V)) return edge(first, x);
+    constexpr int kPerVector = kVectorBytes / sizeof(T);
+#pragma unroll
+    for (int k = 0; k < E / kPerVector; ++k) {
+      const char* vector = bytes + k * kVectorBytes;
+      uint4 words;
+      if (aligned || shift == 0)
+        words = load_vector<cache>(vector);
+      else
+        words = shifted(load_vector<Cache::keep>(vector - shift), load_vector<Cache::keep>(vector - shift + kVectorBytes),
+                        shift);
+      unpack(words, static_cast<const T*>(nullptr), x + k * kPerVector);
+    }
+  }
+};
+
+template <int E>
+struct Source<AnyType, E> {
+  using A = float;
+  const void* row;
+  DType dtype;
+  std::int64_t V;
+
+  SPO_DEVICE Source(const Rows& rows, std::int64_t i, std::int64_t V) : dtype(rows.dtype), V(V) {
+    const std::int64_t offset = i / rows.T * rows.stride_b + i % rows.T * rows.stride_t;
+    row = static_cast<const char*>(rows.data) + offset * (dtype == DType::f32 ? 4 : 2);
+  }
+
+  SPO_DEVICE unsigned misaligned() const { return 0; }
+  SPO_DEVICE float at(std::int64_t v) const {
+    switch (dtype) {
+      case DType::bf16: return to_acc(static_cast<const bf16*>(row)[v]);
+      case DType::f16: return to_acc(static_cast<const f16*>(row)[v]);
+      default: return static_cast<const float*>(row)[v];
+    }
+  }
+  SPO_DEVICE void edge(std::int64_t first, float (&x)[E]) const {
+#pragma unroll
+    for (int k = 0; k < E; ++k) x[k] = first + k < V ? at(first + k) : -INFINITY;
+  }
+  template <bool aligned, Cache cache>
+  SPO_DEVICE void full(std::int64_t first, float (&x)[E]) const {
+    edge(first, x);
+  }
+};
+
+}  // namespace spo::cuda

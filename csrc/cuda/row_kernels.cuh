@@ -1,0 +1,630 @@
+// The row kernels on a GPU: what spo_kernels/reference.py computes, in one pass over the logits.
+//
+// A row belongs to one warp (short rows), one block, or several blocks (long rows, too few to fill the GPU otherwise).
+// Each thread keeps a running maximum and sums relative to it over the chunks it reads, and the partial results of the
+// threads are merged in a fixed order.
+//
+// What decides the speed, by the instruction counts of tests/cuda/test_machine_code.py:
+// - one exponential an element, 1/16 more for moving to a new maximum, which is looked for once a tile;
+// - a quarter of the exponentials as a polynomial: the unit that computes the others would need 91 % of the time that
+//   the memory of a B200 needs to deliver bfloat16;
+// - two float operations an instruction where there are such instructions (sm_100 and later).
+#pragma once
+
+#include <cassert>
+#include <cfloat>
+#include <type_traits>
+
+#include "chunk.cuh"
+#include "launch_config.h"
+
+namespace spo::cuda {
+
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLog2eLow = 1.9259629911266175e-08f;  // what is left of log2(e) after rounding to float
+
+template <class A>
+struct PairOf {
+  using type = float2;
+};
+template <>
+struct PairOf<double> {
+  using type = double2;
+};
+template <class A>
+using Pair = typename PairOf<A>::type;
+
+SPO_DEVICE double2 add2(double2 a, double2 b) { return {a.x + b.x, a.y + b.y}; }
+SPO_DEVICE double2 mul2(double2 a, double2 b) { return {a.x * b.x, a.y * b.y}; }
+SPO_DEVICE double2 fma2(double2 a, double2 b, double2 c) { return {fma(a.x, b.x, c.x), fma(a.y, b.y, c.y)}; }
+
+// 2^x for -inf <= x <= 0 without the special function unit, which is the bottleneck: x = n + f, a polynomial of least
+// relative error (1.7e-7) that is 1 at 0, and n put into the exponent. Below 2^-126 it stays there.
+SPO_DEVICE float2 exp2_polynomial(float2 x) {
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which then is in the low bits
+  const float2 clamped{fmaxf(x.x, -126.f), fmaxf(x.y, -126.f)};
+  const float2 z = add2(clamped, {kRound, kRound}), n = add2(z, {-kRound, -kRound});
+  const float2 f = fma2(n, {-1.f, -1.f}, clamped);
+  constexpr float c[] = {1.f, 0.69314697f, 0.24022242f, 0.05550733f, 0.00967141f, 0.00132642f};
+  float2 p{c[5], c[5]};
+#pragma unroll
+  for (int i = 4; i >= 0; --i) p = fma2(p, f, {c[i], c[i]});
+  return mul2(p, {__uint_as_float((__float_as_uint(z.x) << 23) + 0x3f800000u),
+                  __uint_as_float((__float_as_uint(z.y) << 23) + 0x3f800000u)});
+}
+
+// e^x of logits less their maximum. `pair` is the position in the tile.
+SPO_DEVICE float2 weights(float2 x, int pair) {
+  const float2 scaled = mul2(x, {kLog2e, kLog2e});
+  if (pair % 4 == 3) return exp2_polynomial(scaled);
+  return {exp2_approx(scaled.x), exp2_approx(scaled.y)};
+}
+SPO_DEVICE double2 weights(double2 x, int) { return {exp(x.x), exp(x.y)}; }
+
+// e^x where it is needed once: for the merging of partial sums, and where a weight must be exactly 0 if x is -inf.
+SPO_DEVICE float weight(float x) { return exp2_approx(x * kLog2e); }
+SPO_DEVICE double weight(double x) { return exp(x); }
+
+SPO_DEVICE float log_of(float x) { return logf(x); }
+SPO_DEVICE double log_of(double x) { return log(x); }
+
+// The larger one, NaN if either is.
+SPO_DEVICE float max_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+SPO_DEVICE double max_nan(double a, double b) { return a > b || a != a ? a : b; }
+
+template <class A>
+constexpr A kLowest = sizeof(A) == 8 ? static_cast<A>(-DBL_MAX) : static_cast<A>(-FLT_MAX);
+
+template <class A, int n>
+SPO_DEVICE A highest(const A (&x)[n]) {
+  A high = x[0];
+#pragma unroll
+  for (int k = 1; k < n; ++k) high = max_nan(high, x[k]);
+  return high;
+}
+
+// Sum of exp(z - top) over part of a row. `top` starts at the lowest finite number: a difference with -inf is then
+// -inf, never NaN.
+template <class A>
+struct ExpSum {
+  A top, sum;
+
+  static SPO_DEVICE ExpSum empty() { return {kLowest<A>, 0}; }
+
+  template <int n>
+  SPO_DEVICE void add(const A (&z)[n]) {
+    const A high = highest(z);
+    if (!(high <= top)) {
+      sum *= weight(top - high);
+      top = high;
+    }
+    Pair<A> sums{0, 0};
+#pragma unroll
+    for (int k = 0; k < n; k += 2) {
+      const Pair<A> zs = add2(Pair<A>{z[k], z[k + 1]}, Pair<A>{-top, -top});
+      sums = add2(sums, weights(zs, k / 2));
+    }
+    sum += sums.x + sums.y;
+  }
+
+  SPO_DEVICE void merge(const ExpSum& other) {
+    const A high = max_nan(top, other.top);
+    sum = sum * weight(top - high) + other.sum * weight(other.top - high);
+    top = high;
+  }
+
+  // The sum over a whole row, which is at least 1 if anything in it is finite. Otherwise only what the polynomial's
+  // clamping leaves of -inf was added.
+  SPO_DEVICE A total() const { return sum < A(0.5) ? A(0) : sum; }
+};
+
+// The same of policy and reference, and the sum of exp(zs) (zs - rs), where zs and rs are the logits less their tops.
+template <class A>
+struct KlSum {
+  ExpSum<A> z, r;
+  A gap;
+
+  static SPO_DEVICE KlSum empty() { return {ExpSum<A>::empty(), ExpSum<A>::empty(), 0}; }
+
+  // A weight that has vanished counts nothing even where the move of its top was infinite.
+  SPO_DEVICE void move(A z_top, A r_top) {
+    const A dz = z_top - z.top, dr = r_top - r.top, keep = weight(-dz);
+    gap = z.sum * keep == 0 ? 0 : keep * (gap + z.sum * (dr - dz));
+    z = {z_top, z.sum * keep};
+    r = {r_top, r.sum * weight(-dr)};
+  }
+
+  template <int n>
+  SPO_DEVICE void add(const A (&zx)[n], const A (&rx)[n]) {
+    const A z_high = highest(zx), r_high = highest(rx);
+    if (!(z_high <= z.top) || !(r_high <= r.top)) move(max_nan(z.top, z_high), max_nan(r.top, r_high));
+    Pair<A> p_sums{0, 0}, q_sums{0, 0}, gaps{0, 0};
+#pragma unroll
+    for (int k = 0; k < n; k += 2) {
+      const Pair<A> zs = add2(Pair<A>{zx[k], zx[k + 1]}, Pair<A>{-z.top, -z.top});
+      const Pair<A> rs = add2(Pair<A>{rx[k], rx[k + 1]}, Pair<A>{-r.top, -r.top});
+      const Pair<A> p = weights(zs, k / 2);
+      p_sums = add2(p_sums, p);
+      q_sums = add2(q_sums, weights(rs, k / 2));
+      gaps = fma2(p, fma2(rs, Pair<A>{-1, -1}, zs), gaps);
+    }
+    z.sum += p_sums.x + p_sums.y;
+    r.sum += q_sums.x + q_sums.y;
+    A tile = gaps.x + gaps.y;
+    if (!(fabs(tile) <= -kLowest<A>)) tile = gap_of_positive(zx, rx);
+    gap += tile;
+  }
+
+  // The gap where something is infinite: p = 0 counts nothing, r = -inf where p > 0 makes it +inf.
+  template <int n>
+  SPO_DEVICE A gap_of_positive(const A (&zx)[n], const A (&rx)[n]) const {
+    A sum = 0;
+    for (int k = 0; k < n; ++k) {
+      const A zs = zx[k] - z.top, p = weight(zs);
+      if (p != 0) sum += p * (zs - (rx[k] - r.top));
+    }
+    return sum;
+  }
+
+  SPO_DEVICE void merge(KlSum other) {
+    const A z_top = max_nan(z.top, other.z.top), r_top = max_nan(r.top, other.r.top);
+    move(z_top, r_top);
+    other.move(z_top, r_top);
+    z.sum += other.z.sum;
+    r.sum += other.r.sum;
+    gap += other.gap;
+  }
+};
+
+template <class A>
+SPO_DEVICE ExpSum<A> shuffle_xor(const ExpSum<A>& s, int lanes) {
+  return {__shfl_xor_sync(0xffffffffu, s.top, lanes), __shfl_xor_sync(0xffffffffu, s.sum, lanes)};
+}
+template <class A>
+SPO_DEVICE KlSum<A> shuffle_xor(const KlSum<A>& s, int lanes) {
+  return {shuffle_xor(s.z, lanes), shuffle_xor(s.r, lanes), __shfl_xor_sync(0xffffffffu, s.gap, lanes)};
+}
+
+// The threads' sums merged, the same for every thread of the row. Once a block for threads_per_row = kThreads.
+template <int threads_per_row, class Sum>
+SPO_DEVICE Sum merge_threads(Sum sum) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum.merge(shuffle_xor(sum, lanes));
+  if constexpr (threads_per_row > kWarp) {
+    constexpr int kWarps = threads_per_row / kWarp;
+    __shared__ Sum of_warp[kWarps];
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = sum;
+    __syncthreads();
+    sum = of_warp[0];
+    for (int w = 1; w < kWarps; ++w) sum.merge(of_warp[w]);
+  }
+  return sum;
+}
+
+// log-sum-exp in two parts, as in the CPU's row_kernels.h.
+template <class A>
+struct RowStats {
+  A shift, logsum;
+
+  SPO_DEVICE RowStats(A shift, A logsum) : shift(shift), logsum(logsum) {}
+  SPO_DEVICE explicit RowStats(const ExpSum<A>& s) {
+    shift = s.total() == 0 ? 0 : s.top;
+    logsum = s.top <= -kLowest<A> ? log_of(s.total()) : s.top - s.top;  // +inf and NaN: NaN
+  }
+  SPO_DEVICE A log_prob(A z) const { return (z - shift) - logsum; }
+};
+
+// One logarithm of the quotient: those of the two sums are rounded, and their difference may be all there is. What the
+// division rounds off joins it, so that a large KL is rounded once.
+template <class A>
+SPO_DEVICE A kl_of(const KlSum<A>& s) {
+  const A p = s.z.total(), gap = p == 0 ? A(0) : s.gap, mean = gap / p, logs = log_of(s.r.total() / p);
+  const A remainder = fma(-mean, p, gap) / p;
+  return mean + (fabs(mean) <= -kLowest<A> ? logs + remainder : logs);
+}
+
+template <class T>
+constexpr int kChunk = kVectorBytes / sizeof(T);
+
+// Add the elements [begin, end) of a row, a thread's share of them, to a sum: tiles of two chunks, then what is left.
+// begin is a multiple of two chunks. add(first, number of chunks, full) takes chunks at `first` and, of two, one row of
+// threads further.
+template <int threads_per_row, int E, class Add>
+SPO_DEVICE void for_chunks(std::int64_t begin, std::int64_t end, Add add) {
+  constexpr std::int64_t kStep = std::int64_t{threads_per_row} * E;
+  std::int64_t first = begin + static_cast<std::int64_t>(threadIdx.x % threads_per_row) * E;
+  for (; first + kStep + E <= end; first += 2 * kStep) add.template operator()<2, true>(first);
+  for (; first + E <= end; first += kStep) add.template operator()<1, true>(first);
+  if (first < end) add.template operator()<1, false>(first);
+}
+
+template <int threads_per_row, bool aligned, Cache cache, class T, int E>
+SPO_DEVICE ExpSum<Acc<T>> sum_row(const Source<T, E>& z, std::int64_t begin, std::int64_t end) {
+  constexpr std::int64_t kStep = std::int64_t{threads_per_row} * E;
+  auto sum = ExpSum<Acc<T>>::empty();
+  for_chunks<threads_per_row, E>(begin, end, [&]<int chunks, bool full>(std::int64_t first) {
+    Acc<T> x[chunks * E];
+#pragma unroll
+    for (int c = 0; c < chunks; ++c) {
+      auto& chunk = *reinterpret_cast<Acc<T>(*)[E]>(x + c * E);
+      if constexpr (full)
+        z.template full<aligned, cache>(first + c * kStep, chunk);
+      else
+        z.edge(first, chunk);
+    }
+    sum.add(x);
+  });
+  return sum;
+}
+
+template <int threads_per_row, bool aligned, Cache cache, class T, class R, int E>
+SPO_DEVICE KlSum<Acc<T>> sum_rows(const Source<T, E>& z, const Source<R, E>& r, std::int64_t begin, std::int64_t end) {
+  constexpr std::int64_t kStep = std::int64_t{threads_per_row} * E;
+  auto sum = KlSum<Acc<T>>::empty();
+  std::int64_t first = begin + static_cast<std::int64_t>(threadIdx.x % threads_per_row) * E;
+  for (; first < end; first += kStep) {
+    Acc<T> x[E], y[E];
+    if (first + E <= end) {
+      z.template full<aligned, cache>(first, x);
+      r.template full<aligned, cache>(first, y);
+    } else {
+      z.edge(first, x);
+      r.edge(first, y);
+    }
+    sum.add(x, y);
+  }
+  return sum;
+}
+
+// A row's place among threads and blocks: `part` of its parts, one thread group of threads_per_row for each.
+template <int threads_per_row>
+SPO_DEVICE std::int64_t group_index() {
+  return static_cast<std::int64_t>(blockIdx.x) * (kThreads / threads_per_row) + threadIdx.x / threads_per_row;
+}
+
+SPO_DEVICE void check_label(std::int64_t label, std::int64_t V) {
+  assert(label >= 0 && label < V && "spo_kernels: labels must be in [0, V) or ignore_index");
+}
+
+// Statistics of a row whose sums are complete; s_r and kl are of no interest without a reference.
+template <class T, int E>
+SPO_DEVICE void write_logits_stats(const TokenStatsFwd& a, const Source<T, E>& z, std::int64_t row,
+                                   const RowStats<Acc<T>>& s) {
+  auto* stats = static_cast<Acc<T>*>(a.stats);
+  stats[row] = s.shift;
+  stats[a.N + row] = s.logsum;
+  if (!a.labels) return;
+  const std::int64_t label = a.labels[row];
+  Acc<T> logp = 0;
+  if (label != a.ignore_index) {
+    check_label(label, a.V);
+    logp = s.log_prob(z.at(label));
+  }
+  static_cast<Acc<T>*>(a.logps)[row] = logp;
+}
+template <class A>
+SPO_DEVICE void write_kl_stats(const TokenStatsFwd& a, std::int64_t row, const RowStats<A>& ref, A kl) {
+  auto* stats = static_cast<A*>(a.stats);
+  stats[2 * a.N + row] = ref.shift;
+  stats[3 * a.N + row] = ref.logsum;
+  static_cast<A*>(a.kl)[row] = kl;
+}
+
+struct Wanted {
+  bool logp, kl;
+  SPO_DEVICE Wanted(const TokenStatsFwd& a, std::int64_t row)
+      : logp(a.labels && a.labels[row] != a.ignore_index), kl(a.r.data && (!a.mask || a.mask[row])) {}
+};
+
+// Rows that nobody asked for are not read; everything about them is 0.
+template <class T, int E>
+SPO_DEVICE void write_unwanted(const TokenStatsFwd& a, const Source<T, E>& z, std::int64_t row) {
+  using A = Acc<T>;
+  write_logits_stats(a, z, row, RowStats<A>(0, 0));
+  if (a.r.data) write_kl_stats<A>(a, row, {0, 0}, 0);
+}
+
+// Without a reference R is T and the KL part is left out. partials: [N, splits] where a row has several blocks.
+template <class T, class R, bool with_kl, int threads_per_row>
+__global__ void __launch_bounds__(kThreads)
+    token_stats_fwd_kernel(TokenStatsFwd a, int splits, std::int64_t split_elements, void* partials) {
+  using A = Acc<T>;
+  constexpr int E = kChunk<T>;
+  const std::int64_t group = group_index<threads_per_row>(), row = group / splits;
+  if (row >= a.N) return;
+  const std::int64_t begin = group % splits * split_elements;
+  const std::int64_t end = begin + split_elements < a.V ? begin + split_elements : a.V;
+  const Source<T, E> z(a.z, row, a.V);
+  const Wanted wanted(a, row);
+  const bool first = threadIdx.x % threads_per_row == 0;
+
+  if constexpr (with_kl) {
+    if (wanted.kl) {
+      const Source<R, E> r(a.r, row, a.V);
+      const bool aligned = !z.misaligned() && !r.misaligned();
+      const auto sum = merge_threads<threads_per_row>(
+          aligned ? sum_rows<threads_per_row, true, Cache::stream>(z, r, begin, end)
+                  : sum_rows<threads_per_row, false, Cache::stream>(z, r, begin, end));
+      if (!first) return;
+      if (splits > 1) {
+        static_cast<KlSum<A>*>(partials)[group] = sum;
+      } else {
+        write_logits_stats(a, z, row, RowStats<A>(sum.z));
+        write_kl_stats<A>(a, row, RowStats<A>(sum.r), kl_of(sum));
+      }
+      return;
+    }
+  }
+  if (!wanted.logp) {
+    if (first && splits == 1) write_unwanted(a, z, row);
+    return;
+  }
+  const auto sum = merge_threads<threads_per_row>(
+      z.misaligned() ? sum_row<threads_per_row, false, Cache::stream>(z, begin, end)
+                     : sum_row<threads_per_row, true, Cache::stream>(z, begin, end));
+  if (!first) return;
+  if (splits > 1) {
+    if constexpr (with_kl)
+      static_cast<KlSum<A>*>(partials)[group] = {sum, ExpSum<A>::empty(), 0};
+    else
+      static_cast<ExpSum<A>*>(partials)[group] = sum;
+  } else {
+    write_logits_stats(a, z, row, RowStats<A>(sum));
+    if constexpr (with_kl) write_kl_stats<A>(a, row, {0, 0}, 0);
+  }
+}
+
+// The second stage where rows were split: one thread a row.
+template <class T, bool with_kl>
+__global__ void __launch_bounds__(kThreads) merge_splits_kernel(TokenStatsFwd a, int splits, const void* partials) {
+  using A = Acc<T>;
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (row >= a.N) return;
+  const Source<T, kChunk<T>> z(a.z, row, a.V);
+  const Wanted wanted(a, row);
+  if (!wanted.logp && !wanted.kl) return write_unwanted(a, z, row);
+  if constexpr (with_kl) {
+    const auto* parts = static_cast<const KlSum<A>*>(partials) + row * splits;
+    KlSum<A> sum = parts[0];
+    for (int i = 1; i < splits; ++i) sum.merge(parts[i]);
+    write_logits_stats(a, z, row, RowStats<A>(sum.z));
+    if (wanted.kl)
+      write_kl_stats<A>(a, row, RowStats<A>(sum.r), kl_of(sum));
+    else
+      write_kl_stats<A>(a, row, {0, 0}, 0);
+  } else {
+    const auto* parts = static_cast<const ExpSum<A>*>(partials) + row * splits;
+    ExpSum<A> sum = parts[0];
+    for (int i = 1; i < splits; ++i) sum.merge(parts[i]);
+    write_logits_stats(a, z, row, RowStats<A>(sum));
+  }
+}
+
+// The gradient of one row, element by element.
+template <class A>
+struct Gradient {
+  RowStats<A> policy, ref;
+  A g_logp, g_kl;
+  A mean, rounding;  // of the gap (z - shift) - (r - ref.shift) under p, and what rounding added to it
+
+  SPO_DEVICE Gradient(const RowStats<A>& policy, const RowStats<A>& ref, A kl, A g_logp, A g_kl)
+      : policy(policy), ref(ref), g_logp(g_logp), g_kl(g_kl) {
+    const A logsums = policy.logsum - ref.logsum;
+    mean = kl + logsums;
+    const A of_logsums = mean - kl;  // Knuth's exact sum
+    rounding = (of_logsums - logsums) + ((mean - of_logsums) - kl);
+  }
+
+  SPO_DEVICE float probability(float zs) const {
+    // log2(e) in two parts: in one, small probabilities would be off by 1e-8 |zs| of themselves.
+    return exp2_approx(fmaf(zs, kLog2e, fmaf(zs, kLog2eLow, -policy.logsum * kLog2e)));
+  }
+  SPO_DEVICE double probability(double zs) const { return exp(zs - policy.logsum); }
+
+  template <bool with_kl>
+  SPO_DEVICE A operator()(A z, A r, bool at_label) const {
+    const A zs = z - policy.shift, p = probability(zs);
+    const A grad = g_logp * ((at_label ? 1 : 0) - p);
+    if constexpr (!with_kl) return grad;
+    // A token with p near 1 has its gap near the mean: their difference is exact, so it comes first.
+    const A gap = p == 0 ? 0 : ((zs - (r - ref.shift)) - mean) + rounding;
+    return fma(g_kl * p, gap, grad);
+  }
+};
+
+// An infinite KL has no gradient: NaN, for every element with a probability.
+template <class A>
+SPO_DEVICE A kl_for_grad(A kl) {
+  return kl - kl == 0 ? kl : kl - kl;
+}
+
+// Write elements [begin, end) of a row's gradient: whole chunks as vectors, aligned as the output is, and what lies
+// before the first and behind the last of them one by one. begin and end are multiples of a chunk, or the row's ends.
+// chunk(first, values) and one(v) compute.
+template <int threads_per_row, int E, class T, class ChunkFn, class OneFn>
+SPO_DEVICE void write_row(T* out, std::int64_t begin, std::int64_t end, std::int64_t V, ChunkFn chunk, OneFn one) {
+  constexpr int kPerVector = kVectorBytes / sizeof(T);
+  const int lane = threadIdx.x % threads_per_row;
+  const unsigned misaligned = reinterpret_cast<std::uintptr_t>(out) % kVectorBytes;
+  const std::int64_t head = misaligned ? (kVectorBytes - misaligned) / sizeof(T) : 0;
+  const std::int64_t first = begin + head;
+  for (std::int64_t v = first + static_cast<std::int64_t>(lane) * E; v < end + head && v + E <= V;
+       v += std::int64_t{threads_per_row} * E) {
+    Acc<T> x[E];
+    chunk(v, x);
+#pragma unroll
+    for (int k = 0; k < E; k += kPerVector)
+      __stcs(reinterpret_cast<uint4*>(out + v + k), pack(x + k, static_cast<const T*>(nullptr)));
+  }
+  if (begin == 0 && lane < head && lane < V) one(lane);
+  if (end == V) {
+    const std::int64_t whole = V > head ? (V - head) / E * E : 0;
+    const std::int64_t v = head + whole + lane;
+    if (lane < E && v < V) one(v);
+  }
+}
+
+template <int threads_per_row, int E, class T>
+SPO_DEVICE void write_zeros(T* out, std::int64_t begin, std::int64_t end, std::int64_t V) {
+  write_row<threads_per_row, E>(
+      out, begin, end, V,
+      [](std::int64_t, Acc<T>(&x)[E]) {
+#pragma unroll
+        for (int k = 0; k < E; ++k) x[k] = 0;
+      },
+      [=](std::int64_t v) { from_acc(Acc<T>{0}, out[v]); });
+}
+
+// One row's gradient, or a part of it. label is -1 where there is none. z may be what `out` overwrites: a thread reads
+// the elements that it writes, and no others, where the two are aligned alike.
+template <int threads_per_row, bool with_kl, class T, class R, int E>
+SPO_DEVICE void write_gradient(T* out, const Source<T, E>& z, const Source<R, E>& r, const Gradient<Acc<T>>& grad,
+                               std::int64_t label, std::int64_t begin, std::int64_t end) {
+  using A = Acc<T>;
+  const auto write = [&]<bool aligned>() {
+    write_row<threads_per_row, E>(
+        out, begin, end, z.V,
+        [&](std::int64_t first, A(&x)[E]) {
+          A y[E];
+          z.template full<aligned, Cache::stream>(first, x);
+          if constexpr (with_kl) r.template full<aligned, Cache::stream>(first, y);
+          const std::int64_t at_label = label - first;
+          A of_label = 0;
+          if (at_label >= 0 && at_label < E) {
+#pragma unroll
+            for (int k = 0; k < E; ++k)
+              if (k == at_label) of_label = grad.template operator()<with_kl>(x[k], with_kl ? y[k] : 0, true);
+          }
+#pragma unroll
+          for (int k = 0; k < E; ++k) x[k] = grad.template operator()<with_kl>(x[k], with_kl ? y[k] : 0, false);
+          if (at_label >= 0 && at_label < E) {
+#pragma unroll
+            for (int k = 0; k < E; ++k)
+              if (k == at_label) x[k] = of_label;
+          }
+        },
+        [&](std::int64_t v) {
+          from_acc(grad.template operator()<with_kl>(z.at(v), with_kl ? r.at(v) : 0, v == label), out[v]);
+        });
+  };
+  // Chunks start where the output is aligned, and so must the inputs.
+  const auto misaligned = reinterpret_cast<std::uintptr_t>(out) % kVectorBytes;
+  const bool aligned = z.misaligned() == misaligned && (!with_kl || r.misaligned() == misaligned);
+  if (aligned)
+    write.template operator()<true>();
+  else
+    write.template operator()<false>();
+}
+
+template <class T>
+SPO_DEVICE T* row_of(const Rows& rows, std::int64_t i) {
+  return static_cast<T*>(rows.data) + i / rows.T * rows.stride_b + i % rows.T * rows.stride_t;
+}
+
+template <class T, class R, bool with_kl, int threads_per_row>
+__global__ void __launch_bounds__(kThreads)
+    token_stats_bwd_kernel(TokenStatsBwd a, std::int64_t parts, std::int64_t part_elements) {
+  using A = Acc<T>;
+  constexpr int E = kChunk<T>;
+  const std::int64_t group = group_index<threads_per_row>(), row = group / parts;
+  if (row >= a.N) return;
+  const std::int64_t begin = group % parts * part_elements;
+  const std::int64_t end = begin + part_elements < a.V ? begin + part_elements : a.V;
+  T* out = row_of<T>(a.dz, row);
+
+  const bool logp = a.dlogps && a.labels && a.labels[row] != a.ignore_index;
+  const bool kl = with_kl && a.dkl && (!a.mask || a.mask[row]);
+  if (!logp && !kl) return write_zeros<threads_per_row, E>(out, begin, end, a.V);
+
+  const std::int64_t label = logp ? a.labels[row] : -1;
+  if (logp) check_label(label, a.V);
+  const auto* stats = static_cast<const A*>(a.stats);
+  const RowStats<A> policy(stats[row], stats[a.N + row]);
+  const A g_logp = logp ? static_cast<const A*>(a.dlogps)[row] : A{0};
+  const Source<T, E> z(a.z, row, a.V);
+  if constexpr (with_kl) {
+    if (kl) {
+      const Gradient<A> grad(policy, {stats[2 * a.N + row], stats[3 * a.N + row]},
+                             kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp,
+                             static_cast<const A*>(a.dkl)[row]);
+      const Source<R, E> r(a.r, row, a.V);
+      return write_gradient<threads_per_row, true>(out, z, r, grad, label, begin, end);
+    }
+  }
+  const Gradient<A> grad(policy, {0, 0}, 0, g_logp, 0);
+  write_gradient<threads_per_row, false>(out, z, z, grad, label, begin, end);
+}
+
+// A row's KL and, while the row is in the cache, its gradient.
+template <class T, class R, int threads_per_row>
+__global__ void __launch_bounds__(kThreads) kl_loss_fwd_kernel(KlLossFwd a) {
+  using A = Acc<T>;
+  constexpr int E = kChunk<T>;
+  const std::int64_t row = group_index<threads_per_row>();
+  if (row >= a.N) return;
+  T* out = row_of<T>(a.dz, row);
+  const bool first = threadIdx.x % threads_per_row == 0;
+  const A row_weight = a.row_weight ? static_cast<const A*>(a.row_weight)[row] : A{1};
+  if (row_weight == 0) {
+    if (first) a.weighted_kl[row] = 0;
+    return write_zeros<threads_per_row, E>(out, 0, a.V, a.V);
+  }
+  const Source<T, E> z(a.z, row, a.V);
+  const Source<R, E> r(a.r, row, a.V);
+  // In place the second pass overwrites what the first has read: merging waits for every thread's reads.
+  const auto sum = merge_threads<threads_per_row>(
+      !z.misaligned() && !r.misaligned() ? sum_rows<threads_per_row, true, Cache::keep>(z, r, 0, a.V)
+                                         : sum_rows<threads_per_row, false, Cache::keep>(z, r, 0, a.V));
+  const A kl = kl_of(sum);
+  if (first) a.weighted_kl[row] = static_cast<double>(row_weight) * kl;
+  const Gradient<A> grad(RowStats<A>(sum.z), RowStats<A>(sum.r), kl_for_grad(kl), 0, row_weight);
+  write_gradient<threads_per_row, true>(out, z, r, grad, -1, 0, a.V);
+}
+
+// loss = the sum of N values, always in the same order. One block.
+template <class A>
+__global__ void __launch_bounds__(kThreads) sum_kernel(const double* values, std::int64_t N, A* loss) {
+  __shared__ double of_thread[kThreads];
+  double sum = 0;
+  for (std::int64_t i = threadIdx.x; i < N; i += kThreads) sum += values[i];
+  of_thread[threadIdx.x] = sum;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < static_cast<unsigned>(half)) of_thread[threadIdx.x] += of_thread[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) *loss = static_cast<A>(of_thread[0]);
+}
+
+// rows *= *factor; a factor of 1 leaves the memory untouched.
+template <class T, int threads_per_row>
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(Rows rows, std::int64_t N, std::int64_t V, const Acc<T>* factor, std::int64_t parts,
+                 std::int64_t part_elements) {
+  using A = Acc<T>;
+  constexpr int E = kChunk<T>;
+  const A by = *factor;
+  const std::int64_t group = group_index<threads_per_row>(), row = group / parts;
+  if (by == 1 || row >= N) return;
+  const std::int64_t begin = group % parts * part_elements;
+  const std::int64_t end = begin + part_elements < V ? begin + part_elements : V;
+  const Source<T, E> x(rows, row, V);
+  T* out = row_of<T>(rows, row);
+  write_row<threads_per_row, E>(
+      out, begin, end, V,
+      [&](std::int64_t first, A(&values)[E]) {
+        x.template full<true, Cache::stream>(first, values);
+#pragma unroll
+        for (int k = 0; k < E; ++k) values[k] *= by;
+      },
+      [&](std::int64_t v) { from_acc(x.at(v) * by, out[v]); });
+}
+
+}  // namespace spo::cuda

@@ -1,0 +1,3 @@
+#include "row_ops_impl.cuh"
+
+template struct spo::cuda::TypedOps<float>;

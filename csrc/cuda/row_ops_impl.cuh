@@ -1,0 +1,118 @@
+// The launches for policy logits of one type T. Each type's source file instantiates TypedOps for it, so that they
+// compile side by side.
+#pragma once
+
+#include "row_kernels.cuh"
+#include "row_ops.h"
+
+namespace spo::cuda {
+
+template <class T>
+struct TypedOps {
+  static std::int64_t workspace_bytes(bool with_kl, std::int64_t N, std::int64_t V, int multiprocessors,
+                                      bool deterministic);
+  static cudaError_t token_stats_fwd(const TokenStatsFwd& a, const Launch& at);
+  static cudaError_t token_stats_bwd(const TokenStatsBwd& a, const Launch& at);
+  static cudaError_t kl_loss_fwd(const KlLossFwd& a, void* loss, const Launch& at);
+  static cudaError_t scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* factor, const Launch& at);
+};
+
+// f.template operator()<R>() with the reference's type; float64 goes with float64 alone.
+template <class T, class F>
+cudaError_t with_ref_type(DType r, F f) {
+  constexpr DType own = std::is_same_v<T, double> ? DType::f64
+                        : std::is_same_v<T, bf16> ? DType::bf16
+                        : std::is_same_v<T, f16>  ? DType::f16
+                                                  : DType::f32;
+  if constexpr (std::is_same_v<T, double>) {
+    return f.template operator()<double>();
+  } else {
+    return r == own ? f.template operator()<T>() : f.template operator()<AnyType>();
+  }
+}
+
+// f.template operator()<threads>() with the threads of a row as a constant.
+template <class F>
+cudaError_t with_threads(int threads_per_row, F f) {
+  return threads_per_row == kWarp ? f.template operator()<kWarp>() : f.template operator()<kThreads>();
+}
+
+inline cudaError_t grid_of(std::int64_t blocks, unsigned& grid) {
+  if (blocks > kMaxGrid) return cudaErrorInvalidConfiguration;
+  grid = static_cast<unsigned>(blocks);
+  return cudaSuccess;
+}
+
+inline std::int64_t blocks_of_threads(std::int64_t n) { return (n + kThreads - 1) / kThreads; }
+
+template <class T>
+std::int64_t TypedOps<T>::workspace_bytes(bool with_kl, std::int64_t N, std::int64_t V, int multiprocessors,
+                                          bool deterministic) {
+  const ReduceConfig config = reduce_config(N, V, multiprocessors, deterministic);
+  if (config.splits == 1) return 0;
+  return N * config.splits * static_cast<std::int64_t>(with_kl ? sizeof(KlSum<Acc<T>>) : sizeof(ExpSum<Acc<T>>));
+}
+
+template <class T>
+cudaError_t TypedOps<T>::token_stats_fwd(const TokenStatsFwd& a, const Launch& at) {
+  const ReduceConfig config = reduce_config(a.N, a.V, at.multiprocessors, at.deterministic);
+  unsigned grid;
+  if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
+  const auto run = [&]<class R, bool with_kl>() {
+    const cudaError_t error = with_threads(config.threads_per_row, [&]<int threads>() {
+      return launch(token_stats_fwd_kernel<T, R, with_kl, threads>, grid, kThreads, at.stream, a, config.splits,
+                    config.split_elements, at.workspace);
+    });
+    if (error != cudaSuccess || config.splits == 1) return error;
+    return launch(merge_splits_kernel<T, with_kl>, static_cast<unsigned>(blocks_of_threads(a.N)), kThreads, at.stream,
+                  a, config.splits, static_cast<const void*>(at.workspace));
+  };
+  if (!a.r.data) return run.template operator()<T, false>();
+  return with_ref_type<T>(a.r.dtype, [&]<class R>() { return run.template operator()<R, true>(); });
+}
+
+template <class T>
+cudaError_t TypedOps<T>::token_stats_bwd(const TokenStatsBwd& a, const Launch& at) {
+  const ElementwiseConfig config = elementwise_config(a.N, a.V, kChunk<T>);
+  unsigned grid;
+  if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
+  const auto run = [&]<class R, bool with_kl>() {
+    return with_threads(config.threads_per_row, [&]<int threads>() {
+      return launch(token_stats_bwd_kernel<T, R, with_kl, threads>, grid, kThreads, at.stream, a, config.parts,
+                    config.part_elements);
+    });
+  };
+  if (!a.r.data || !a.dkl) return run.template operator()<T, false>();
+  return with_ref_type<T>(a.r.dtype, [&]<class R>() { return run.template operator()<R, true>(); });
+}
+
+template <class T>
+cudaError_t TypedOps<T>::kl_loss_fwd(const KlLossFwd& a, void* loss, const Launch& at) {
+  const ReduceConfig config = reduce_config(a.N, a.V, at.multiprocessors, true);
+  unsigned grid;
+  if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
+  if (a.N > 0) {
+    const cudaError_t error = with_ref_type<T>(a.r.dtype, [&]<class R>() {
+      return with_threads(config.threads_per_row, [&]<int threads>() {
+        return launch(kl_loss_fwd_kernel<T, R, threads>, grid, kThreads, at.stream, a);
+      });
+    });
+    if (error != cudaSuccess) return error;
+  }
+  return launch(sum_kernel<Acc<T>>, 1, kThreads, at.stream, static_cast<const double*>(a.weighted_kl), a.N,
+                static_cast<Acc<T>*>(loss));
+}
+
+template <class T>
+cudaError_t TypedOps<T>::scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* factor,
+                               const Launch& at) {
+  const ElementwiseConfig config = elementwise_config(N, V, kChunk<T>);
+  unsigned grid;
+  if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
+  return with_threads(config.threads_per_row, [&]<int threads>() {
+    return launch(scale_kernel<T, threads>, grid, kThreads, at.stream, rows, N, V, static_cast<const Acc<T>*>(factor),
+                  config.parts, config.part_elements);
+  });
+}
+
+}  // namespace spo::cuda

@@ -1,0 +1,117 @@
+// The ops on CUDA tensors: checks, outputs, streams. Schemas are in spo_kernels/backends/cuda.py; the kernels are in
+// csrc/cuda, free of torch. torch's stable ABI only. Nothing here waits for the device.
+//
+// With SPO_CUDA_EMULATOR the same ops run on CPU tensors, in a namespace of their own, for tests.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "../cuda/row_ops.h"
+#include "arguments.h"
+
+#if !defined(SPO_CUDA_EMULATOR) && TORCH_FEATURE_VERSION < TORCH_VERSION_2_13_0
+// Part of every CUDA build of torch, and of no other: weak, so that the library loads without one.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+namespace spo {
+namespace {
+
+// The device of a tensor made current, its current stream, and its size.
+class OnDevice {
+#if defined(SPO_CUDA_EMULATOR)
+ public:
+  cuda::Launch launch{.stream = nullptr, .multiprocessors = 16};
+  explicit OnDevice(const Tensor&) {}
+#else
+  torch::stable::accelerator::DeviceGuard guard_;
+
+ public:
+  cuda::Launch launch{};
+  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
+    const int32_t device = t.get_device_index();
+#if TORCH_FEATURE_VERSION < TORCH_VERSION_2_13_0
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "spo_kernels: this torch has no CUDA");
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+#else
+    void* stream = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
+#endif
+    launch.stream = static_cast<cudaStream_t>(stream);
+    const cudaError_t error =
+        cudaDeviceGetAttribute(&launch.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    STD_TORCH_CHECK(error == cudaSuccess, "spo_kernels: ", cudaGetErrorString(error));
+  }
+#endif
+};
+
+void check(cudaError_t error, const char* op) {
+#if defined(SPO_CUDA_EMULATOR)
+  STD_TORCH_CHECK(error == cudaSuccess, "spo_kernels: ", op, " failed with CUDA error ", static_cast<int>(error));
+#else
+  STD_TORCH_CHECK(error == cudaSuccess, "spo_kernels: ", op, " failed: ", cudaGetErrorString(error));
+#endif
+}
+
+bool splits_rows(const Tensor& logits, bool with_kl, bool deterministic) {
+  const OnDevice device(logits);
+  return cuda::workspace_bytes(rows_of(logits, "logits", false), with_kl, row_count(logits), logits.size(-1),
+                               device.launch.multiprocessors, deterministic) > 0;
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_stats_fwd(const Tensor& logits, const OptionalTensor& labels,
+                                                   const OptionalTensor& ref_logits, const OptionalTensor& mask,
+                                                   int64_t ignore_index, bool deterministic) {
+  OnDevice device(logits);
+  TokenStatsFwdCall call(logits, labels, ref_logits, mask, ignore_index);
+  device.launch.deterministic = deterministic;
+  const int64_t bytes = cuda::workspace_bytes(call.args.z, call.args.r.data != nullptr, call.N, call.V,
+                                              device.launch.multiprocessors, deterministic);
+  Tensor workspace = empty(logits, {bytes}, ScalarType::Byte);
+  device.launch.workspace = workspace.mutable_data_ptr();
+  check(cuda::token_stats_fwd(call.args, device.launch), "token_stats_fwd");
+  return {call.logps, call.kl, call.stats};
+}
+
+void token_stats_bwd(const Tensor& dlogits, const OptionalTensor& dlogps, const OptionalTensor& dkl,
+                     const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
+                     const OptionalTensor& mask, const Tensor& kl, const Tensor& stats, int64_t ignore_index) {
+  const OnDevice device(logits);
+  const TokenStatsBwdCall call(dlogits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index);
+  check(cuda::token_stats_bwd(call.args, device.launch), "token_stats_bwd");
+}
+
+Tensor kl_loss_fwd(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_logits,
+                   const OptionalTensor& row_weight) {
+  const OnDevice device(logits);
+  KlLossCall call(dlogits, logits, ref_logits, row_weight);
+  Tensor weighted_kl = empty(logits, {call.args.N}, ScalarType::Double);
+  call.args.weighted_kl = static_cast<double*>(weighted_kl.mutable_data_ptr());
+  Tensor loss = empty(logits, {}, call.acc);
+  check(cuda::kl_loss_fwd(call.args, loss.mutable_data_ptr(), device.launch), "kl_loss_fwd");
+  return loss;
+}
+
+void scale_(const Tensor& tensor, const Tensor& scale) {
+  const OnDevice device(tensor);
+  const Rows rows = scale_rows(tensor, scale);
+  check(cuda::scale(rows, row_count(tensor), tensor.size(-1), scale.const_data_ptr(), device.launch), "scale_");
+}
+
+}  // namespace
+}  // namespace spo
+
+#if defined(SPO_CUDA_EMULATOR)
+STABLE_TORCH_LIBRARY_IMPL(spo_kernels_emulated, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(spo_kernels_cuda, CUDA, m) {
+#endif
+  m.impl("splits_rows", TORCH_BOX(&spo::splits_rows));
+  m.impl("token_stats_fwd", TORCH_BOX(&spo::token_stats_fwd));
+  m.impl("token_stats_bwd", TORCH_BOX(&spo::token_stats_bwd));
+  m.impl("kl_loss_fwd", TORCH_BOX(&spo::kl_loss_fwd));
+  m.impl("scale_", TORCH_BOX(&spo::scale_));
+}

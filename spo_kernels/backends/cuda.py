@@ -1,0 +1,98 @@
+"""The compiled CUDA backend: loads its op library and calls it.
+
+The library's ops live in a namespace of their own, ``torch.ops.spo_kernels_cuda``: they differ from the public ones in
+that the caller allocates gradients and says whether results must be deterministic.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROWS = "Tensor? labels, Tensor? ref_logits, Tensor? mask"
+
+SCHEMAS = {
+    # Whether rows are so few that several blocks share one. Such a row's rounding depends on how many rows there are.
+    "splits_rows": "(Tensor logits, bool with_kl, bool deterministic) -> bool",
+    "token_stats_fwd": f"(Tensor logits, {_ROWS}, int ignore_index, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    # dlogits may be logits.
+    "token_stats_bwd": f"(Tensor(a!) dlogits, Tensor? dlogps, Tensor? dkl, Tensor logits, {_ROWS}, Tensor kl, "
+    "Tensor stats, int ignore_index) -> ()",
+    "kl_loss_fwd": "(Tensor(a!) dlogits, Tensor logits, Tensor ref_logits, Tensor? row_weight) -> Tensor",
+    "scale_": "(Tensor(a!) tensor, Tensor scale) -> ()",
+}
+
+
+class CompiledOps:
+    """A backend (`spo_kernels.backends.Backend`) on top of a library that implements `SCHEMAS` in a namespace."""
+
+    def __init__(self, namespace: str, library: Path) -> None:
+        self._schemas = torch.library.Library(namespace, "DEF")
+        for name, schema in SCHEMAS.items():
+            self._schemas.define(name + schema)
+        torch.ops.load_library(library)
+        self._ops: Any = getattr(torch.ops, namespace)
+
+    def token_stats_fwd(
+        self, logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return self._ops.token_stats_fwd(logits, labels, ref_logits, mask, ignore_index, deterministic)
+
+    def token_stats_bwd(
+        self,
+        dlogps: Tensor | None,
+        dkl: Tensor | None,
+        logits: Tensor,
+        labels: Tensor | None,
+        ref_logits: Tensor | None,
+        mask: Tensor | None,
+        kl: Tensor,
+        stats: Tensor,
+        ignore_index: int,
+        inplace: bool,
+    ) -> Tensor:
+        dlogits = _gradient_of(logits, inplace)
+        self._ops.token_stats_bwd(
+            dlogits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index
+        )
+        return dlogits
+
+    def kl_loss_fwd(
+        self, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool
+    ) -> tuple[Tensor, Tensor]:
+        if not self._ops.splits_rows(logits, True, torch.are_deterministic_algorithms_enabled()):
+            dlogits = _gradient_of(logits, inplace)
+            return self._ops.kl_loss_fwd(dlogits, logits, ref_logits, row_weight), dlogits
+        # Few long rows: in one sweep most of the GPU would idle.
+        mask = None if row_weight is None else row_weight != 0
+        _, kl, stats = self.token_stats_fwd(logits, None, ref_logits, mask, 0)
+        weight = torch.ones_like(kl) if row_weight is None else row_weight
+        dlogits = self.token_stats_bwd(None, weight, logits, None, ref_logits, mask, kl, stats, 0, inplace)
+        return (weight.double() * kl).sum().to(kl.dtype), dlogits
+
+    def scale_(self, tensor: Tensor, scale: Tensor) -> None:
+        self._ops.scale_(tensor, scale)
+
+
+def _gradient_of(logits: Tensor, inplace: bool) -> Tensor:
+    return logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def library_path() -> Path | None:
+    """The CUDA op library next to the package, or None where it was not built."""
+    path = Path(__file__).parent.parent / "libspo_kernels_cuda.so"
+    return path if path.exists() else None
+
+
+@cache
+def load() -> CompiledOps:
+    """Load the library, which registers its kernels with torch; ImportError where it was not built."""
+    path = library_path()
+    if path is None:
+        raise ImportError("the CUDA kernels are not part of this installation")
+    return CompiledOps("spo_kernels_cuda", path)

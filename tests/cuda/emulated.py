@@ -1,0 +1,57 @@
+"""Builds csrc/cuda with g++ and the emulator, as torch ops on CPU tensors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent.parent / "csrc"
+
+# Contraction is written out in the kernels, as for the CPU; vectors and their elements alias, as nvcc lets them.
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}"]
+FLAGS += ["-DSPO_CUDA_EMULATOR", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
+
+
+def cuda_include() -> Path | None:
+    """The toolkit's headers, which declare vector types and half precision for the host too; None without them."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and str(Path(nvcc).resolve().parent.parent), "/usr/local/cuda"]
+    found = (Path(home) / "include" for home in homes if home)
+    return next((path for path in found if (path / "cuda_runtime.h").exists()), None)
+
+
+def compile_objects(out: Path, flags: list[str]) -> list[str]:
+    """The kernels and their launches, without torch."""
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    include = cuda_include()
+    assert include is not None and sources
+
+    def compile_object(source: Path) -> str:
+        target = out / f"{source.stem}.o"
+        command = ["g++", *FLAGS, "-isystem", include, *flags, "-x", "c++", "-c", source, "-o", target]
+        subprocess.run(command, check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_object, sources))
+
+
+def build_library(out: Path) -> Path:
+    """A library with the ops of `spo_kernels.backends.cuda.SCHEMAS` in the namespace spo_kernels_emulated."""
+    flags = ["-O2"]
+    objects = compile_objects(out, flags)
+    root = Path(torch.__file__).parent
+    target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+    headers = ["-isystem", str(cuda_include()), "-isystem", str(root / "include")]
+    ops, library = str(out / "ops.o"), out / "libspo_kernels_emulated.so"
+    command = ["g++", *FLAGS, *headers, *flags, target, "-c", CSRC / "torch/ops_cuda.cpp", "-o", ops]
+    subprocess.run(command, check=True)
+    link = ["g++", "-shared", *objects, ops, f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-o", library]
+    subprocess.run(link, check=True)
+    return library
