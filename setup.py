@@ -1,10 +1,10 @@
-"""Builds the op library (torch's stable ABI, no Python) and the control module (pybind11, no torch) with ninja.
+"""Builds the op libraries (torch's stable ABI, no Python) and the control module (pybind11, no torch) with ninja.
 
 Environment: ``MAX_JOBS`` limits parallel compilation, ``CXX`` names the compiler, ``CXXFLAGS`` is appended,
 ``SPO_SANITIZE=1`` builds with ASan and UBSan. CUDA kernels are built where a toolkit is found (``CUDA_HOME``, nvcc on
-``PATH``, /usr/local/cuda), for the architectures of ``TORCH_CUDA_ARCH_LIST``; ``SPO_CUDA=0`` leaves them out, with
-``SPO_CUDA=1`` a missing toolkit is an error. No GPU is needed to build them. Nothing is downloaded and no ``-march=native`` is used: each SIMD level
-is an object of its own, chosen when the library is loaded.
+``PATH``, /usr/local/cuda), for the architectures of ``TORCH_CUDA_ARCH_LIST``; ``SPO_CUDA=0`` leaves them out, and with
+``SPO_CUDA=1`` a missing toolkit is an error. No GPU is needed to build them. Nothing is downloaded and no
+``-march=native`` is used: each SIMD level is an object of its own, chosen when the library is loaded.
 """
 
 from __future__ import annotations

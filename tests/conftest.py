@@ -31,9 +31,14 @@ LEVELS_OR_SKIP: list[Any] = [*LEVELS] or [pytest.param("", marks=pytest.mark.ski
 
 
 @pytest.fixture(scope="session")
-def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> backends.Backend:
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The CUDA kernels' source, compiled for the CPU."""
-    return cuda.CompiledOps("spo_kernels_emulated", emulated.build_library(tmp_path_factory.mktemp("emulated")))
+    return emulated.build_library(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda(emulated_library: Path) -> backends.Backend:
+    return cuda.CompiledOps("spo_kernels_emulated", emulated_library)
 
 
 @pytest.fixture(params=[*IMPLEMENTATIONS, pytest.param("emulated_cuda", marks=NO_CUDA_HEADERS)])

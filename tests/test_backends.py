@@ -85,7 +85,7 @@ def test_spo_backend_selects() -> None:
 def test_spo_backend_of_an_unknown_name_is_an_error() -> None:
     ran = python("-c", CALL, SPO_BACKEND="sycl")
     assert ran.returncode != 0
-    assert "ImportError: SPO_BACKEND must be one of cpu, triton, reference, got 'sycl'" in ran.stderr
+    assert "ImportError: SPO_BACKEND must be one of cpu, cuda, triton, reference, got 'sycl'" in ran.stderr
 
 
 @needs_kernels
@@ -101,6 +101,16 @@ def test_triton_does_not_take_the_cpu_without_its_interpreter() -> None:
         assert ran.stdout.split() == ["0.25", "cpu", "triton"], ran.stderr
     else:
         assert "SPO_BACKEND=triton was asked for, but" in ran.stderr
+
+
+@needs_kernels
+@pytest.mark.skipif(torch.version.cuda is not None, reason="for a torch without CUDA")
+def test_cuda_asked_for_where_it_cannot_be_had_is_an_error() -> None:
+    ran = python("-c", CALL, SPO_BACKEND="cuda")
+    assert ran.returncode != 0
+    assert "ImportError: SPO_BACKEND=cuda was asked for, but " in ran.stderr
+    with pytest.raises(RuntimeError, match="backend cuda cannot be had"):
+        backends.get("cuda")
 
 
 @needs_kernels

@@ -149,8 +149,8 @@ struct Source {
       if (aligned || shift == 0)
         words = load_vector<cache>(vector);
       else
-        words = shifted(load_vector<Cache::keep>(vector - shift), load_vector<Cache::keep>(vector - shift + kVectorBytes),
-                        shift);
+        words = shifted(load_vector<Cache::keep>(vector - shift),
+                        load_vector<Cache::keep>(vector - shift + kVectorBytes), shift);
       unpack(words, static_cast<const T*>(nullptr), x + k * kPerVector);
     }
   }

@@ -1,5 +1,5 @@
-// CUDA, or its emulation on the CPU for tests (SPO_CUDA_EMULATOR: tests/native/cuda_emulator.h): the launch, and the few
-// instructions that have no portable spelling. Everything else in this folder is the same source for both.
+// CUDA, or its emulation on the CPU for tests (SPO_CUDA_EMULATOR: tests/native/cuda_emulator.h): the launch, and the
+// few instructions that have no portable spelling. Everything else in this folder is the same source for both.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -50,6 +50,12 @@ SPO_DEVICE float exp2_approx(float x) {
 #define SPO_PACKED_FLOAT 1
 #else
 #define SPO_PACKED_FLOAT 0
+#endif
+
+// Where a polynomial takes a share of the exponentials: where memory outruns the special function unit, which is also
+// where packed operations make a polynomial cheap. The emulator's builds test both.
+#if !defined(SPO_POLYNOMIAL_EXP)
+#define SPO_POLYNOMIAL_EXP SPO_PACKED_FLOAT
 #endif
 
 SPO_DEVICE float2 add2(float2 a, float2 b) {

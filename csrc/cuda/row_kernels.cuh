@@ -4,11 +4,13 @@
 // Each thread keeps a running maximum and sums relative to it over the chunks it reads, and the partial results of the
 // threads are merged in a fixed order.
 //
-// What decides the speed, by the instruction counts of tests/cuda/test_machine_code.py:
+// What decides the speed, by the instruction counts of tests/cuda/test_machine_code.py, for bfloat16:
 // - one exponential an element, 1/16 more for moving to a new maximum, which is looked for once a tile;
-// - a quarter of the exponentials as a polynomial: the unit that computes the others would need 91 % of the time that
-//   the memory of a B200 needs to deliver bfloat16;
-// - two float operations an instruction where there are such instructions (sm_100 and later).
+// - on an H100 the special function unit, 50 % of the time that the memory needs, and the instructions issued, 42 %;
+// - on a B200, with more than twice the bytes a cycle, the special function unit alone would need 97 %: a polynomial
+//   takes a quarter of the exponentials, with two operations an instruction, and 74 % remain;
+// - what one element in a row may need (the label's gradient, infinite gaps) stands outside the loops: a branch never
+//   taken cost the KL a third of its instructions.
 #pragma once
 
 #include <cassert>
@@ -19,6 +21,11 @@
 #include "launch_config.h"
 
 namespace spo::cuda {
+
+// Blocks a multiprocessor must hold, which leaves a thread 80 registers, of double 128. Without a number ptxas 13.0
+// aims at more blocks and spills.
+template <class T>
+constexpr int kBlocks = std::is_same_v<T, double> ? 2 : 3;
 
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLog2eLow = 1.9259629911266175e-08f;  // what is left of log2(e) after rounding to float
@@ -56,7 +63,7 @@ SPO_DEVICE float2 exp2_polynomial(float2 x) {
 // e^x of logits less their maximum. `pair` is the position in the tile.
 SPO_DEVICE float2 weights(float2 x, int pair) {
   const float2 scaled = mul2(x, {kLog2e, kLog2e});
-  if (pair % 4 == 3) return exp2_polynomial(scaled);
+  if (SPO_POLYNOMIAL_EXP && pair % 4 == 3) return exp2_polynomial(scaled);
   return {exp2_approx(scaled.x), exp2_approx(scaled.y)};
 }
 SPO_DEVICE double2 weights(double2 x, int) { return {exp(x.x), exp(x.y)}; }
@@ -142,7 +149,8 @@ struct KlSum {
     r = {r_top, r.sum * weight(-dr)};
   }
 
-  template <int n>
+  // What is infinite makes the gap infinite or NaN: see gap_of_positive. padded: the tile ends in -inf of both.
+  template <bool padded, int n>
   SPO_DEVICE void add(const A (&zx)[n], const A (&rx)[n]) {
     const A z_high = highest(zx), r_high = highest(rx);
     if (!(z_high <= z.top) || !(r_high <= r.top)) move(max_nan(z.top, z_high), max_nan(r.top, r_high));
@@ -154,24 +162,22 @@ struct KlSum {
       const Pair<A> p = weights(zs, k / 2);
       p_sums = add2(p_sums, p);
       q_sums = add2(q_sums, weights(rs, k / 2));
-      gaps = fma2(p, fma2(rs, Pair<A>{-1, -1}, zs), gaps);
+      Pair<A> gap_of_pair = fma2(rs, Pair<A>{-1, -1}, zs);
+      if constexpr (padded) {
+        if (weight(zs.x) == 0) gap_of_pair.x = 0;
+        if (weight(zs.y) == 0) gap_of_pair.y = 0;
+      }
+      gaps = fma2(p, gap_of_pair, gaps);
     }
     z.sum += p_sums.x + p_sums.y;
     r.sum += q_sums.x + q_sums.y;
-    A tile = gaps.x + gaps.y;
-    if (!(fabs(tile) <= -kLowest<A>)) tile = gap_of_positive(zx, rx);
-    gap += tile;
+    gap += gaps.x + gaps.y;
   }
 
-  // The gap where something is infinite: p = 0 counts nothing, r = -inf where p > 0 makes it +inf.
-  template <int n>
-  SPO_DEVICE A gap_of_positive(const A (&zx)[n], const A (&rx)[n]) const {
-    A sum = 0;
-    for (int k = 0; k < n; ++k) {
-      const A zs = zx[k] - z.top, p = weight(zs);
-      if (p != 0) sum += p * (zs - (rx[k] - r.top));
-    }
-    return sum;
+  // The gap that one element adds: none where p = 0, +inf where r = -inf and p > 0.
+  SPO_DEVICE A gap_of_positive(A zx, A rx) const {
+    const A zs = zx - z.top, p = weight(zs);
+    return p == 0 ? A(0) : p * (zs - (rx - r.top));
   }
 
   SPO_DEVICE void merge(KlSum other) {
@@ -270,16 +276,21 @@ SPO_DEVICE KlSum<Acc<T>> sum_rows(const Source<T, E>& z, const Source<R, E>& r, 
   constexpr std::int64_t kStep = std::int64_t{threads_per_row} * E;
   auto sum = KlSum<Acc<T>>::empty();
   std::int64_t first = begin + static_cast<std::int64_t>(threadIdx.x % threads_per_row) * E;
-  for (; first < end; first += kStep) {
-    Acc<T> x[E], y[E];
-    if (first + E <= end) {
-      z.template full<aligned, cache>(first, x);
-      r.template full<aligned, cache>(first, y);
-    } else {
-      z.edge(first, x);
-      r.edge(first, y);
-    }
-    sum.add(x, y);
+  Acc<T> x[E], y[E];
+  for (; first + E <= end; first += kStep) {
+    z.template full<aligned, cache>(first, x);
+    r.template full<aligned, cache>(first, y);
+    sum.template add<false>(x, y);
+  }
+  if (first < end) {
+    z.edge(first, x);
+    r.edge(first, y);
+    sum.template add<true>(x, y);
+  }
+  if (!(fabs(sum.gap) <= -kLowest<Acc<T>>)) {  // once more, with care: the loop above has no instruction to spare
+    sum.gap = 0;
+    for (first = begin + static_cast<std::int64_t>(threadIdx.x % threads_per_row) * E; first < end; first += kStep)
+      for (int k = 0; k < E && first + k < end; ++k) sum.gap += sum.gap_of_positive(z.at(first + k), r.at(first + k));
   }
   return sum;
 }
@@ -334,7 +345,7 @@ SPO_DEVICE void write_unwanted(const TokenStatsFwd& a, const Source<T, E>& z, st
 
 // Without a reference R is T and the KL part is left out. partials: [N, splits] where a row has several blocks.
 template <class T, class R, bool with_kl, int threads_per_row>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     token_stats_fwd_kernel(TokenStatsFwd a, int splits, std::int64_t split_elements, void* partials) {
   using A = Acc<T>;
   constexpr int E = kChunk<T>;
@@ -350,9 +361,9 @@ __global__ void __launch_bounds__(kThreads)
     if (wanted.kl) {
       const Source<R, E> r(a.r, row, a.V);
       const bool aligned = !z.misaligned() && !r.misaligned();
-      const auto sum = merge_threads<threads_per_row>(
-          aligned ? sum_rows<threads_per_row, true, Cache::stream>(z, r, begin, end)
-                  : sum_rows<threads_per_row, false, Cache::stream>(z, r, begin, end));
+      const auto sum =
+          merge_threads<threads_per_row>(aligned ? sum_rows<threads_per_row, true, Cache::stream>(z, r, begin, end)
+                                                 : sum_rows<threads_per_row, false, Cache::stream>(z, r, begin, end));
       if (!first) return;
       if (splits > 1) {
         static_cast<KlSum<A>*>(partials)[group] = sum;
@@ -367,9 +378,9 @@ __global__ void __launch_bounds__(kThreads)
     if (first && splits == 1) write_unwanted(a, z, row);
     return;
   }
-  const auto sum = merge_threads<threads_per_row>(
-      z.misaligned() ? sum_row<threads_per_row, false, Cache::stream>(z, begin, end)
-                     : sum_row<threads_per_row, true, Cache::stream>(z, begin, end));
+  const auto sum =
+      merge_threads<threads_per_row>(z.misaligned() ? sum_row<threads_per_row, false, Cache::stream>(z, begin, end)
+                                                    : sum_row<threads_per_row, true, Cache::stream>(z, begin, end));
   if (!first) return;
   if (splits > 1) {
     if constexpr (with_kl)
@@ -384,7 +395,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // The second stage where rows were split: one thread a row.
 template <class T, bool with_kl>
-__global__ void __launch_bounds__(kThreads) merge_splits_kernel(TokenStatsFwd a, int splits, const void* partials) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    merge_splits_kernel(TokenStatsFwd a, int splits, const void* partials) {
   using A = Acc<T>;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= a.N) return;
@@ -446,17 +458,22 @@ SPO_DEVICE A kl_for_grad(A kl) {
   return kl - kl == 0 ? kl : kl - kl;
 }
 
-// Write elements [begin, end) of a row's gradient: whole chunks as vectors, aligned as the output is, and what lies
-// before the first and behind the last of them one by one. begin and end are multiples of a chunk, or the row's ends.
+// Where a row of an output begins to be aligned, in elements.
+template <class T>
+SPO_DEVICE std::int64_t aligned_from(const T* out) {
+  const unsigned misaligned = reinterpret_cast<std::uintptr_t>(out) % kVectorBytes;
+  return misaligned ? (kVectorBytes - misaligned) / sizeof(T) : 0;
+}
+
+// Write elements [begin, end) of a row of V: whole chunks as vectors, aligned as the output is, and what lies before
+// the first and behind the last of them one by one. begin and end are multiples of a chunk, or the row's ends.
 // chunk(first, values) and one(v) compute.
 template <int threads_per_row, int E, class T, class ChunkFn, class OneFn>
 SPO_DEVICE void write_row(T* out, std::int64_t begin, std::int64_t end, std::int64_t V, ChunkFn chunk, OneFn one) {
   constexpr int kPerVector = kVectorBytes / sizeof(T);
   const int lane = threadIdx.x % threads_per_row;
-  const unsigned misaligned = reinterpret_cast<std::uintptr_t>(out) % kVectorBytes;
-  const std::int64_t head = misaligned ? (kVectorBytes - misaligned) / sizeof(T) : 0;
-  const std::int64_t first = begin + head;
-  for (std::int64_t v = first + static_cast<std::int64_t>(lane) * E; v < end + head && v + E <= V;
+  const std::int64_t head = aligned_from(out);
+  for (std::int64_t v = begin + head + static_cast<std::int64_t>(lane) * E; v < end + head && v + E <= V;
        v += std::int64_t{threads_per_row} * E) {
     Acc<T> x[E];
     chunk(v, x);
@@ -470,6 +487,14 @@ SPO_DEVICE void write_row(T* out, std::int64_t begin, std::int64_t end, std::int
     const std::int64_t v = head + whole + lane;
     if (lane < E && v < V) one(v);
   }
+}
+
+// Whether the calling thread writes element v in write_row, as part of a whole chunk.
+template <int threads_per_row, int E, class T>
+SPO_DEVICE bool writes_in_chunk(const T* out, std::int64_t v, std::int64_t begin, std::int64_t end, std::int64_t V) {
+  const std::int64_t head = aligned_from(out), at = v - (begin + head);
+  const bool whole = v >= begin + head && v < end + head && head + (v - head) / E * E + E <= V;
+  return whole && at / E % threads_per_row == threadIdx.x % threads_per_row;
 }
 
 template <int threads_per_row, int E, class T>
@@ -489,6 +514,10 @@ template <int threads_per_row, bool with_kl, class T, class R, int E>
 SPO_DEVICE void write_gradient(T* out, const Source<T, E>& z, const Source<R, E>& r, const Gradient<Acc<T>>& grad,
                                std::int64_t label, std::int64_t begin, std::int64_t end) {
   using A = Acc<T>;
+  // The label's element is written a second time, by the same thread: within a chunk it would cost every element a
+  // comparison. What it takes is read before the first time, which may be in place.
+  const bool owns_label = label >= 0 && writes_in_chunk<threads_per_row, E>(out, label, begin, end, z.V);
+  const A z_label = owns_label ? z.at(label) : A{0}, r_label = with_kl && owns_label ? r.at(label) : A{0};
   const auto write = [&]<bool aligned>() {
     write_row<threads_per_row, E>(
         out, begin, end, z.V,
@@ -496,20 +525,8 @@ SPO_DEVICE void write_gradient(T* out, const Source<T, E>& z, const Source<R, E>
           A y[E];
           z.template full<aligned, Cache::stream>(first, x);
           if constexpr (with_kl) r.template full<aligned, Cache::stream>(first, y);
-          const std::int64_t at_label = label - first;
-          A of_label = 0;
-          if (at_label >= 0 && at_label < E) {
-#pragma unroll
-            for (int k = 0; k < E; ++k)
-              if (k == at_label) of_label = grad.template operator()<with_kl>(x[k], with_kl ? y[k] : 0, true);
-          }
 #pragma unroll
           for (int k = 0; k < E; ++k) x[k] = grad.template operator()<with_kl>(x[k], with_kl ? y[k] : 0, false);
-          if (at_label >= 0 && at_label < E) {
-#pragma unroll
-            for (int k = 0; k < E; ++k)
-              if (k == at_label) x[k] = of_label;
-          }
         },
         [&](std::int64_t v) {
           from_acc(grad.template operator()<with_kl>(z.at(v), with_kl ? r.at(v) : 0, v == label), out[v]);
@@ -522,6 +539,7 @@ SPO_DEVICE void write_gradient(T* out, const Source<T, E>& z, const Source<R, E>
     write.template operator()<true>();
   else
     write.template operator()<false>();
+  if (owns_label) from_acc(grad.template operator()<with_kl>(z_label, r_label, true), out[label]);
 }
 
 template <class T>
@@ -530,7 +548,7 @@ SPO_DEVICE T* row_of(const Rows& rows, std::int64_t i) {
 }
 
 template <class T, class R, bool with_kl, int threads_per_row>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     token_stats_bwd_kernel(TokenStatsBwd a, std::int64_t parts, std::int64_t part_elements) {
   using A = Acc<T>;
   constexpr int E = kChunk<T>;
@@ -553,8 +571,7 @@ __global__ void __launch_bounds__(kThreads)
   if constexpr (with_kl) {
     if (kl) {
       const Gradient<A> grad(policy, {stats[2 * a.N + row], stats[3 * a.N + row]},
-                             kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp,
-                             static_cast<const A*>(a.dkl)[row]);
+                             kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp, static_cast<const A*>(a.dkl)[row]);
       const Source<R, E> r(a.r, row, a.V);
       return write_gradient<threads_per_row, true>(out, z, r, grad, label, begin, end);
     }
@@ -565,7 +582,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A row's KL and, while the row is in the cache, its gradient.
 template <class T, class R, int threads_per_row>
-__global__ void __launch_bounds__(kThreads) kl_loss_fwd_kernel(KlLossFwd a) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) kl_loss_fwd_kernel(KlLossFwd a) {
   using A = Acc<T>;
   constexpr int E = kChunk<T>;
   const std::int64_t row = group_index<threads_per_row>();
@@ -580,9 +597,9 @@ __global__ void __launch_bounds__(kThreads) kl_loss_fwd_kernel(KlLossFwd a) {
   const Source<T, E> z(a.z, row, a.V);
   const Source<R, E> r(a.r, row, a.V);
   // In place the second pass overwrites what the first has read: merging waits for every thread's reads.
-  const auto sum = merge_threads<threads_per_row>(
-      !z.misaligned() && !r.misaligned() ? sum_rows<threads_per_row, true, Cache::keep>(z, r, 0, a.V)
-                                         : sum_rows<threads_per_row, false, Cache::keep>(z, r, 0, a.V));
+  const auto sum = merge_threads<threads_per_row>(!z.misaligned() && !r.misaligned()
+                                                      ? sum_rows<threads_per_row, true, Cache::keep>(z, r, 0, a.V)
+                                                      : sum_rows<threads_per_row, false, Cache::keep>(z, r, 0, a.V));
   const A kl = kl_of(sum);
   if (first) a.weighted_kl[row] = static_cast<double>(row_weight) * kl;
   const Gradient<A> grad(RowStats<A>(sum.z), RowStats<A>(sum.r), kl_for_grad(kl), 0, row_weight);
@@ -591,7 +608,7 @@ __global__ void __launch_bounds__(kThreads) kl_loss_fwd_kernel(KlLossFwd a) {
 
 // loss = the sum of N values, always in the same order. One block.
 template <class A>
-__global__ void __launch_bounds__(kThreads) sum_kernel(const double* values, std::int64_t N, A* loss) {
+__global__ void __launch_bounds__(kThreads, kBlocks<A>) sum_kernel(const double* values, std::int64_t N, A* loss) {
   __shared__ double of_thread[kThreads];
   double sum = 0;
   for (std::int64_t i = threadIdx.x; i < N; i += kThreads) sum += values[i];
@@ -605,7 +622,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const double* values, std
 
 // rows *= *factor; a factor of 1 leaves the memory untouched.
 template <class T, int threads_per_row>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     scale_kernel(Rows rows, std::int64_t N, std::int64_t V, const Acc<T>* factor, std::int64_t parts,
                  std::int64_t part_elements) {
   using A = Acc<T>;

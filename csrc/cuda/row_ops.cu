@@ -1,5 +1,4 @@
 #include "row_ops.h"
-
 #include "row_ops_impl.cuh"
 
 namespace spo::cuda {
@@ -26,9 +25,8 @@ auto with_type(DType z, F f) {
 
 std::int64_t workspace_bytes(const Rows& z, bool with_kl, std::int64_t N, std::int64_t V, int multiprocessors,
                              bool deterministic) {
-  return with_type(z.dtype, [&]<class Ops>() {
-    return Ops::workspace_bytes(with_kl, N, V, multiprocessors, deterministic);
-  });
+  return with_type(z.dtype,
+                   [&]<class Ops>() { return Ops::workspace_bytes(with_kl, N, V, multiprocessors, deterministic); });
 }
 
 cudaError_t token_stats_fwd(const TokenStatsFwd& args, const Launch& launch) {

@@ -7,8 +7,8 @@
 
 namespace spo::cuda {
 
-// How many bytes of scratch memory token_stats_fwd needs: for the partial sums of rows that are split. Rows are not split
-// where `deterministic` asks for results that do not depend on the number of rows.
+// How many bytes of scratch memory token_stats_fwd needs: for the partial sums of rows that are split. Rows are not
+// split where `deterministic` asks for results that do not depend on the number of rows.
 std::int64_t workspace_bytes(const Rows& z, bool with_kl, std::int64_t N, std::int64_t V, int multiprocessors,
                              bool deterministic);
 

@@ -104,8 +104,7 @@ cudaError_t TypedOps<T>::kl_loss_fwd(const KlLossFwd& a, void* loss, const Launc
 }
 
 template <class T>
-cudaError_t TypedOps<T>::scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* factor,
-                               const Launch& at) {
+cudaError_t TypedOps<T>::scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* factor, const Launch& at) {
   const ElementwiseConfig config = elementwise_config(N, V, kChunk<T>);
   unsigned grid;
   if (const cudaError_t error = grid_of(config.blocks, grid)) return error;

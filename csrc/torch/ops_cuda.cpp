@@ -41,8 +41,7 @@ class OnDevice {
     void* stream = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
 #endif
     launch.stream = static_cast<cudaStream_t>(stream);
-    const cudaError_t error =
-        cudaDeviceGetAttribute(&launch.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    const cudaError_t error = cudaDeviceGetAttribute(&launch.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     STD_TORCH_CHECK(error == cudaSuccess, "spo_kernels: ", cudaGetErrorString(error));
   }
 #endif

@@ -112,7 +112,7 @@ def available() -> tuple[str, ...]:
 def _select(device_type: str, asked: str | None) -> Selection:
     if asked is not None and device_type in _ENTRIES[asked].device_types:
         return Selection(asked, f"SPO_BACKEND={asked}")
-    reasons = []
+    reasons: list[str] = []
     for name in _DEFAULTS[device_type]:
         missing = _ENTRIES[name].missing()
         if missing is None:

@@ -57,9 +57,7 @@ class CompiledOps:
         inplace: bool,
     ) -> Tensor:
         dlogits = _gradient_of(logits, inplace)
-        self._ops.token_stats_bwd(
-            dlogits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index
-        )
+        self._ops.token_stats_bwd(dlogits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index)
         return dlogits
 
     def kl_loss_fwd(

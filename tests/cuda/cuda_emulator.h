@@ -2,8 +2,8 @@
 //
 // It models blocks, warps, barriers, shuffles, shared memory and vector loads. A thread runs until it waits for others;
 // warps take turns only then, forwards in even blocks and backwards in odd ones, so that a result that needs a barrier
-// that is not there comes out wrong in one order or the other. It stops the program at what a GPU may answer with a hang
-// or garbage: a barrier that some threads never reach, a shuffle of lanes that are not there, a misaligned vector.
+// that is not there comes out wrong in one order or the other. It stops the program at what a GPU may answer with a
+// hang or garbage: a barrier that some threads never reach, a shuffle of lanes that are not there, a misaligned vector.
 // It does not model data races within those turns, approximate arithmetic, or anything that takes time.
 //
 // Build with -std=c++20 -fno-strict-aliasing: vectors and their elements alias, as nvcc lets them.
@@ -11,11 +11,13 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -191,6 +193,11 @@ inline void run_block(bool backwards) {
   }
 }
 
+struct alignas(64) Stack {
+  char bytes[kStack];
+};
+inline thread_local std::vector<std::unique_ptr<Stack>> stacks;
+
 // One launch. Arguments are copied, as a launch copies them.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), unsigned grid, unsigned threads, const Args&... args) {
@@ -200,8 +207,7 @@ void launch(void (*kernel)(Params...), unsigned grid, unsigned threads, const Ar
     Arguments arguments;
   };
   const Call call{kernel, Arguments(static_cast<std::decay_t<Params>>(args)...)};
-  static thread_local std::vector<char*> stacks;
-  while (stacks.size() < threads) stacks.push_back(static_cast<char*>(std::aligned_alloc(64, kStack)));
+  while (stacks.size() < threads) stacks.emplace_back(new Stack);
 
   Block current;
   current.grid = dim3(grid);
@@ -220,7 +226,7 @@ void launch(void (*kernel)(Params...), unsigned grid, unsigned threads, const Ar
       t.index = {i, 0, 0};
       t.lane = static_cast<int>(i % kWarp);
       t.warp = static_cast<int>(i / kWarp);
-      t.stack = stacks[i];
+      t.stack = stacks[i]->bytes;
       make_context(t.context, t.stack, enter);
     }
     run_block(b % 2 == 1);

@@ -44,7 +44,7 @@ def compile_objects(out: Path, flags: list[str]) -> list[str]:
 
 def build_library(out: Path) -> Path:
     """A library with the ops of `spo_kernels.backends.cuda.SCHEMAS` in the namespace spo_kernels_emulated."""
-    flags = ["-O2"]
+    flags = ["-O2", "-DSPO_POLYNOMIAL_EXP=1"]
     objects = compile_objects(out, flags)
     root = Path(torch.__file__).parent
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"

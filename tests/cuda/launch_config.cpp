@@ -1,0 +1,55 @@
+// Every launch of a large grid of shapes is legal and covers each element exactly once. Prints "ok" and how many.
+#include "cuda/launch_config.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+using namespace spo::cuda;
+
+namespace {
+
+void require(bool holds, const char* what, std::int64_t N, std::int64_t V) {
+  if (holds) return;
+  std::printf("%s does not hold for N = %lld, V = %lld\n", what, static_cast<long long>(N), static_cast<long long>(V));
+  std::exit(1);
+}
+
+// `parts` of `each` elements, the last one shorter, are the row and no more.
+void require_partition(std::int64_t parts, std::int64_t each, std::int64_t N, std::int64_t V) {
+  require(parts >= 1 && (parts - 1) * each < V && parts * each >= V, "a partition of the row", N, V);
+}
+
+void require_blocks(int threads_per_row, std::int64_t groups, std::int64_t blocks, std::int64_t N, std::int64_t V) {
+  require(threads_per_row == kWarp || threads_per_row == kThreads, "one warp or one block a row", N, V);
+  const std::int64_t in_block = kThreads / threads_per_row;
+  require(blocks * in_block >= groups && (blocks - 1) * in_block < groups, "enough blocks and none idle", N, V);
+}
+
+}  // namespace
+
+int main() {
+  long tried = 0;
+  const std::int64_t rows[] = {1, 2, 3, 7, 8, 9, 31, 66, 131, 132, 133, 264, 1000, 4096, 65535, 65536, 70000, 1 << 20};
+  for (const std::int64_t N : rows)
+    for (std::int64_t V = 1; V <= 300000; V = V < 20 ? V + 1 : V + V / 7 + V % 3)
+      for (const int multiprocessors : {1, 16, 108, 132, 148, 188})
+        for (const bool deterministic : {false, true}) {
+          const ReduceConfig r = reduce_config(N, V, multiprocessors, deterministic);
+          require_partition(r.splits, r.split_elements, N, V);
+          require_blocks(r.threads_per_row, N * r.splits, r.blocks, N, V);
+          require(r.splits == 1 || r.split_elements % 16 == 0, "splits that start where vectors do", N, V);
+          require(r.splits == 1 || (!deterministic && r.threads_per_row == kThreads), "few rows alone split", N, V);
+          require(r.splits == 1 || r.blocks <= 4 * multiprocessors + N, "no more blocks than wanted", N, V);
+          require(!deterministic || r.split_elements == V, "a row's work independent of N", N, V);
+          for (const int chunk : {2, 4, 8}) {
+            const ElementwiseConfig e = elementwise_config(N, V, chunk);
+            require_partition(e.parts, e.part_elements, N, V);
+            require_blocks(e.threads_per_row, N * e.parts, e.blocks, N, V);
+            require(e.parts == 1 || e.part_elements % chunk == 0, "parts of whole chunks", N, V);
+            require(e.blocks <= kMaxGrid, "a legal grid", N, V);
+          }
+          require(r.blocks <= kMaxGrid, "a legal grid", N, V);
+          ++tried;
+        }
+  std::printf("ok %ld\n", tried);
+}

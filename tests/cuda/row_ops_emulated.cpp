@@ -1,0 +1,114 @@
+// The CUDA row ops, emulated, against plain double arithmetic: on aligned, misaligned, offset and sliced rows in
+// buffers without an element to spare. For the sanitizers, and for planted bugs; what is right to the last digit is
+// tested through torch. Prints "ok" or what is wrong.
+#include <cmath>
+#include <memory>
+#include <random>
+
+#include "cuda/row_ops_impl.cuh"
+
+#if !defined(SPO_TYPES)
+#define SPO_TYPES SPO_TYPE(float, f32) SPO_TYPE(bf16, bf16) SPO_TYPE(f16, f16) SPO_TYPE(double, f64)
+#endif
+
+using namespace spo;
+using cuda::bf16;
+using cuda::f16;
+
+namespace {
+
+constexpr std::int64_t kIgnore = -100;
+
+void close(const char* what, double got, double want, double tolerance) {
+  if (std::fabs(got - want) <= tolerance) return;
+  std::printf("%s is off: got %.9g, want %.9g\n", what, got, want);
+  std::fflush(stdout);
+  std::abort();
+}
+
+// Rows [B * T, V] in one allocation that ends with the last of them; `lead` elements before the first.
+template <class T>
+struct Block {
+  std::unique_ptr<T[]> data;
+  Rows rows;
+  std::int64_t lead;
+  Block(std::int64_t B, std::int64_t steps, std::int64_t V, std::int64_t pad, std::int64_t lead, DType dtype)
+      : lead(lead) {
+    static std::mt19937 generator(1);
+    std::normal_distribution<float> normal(0, 3);
+    const std::int64_t stride = V + pad, n = lead + stride * (B * steps - 1) + V;
+    data.reset(new T[n]);
+    for (std::int64_t i = 0; i < n; ++i) cuda::from_acc(cuda::Acc<T>(normal(generator)), data[i]);
+    rows = {data.get() + lead, dtype, steps, stride * steps, stride};
+  }
+  const T* row(std::int64_t i) const { return data.get() + lead + i * rows.stride_t; }
+};
+
+template <class T>
+double lse(const T* z, std::int64_t V) {
+  double sum = 0;
+  for (std::int64_t v = 0; v < V; ++v) sum += std::exp(double(cuda::to_acc(z[v])));
+  return std::log(sum);
+}
+
+template <class T>
+void check(DType dtype, std::int64_t V, std::int64_t pad, std::int64_t lead, int multiprocessors) {
+  using A = cuda::Acc<T>;
+  constexpr std::int64_t B = 2, steps = 2, N = B * steps;
+  const Block<T> z(B, steps, V, pad, lead, dtype), r(B, steps, V, pad + lead, lead + 1, dtype);
+  Block<T> dz(B, steps, V, lead, lead, dtype);
+  const std::unique_ptr<std::int64_t[]> labels(new std::int64_t[N]{0, V - 1, kIgnore, V / 2});
+  const std::unique_ptr<bool[]> mask(new bool[N]{true, false, true, true});
+  const std::unique_ptr<A[]> logps(new A[N]), kl(new A[N]), stats(new A[4 * N]), loss(new A[1]), half(new A[1]{0.5});
+  const std::unique_ptr<A[]> dlogps(new A[N]{-1.5, -1.5, -1.5, -1.5}), dkl(new A[N]{0.75, 0.75, 0.75, 0.75});
+  const std::unique_ptr<double[]> weighted(new double[N]);
+  const bool deterministic = multiprocessors == 0;
+  const std::int64_t bytes = cuda::TypedOps<T>::workspace_bytes(true, N, V, multiprocessors, deterministic);
+  const std::unique_ptr<A[]> workspace(new A[bytes / sizeof(A)]);
+  const cuda::Launch at{nullptr, multiprocessors, deterministic, workspace.get()};
+
+  const TokenStatsFwd fwd{z.rows, r.rows, labels.get(), mask.get(), N, V, kIgnore, logps.get(), kl.get(), stats.get()};
+  cuda::TypedOps<T>::token_stats_fwd(fwd, at);
+  const TokenStatsBwd bwd{z.rows, r.rows,  dz.rows,      labels.get(), mask.get(), N,
+                          V,      kIgnore, dlogps.get(), dkl.get(),    kl.get(),   stats.get()};
+  cuda::TypedOps<T>::token_stats_bwd(bwd, at);
+
+  const double exact = sizeof(A) == 8 ? 1e-9 : 2e-5, rounding = sizeof(T) == 2 ? 0x1p-8 : exact;
+  double total = 0;
+  for (std::int64_t i = 0; i < N; ++i) {
+    const double lse_z = lse(z.row(i), V), lse_r = lse(r.row(i), V);
+    const auto log_p = [&](std::int64_t v) { return double(cuda::to_acc(z.row(i)[v])) - lse_z; };
+    const auto gap = [&](std::int64_t v) { return log_p(v) - (double(cuda::to_acc(r.row(i)[v])) - lse_r); };
+    double want_kl = 0;
+    for (std::int64_t v = 0; v < V; ++v) want_kl += std::exp(log_p(v)) * gap(v);
+    total += 0.75 * want_kl;
+    const bool with_logp = labels[i] != kIgnore;
+    close("logp", logps[i], with_logp ? log_p(labels[i]) : 0, exact);
+    close("kl", kl[i], mask[i] ? want_kl : 0, exact);
+    for (std::int64_t v = 0; v < V; ++v) {
+      const double p = std::exp(log_p(v));
+      const double want =
+          (with_logp ? -1.5 * ((v == labels[i]) - p) : 0) + (mask[i] ? 0.75 * p * (gap(v) - want_kl) : 0);
+      close("dlogits", cuda::to_acc(dz.row(i)[v]), want, 2 * rounding);
+    }
+  }
+  cuda::TypedOps<T>::kl_loss_fwd({z.rows, r.rows, dz.rows, dkl.get(), N, V, weighted.get()}, loss.get(), at);
+  close("loss", loss[0], total, 10 * exact);
+  const double before = cuda::to_acc(dz.row(N - 1)[V - 1]);
+  cuda::TypedOps<T>::scale(dz.rows, N, V, half.get(), at);
+  close("scaled", cuda::to_acc(dz.row(N - 1)[V - 1]), before / 2, rounding);
+}
+
+}  // namespace
+
+int main() {
+  for (const std::int64_t V : {1, 7, 8, 9, 31, 255, 256, 257, 2049, 4111, 20000})
+    for (const std::int64_t lead : {0, 1, 2, 3})
+      for (const int multiprocessors : {0, 64}) {
+        if (multiprocessors && V < 20000) continue;  // too short to be split
+#define SPO_TYPE(T, name) check<T>(DType::name, V, lead % 2 ? 3 : 0, lead, multiprocessors);
+        SPO_TYPES
+#undef SPO_TYPE
+      }
+  std::printf("ok\n");
+}

@@ -1,0 +1,130 @@
+"""The CUDA kernels' source, emulated: under the sanitizers, with planted bugs, and what stops the program.
+
+Their results are tested with the other backends', through the ``emulated_cuda`` parameter of the fixture ``backend``.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+
+from spo_kernels import backends
+from spo_kernels.backends import cuda
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent.parent / "csrc"
+pytestmark = pytest.mark.skipif(emulated.cuda_include() is None, reason="no CUDA toolkit, whose headers it takes")
+
+# Without optimization: these programs take longer to compile than to run.
+ADDRESS = ["-O0", "-fsanitize=address"]
+SANITIZE = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def run_program(out: Path, csrc: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """row_ops_emulated.cpp, compiled against a copy of csrc and run."""
+    program = out / "row_ops_emulated"
+    include = ["-isystem", str(emulated.cuda_include()), f"-I{csrc}"]
+    source = HERE / "row_ops_emulated.cpp"
+    command = ["g++", *emulated.FLAGS, *include, *flags, str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    return subprocess.run([program], capture_output=True, text=True, timeout=300)
+
+
+def test_every_launch_is_legal_and_covers_each_element_once(tmp_path: Path) -> None:
+    program = tmp_path / "launch_config"
+    command = ["g++", "-std=c++20", "-O1", f"-I{CSRC}", str(HERE / "launch_config.cpp"), "-o", str(program)]
+    subprocess.run(command, check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    word, _, tried = result.stdout.strip().partition(" ")
+    assert (result.returncode, word) == (0, "ok"), result.stdout
+    assert int(tried) > 10_000
+
+
+@pytest.mark.parametrize("types", ["SPO_TYPE(float,f32)SPO_TYPE(bf16,bf16)", "SPO_TYPE(f16,f16)SPO_TYPE(double,f64)"])
+def test_kernels_under_sanitizers(tmp_path: Path, types: str) -> None:
+    result = run_program(tmp_path, CSRC, *SANITIZE, f"-DSPO_TYPES={types}", "-DSPO_POLYNOMIAL_EXP=0")
+    assert (result.returncode, result.stdout) == (0, "ok\n"), result.stdout + result.stderr
+
+
+# What is replaced in which file, by what, and what the program must say then.
+BUGS = {
+    "missing barrier": (
+        "row_kernels.cuh",
+        "    __syncthreads();\n    sum = of_warp[0];",
+        "    sum = of_warp[0];",
+        "off",
+    ),
+    "early return": (
+        "row_kernels.cuh",
+        "    __syncthreads();\n    sum = of_warp[0];",
+        "    if (threadIdx.x == 200) return sum;\n    __syncthreads();\n    sum = of_warp[0];",
+        "not reached by all threads",
+    ),
+    "shuffle mask": ("row_kernels.cuh", "0xffffffffu, s.sum", "0x0000ffffu, s.sum", "not in its mask"),
+    "out of bounds": ("chunk.cuh", "(first < E || first + 2 * E > V)", "first < E", "heap-buffer-overflow"),
+    "misaligned vector": (
+        "chunk.cuh",
+        "const unsigned shift = aligned ? 0 :",
+        "const unsigned shift = 0 &",
+        "misaligned",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(tmp_path: Path, bug: str) -> None:
+    name, right, wrong, said = BUGS[bug]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    path = csrc / "cuda" / name
+    text = path.read_text()
+    assert text.count(right) == 1, "the line to break has changed"
+    path.write_text(text.replace(right, wrong))
+    result = run_program(tmp_path, csrc, *ADDRESS, "-DSPO_TYPES=SPO_TYPE(float,f32)", "-w")
+    assert result.returncode != 0
+    assert said in result.stdout + result.stderr
+
+
+OUT_OF_RANGE = """
+import sys, torch
+from pathlib import Path
+from spo_kernels.backends.cuda import CompiledOps
+ops = CompiledOps("spo_kernels_emulated", Path(sys.argv[1]))
+ops.token_stats_fwd(torch.randn(2, 65), torch.tensor([3, 65]), None, None, -100)
+"""
+
+
+def test_a_label_out_of_range_traps(emulated_library: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OUT_OF_RANGE, str(emulated_library)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode != 0
+    assert "labels must be in [0, V) or ignore_index" in result.stderr
+
+
+def test_splitting_rows_is_left_out_where_results_must_be_deterministic(emulated_cuda: backends.Backend) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 40_000), torch.tensor([0, 1, 39_999])
+    split = emulated_cuda.token_stats_fwd(logits[:1], labels[:1], None, None, -100)[0]
+    torch.use_deterministic_algorithms(True)
+    try:
+        alone = emulated_cuda.token_stats_fwd(logits[:1], labels[:1], None, None, -100)[0]
+        among = emulated_cuda.token_stats_fwd(logits, labels, None, None, -100)[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert alone[0] == among[0]
+    torch.testing.assert_close(split, alone, rtol=0, atol=4e-6)
+    assert torch.ops.spo_kernels_emulated.splits_rows(logits, False, False)
+    assert not torch.ops.spo_kernels_emulated.splits_rows(logits, False, True)
+
+
+@pytest.mark.skipif(cuda.library_path() is None, reason="built without CUDA")
+def test_the_cuda_library_loads_without_a_gpu_and_registers_every_op() -> None:
+    cuda.load()
+    for op in cuda.SCHEMAS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"spo_kernels_cuda::{op}", "CUDA")
