@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ROOT, bars, report, step
+from benchmarks import ROOT, bars, floors, report, step
 from benchmarks.ops import DEFAULT_CASES, WORKLOADS, Case, Workload
 from benchmarks.providers import DEFAULT_PROVIDERS, PROVIDERS
 from benchmarks.run import CaseRunner, Settings, failures_of_ours, set_simd_level
@@ -113,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PAGE",
         help="put them between the result markers of these pages (none named: benchmarks/README.md)",
     )
+    floor = commands.add_parser("floors", help="the least time of the ops on GPUs, from bytes and bandwidth alone")
+    floor.add_argument("--shapes", type=_shape, nargs="+", default=[(8192, 32000), (8192, 128256), (8192, 151936)])
+    floor.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     return parser
 
 
@@ -225,6 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command in ("plot", "table"):
             return {"plot": run_plot, "table": run_table}[options.command](options)
+        if options.command == "floors":
+            print(floors.markdown([Case(shape, DTYPES[options.dtype]) for shape in options.shapes]))
+            return 0
         settings, simd = _settings(options)
         environment = report.environment(arguments, options.device, simd)
         run = {"ops": run_ops, "bars": bars.run_bars, "step": step.run_step}[options.command]

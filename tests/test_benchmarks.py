@@ -75,6 +75,15 @@ def test_command_line_measures_and_tabulates(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out.count("| `token_logps` | 24 x 130 |") == 2 + 4
 
 
+def test_floors_are_bytes_over_bandwidth(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["floors", "--shapes", "8192x32000"]) == 0
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    h100 = lines[0].index("H100 SXM, us")
+    table = {cells[0]: cells[h100] for cells in lines[2:]}
+    assert table["token_logps.fwd"] == f"{1e6 * 8192 * 32000 * 2 / 3.35e12:.0f}"
+    assert table["token_kl.fwd_bwd"] == f"{1e6 * 8192 * 32000 * 2 * 5 / 3.35e12:.0f}"
+
+
 def test_share_of_the_limit_and_its_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path)]
     arguments = ["--shapes", "66x32000", "--dtypes", "float32", "--ops", "token_logps", "--providers"]
