@@ -55,7 +55,7 @@ def compile_object(source: Path, out: Path, flags: list[str]) -> str:
     return str(out)
 
 
-SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC}"]
+SANITIZE = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC}"]
 
 
 @pytest.fixture(scope="module")

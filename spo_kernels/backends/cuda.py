@@ -37,12 +37,14 @@ class CompiledOps:
         torch.ops.load_library(library)
         self._ops: Any = getattr(torch.ops, namespace)
 
+    @torch.no_grad()
     def token_stats_fwd(
         self, logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, ignore_index: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         deterministic = torch.are_deterministic_algorithms_enabled()
         return self._ops.token_stats_fwd(logits, labels, ref_logits, mask, ignore_index, deterministic)
 
+    @torch.no_grad()
     def token_stats_bwd(
         self,
         dlogps: Tensor | None,
@@ -60,6 +62,7 @@ class CompiledOps:
         self._ops.token_stats_bwd(dlogits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index)
         return dlogits
 
+    @torch.no_grad()
     def kl_loss_fwd(
         self, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool
     ) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,11 @@
 #include <random>
 #include <vector>
 
+#include "dtype.h"
 #include "row_ops.h"
 #include "simd_level.h"
 
+using namespace spo;
 using namespace spo::cpu;
 
 namespace {
