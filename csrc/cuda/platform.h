@@ -45,6 +45,17 @@ SPO_DEVICE float exp2_approx(float x) {
 #endif
 }
 
+// The larger one, NaN if either is.
+SPO_DEVICE float max_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+
 // Two operations in one instruction where the hardware has it (sm_100 and later): half the issue slots.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define SPO_PACKED_FLOAT 1

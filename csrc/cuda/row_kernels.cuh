@@ -75,16 +75,6 @@ SPO_DEVICE double weight(double x) { return exp(x); }
 SPO_DEVICE float log_of(float x) { return logf(x); }
 SPO_DEVICE double log_of(double x) { return log(x); }
 
-// The larger one, NaN if either is.
-SPO_DEVICE float max_nan(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-#else
-  return a > b || a != a ? a : b;
-#endif
-}
 SPO_DEVICE double max_nan(double a, double b) { return a > b || a != a ? a : b; }
 
 template <class A>
@@ -305,7 +295,7 @@ SPO_DEVICE void check_label(std::int64_t label, std::int64_t V) {
   assert(label >= 0 && label < V && "spo_kernels: labels must be in [0, V) or ignore_index");
 }
 
-// Statistics of a row whose sums are complete; s_r and kl are of no interest without a reference.
+// The statistics of a row's policy logits, and the log-probability of its label.
 template <class T, int E>
 SPO_DEVICE void write_logits_stats(const TokenStatsFwd& a, const Source<T, E>& z, std::int64_t row,
                                    const RowStats<Acc<T>>& s) {
