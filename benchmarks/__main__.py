@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ROOT, bars, floors, report, step
+from benchmarks import ROOT, bars, floors, gpu, report, step
 from benchmarks.ops import DEFAULT_CASES, WORKLOADS, Case, Workload
 from benchmarks.providers import DEFAULT_PROVIDERS, PROVIDERS
 from benchmarks.run import CaseRunner, Settings, failures_of_ours, set_simd_level
@@ -98,6 +98,17 @@ def _parser() -> argparse.ArgumentParser:
     bar.add_argument("--shapes", type=_shape, nargs="+", metavar="NxV", help="instead of the bars' own shapes")
     bar.add_argument("--providers", choices=PROVIDERS, nargs="+", metavar="NAME", help="leave the others unmeasured")
 
+    whole = commands.add_parser(
+        "gpu",
+        help="one report for those who have a GPU: tests, selfcheck, benchmarks",
+        description="Runs the tests marked gpu, the selfcheck and the benchmarks, and writes one page about it. "
+        "Exits with 1 if any of them failed.",
+    )
+    whole.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="default: cuda")
+    whole.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="default: out/benchmarks")
+    whole.add_argument("--quick", action="store_true", help="tiny sizes, to try the report itself; works with cpu too")
+    whole.set_defaults(threads=None, simd=None, repeats=1)
+
     results = argparse.ArgumentParser(add_help=False)
     results.add_argument(
         "files", type=Path, nargs="*", metavar="FILE", help="CSVs of ops, pages of step and bars (default: the newest)"
@@ -123,8 +134,10 @@ def _settings(options: argparse.Namespace) -> tuple[Settings, str]:
     """Settings, and the SIMD level in use where our compiled CPU kernels run."""
     from spo_kernels import backends
 
-    if options.device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a GPU that this torch can use")
+    if options.device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda needs a GPU that this torch can use")
+        torch.cuda.set_device(options.device)  # events and streams are those of the current device
     if options.threads:
         torch.set_num_threads(options.threads)
     simd = ""
@@ -233,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         settings, simd = _settings(options)
         environment = report.environment(arguments, options.device, simd)
-        run = {"ops": run_ops, "bars": bars.run_bars, "step": step.run_step}[options.command]
+        run = {"ops": run_ops, "bars": bars.run_bars, "step": step.run_step, "gpu": gpu.run_gpu}[options.command]
         return run(options, environment, settings)
     except (ValueError, OSError) as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)

@@ -20,7 +20,9 @@ _MORE_ROUNDS = 20
 _ENOUGH_SECONDS = 0.5
 # The first call after another provider's finds its code and threads cold, which matters to calls of microseconds.
 _SHORT_SECONDS, _BURST = 0.01, 5
-_L2_FLUSH_BYTES = 256 << 20
+# Beyond every last-level cache of a GPU (256 MiB on an MI300X), and long enough to write that the call is launched
+# meanwhile, so that events around it see the device's time and not Python's.
+_FLUSH_BYTES = 512 << 20
 
 
 def _nothing() -> None:
@@ -59,24 +61,26 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
 
 
 class _Clock:
-    """Times one call: events on a GPU, after evicting its L2 cache; perf_counter and process time elsewhere."""
+    """Times one call: perf_counter and process time, or on a GPU events, after evicting its caches.
+
+    device: on a GPU the current one, whose events these are.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         if self._cuda:
-            self._flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
+            self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
             self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def time(self, call: Callable[[], object]) -> tuple[float, float]:
         if self._cuda:
             self._flush.zero_()
-            torch.cuda.synchronize()
-            self._start.record()
+            self._start.record()  # in the queue behind the flush: nothing waits here
         cpu, wall = time.process_time(), time.perf_counter()
         result = call()
         if self._cuda:
             self._end.record()
-            torch.cuda.synchronize()
+            self._end.synchronize()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         del result  # giving memory back is outside the timed region for everyone
         return (self._start.elapsed_time(self._end) / 1e3 if self._cuda else wall), cpu
@@ -172,7 +176,9 @@ def last_level_cache_bytes() -> int:
 def available_bytes(device: torch.device) -> int | None:
     """Memory that can be allocated without swapping; None where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch holds for reuse counts as taken to the driver.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     meminfo = Path("/proc/meminfo")
     return _kib_line(meminfo, "MemAvailable") if meminfo.exists() else None
 

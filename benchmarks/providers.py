@@ -35,7 +35,7 @@ class Provider:
     inplace: bool = False  # overwrites the logits: they are restored outside the timed region
     compiled: bool = False
     simd: str | None = None  # SIMD level of our CPU kernels, when not the one in use
-    missing: Callable[[], str | None] = lambda: None  # why it cannot be measured here; None when it can
+    missing: Callable[[torch.device], str | None] = lambda device: None  # why it cannot be measured; None when it can
 
     def function(self, op: str) -> Function:
         """The function to call at one shape; compiled functions are compiled for that shape alone."""
@@ -76,6 +76,16 @@ def trl_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return selective_log_softmax(logits.unflatten(0, (sequences, -1)), labels.unflatten(0, (sequences, -1))).flatten()
 
 
+def liger_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    loss = importlib.import_module("liger_kernel.transformers").LigerCrossEntropyLoss(reduction="none")
+    return -loss(logits, labels)
+
+
+def quack_token_logps(logits: Tensor, labels: Tensor, inplace: bool = False) -> Tensor:
+    cross_entropy = importlib.import_module("quack.cross_entropy").cross_entropy
+    return -cross_entropy(logits, labels, reduction="none", inplace_backward=inplace)
+
+
 _EAGER: dict[str, Function] = {
     "token_logps": eager_token_logps,
     "token_kl": eager_token_kl,
@@ -110,16 +120,20 @@ def _ours(*, inplace: bool) -> dict[str, Function]:
     return functions
 
 
-def _no_simd_level(level: str) -> str | None:
-    if spo_kernels.backends.active("cpu") != "cpu":
+def _no_simd_level(level: str, device: torch.device) -> str | None:
+    if device.type != "cpu" or spo_kernels.backends.active("cpu") != "cpu":
         return "SIMD levels belong to the compiled cpu backend"
     from spo_kernels.backends import cpu
 
     return None if level in cpu.load().simd_levels() else f"this CPU has no {level}"
 
 
-def _not_installed(package: str) -> str | None:
+def _not_installed(package: str, device: torch.device) -> str | None:
     return None if importlib.util.find_spec(package) else f"the package {package} is not installed"
+
+
+def _no_gpu_or_not_installed(package: str, device: torch.device) -> str | None:
+    return "it needs a GPU" if device.type != "cuda" else _not_installed(package, device)
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -132,6 +146,20 @@ PROVIDERS: dict[str, Provider] = {
     "compile_float": Provider(_EAGER_FLOAT, dtypes=_HALF, compiled=True),
     "cross_entropy": Provider({"token_logps": cross_entropy_token_logps}, native=True),
     "trl": Provider({"token_logps": trl_token_logps}, native=True, missing=partial(_not_installed, "trl")),
+    # Both write the gradient over the logits, Liger in its forward.
+    "liger": Provider(
+        {"token_logps": liger_token_logps},
+        dtypes=(torch.float32, *_HALF),
+        native=True,
+        inplace=True,
+        missing=partial(_no_gpu_or_not_installed, "liger_kernel"),
+    ),
+    "quack": Provider(
+        {"token_logps": partial(quack_token_logps, inplace=True)},
+        dtypes=(torch.float32, *_HALF),
+        inplace=True,
+        missing=partial(_no_gpu_or_not_installed, "quack"),
+    ),
     "ours_avx2": Provider(_ours(inplace=False), simd="avx2", missing=partial(_no_simd_level, "avx2")),
 }
 

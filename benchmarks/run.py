@@ -217,7 +217,7 @@ class CaseRunner:
             if not self._applies(provider, workload):
                 continue
             row = rows[name] = self._row(name, workload, run)
-            if reason := provider.missing() or self._too_big(name):
+            if reason := provider.missing(self.settings.device) or self._too_big(name):
                 row.status = f"skipped: {reason}"
                 continue
             call = Call(

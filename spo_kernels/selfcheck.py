@@ -1,13 +1,14 @@
 """``python -m spo_kernels.selfcheck``: every backend that runs on this machine against the float64 reference.
 
-Each row is one op, dtype and backend (each SIMD level on the CPU): the largest error against the reference, the budget
-it must stay in (twice the error of eager torch in float32, and rounding), and the speed with its share of the copy
-bandwidth measured here. Exits 1 if any result is wrong.
+Each row is one op, dtype and backend (each SIMD level on the CPU, the kernels and Triton on a GPU): the largest
+error against the reference, the budget it must stay in (twice the error of eager torch in float32, and rounding), and
+its speed as a share of the copy bandwidth measured here. Exits 1 if any result is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -22,6 +23,10 @@ from spo_kernels import backends, reference
 from spo_kernels.functional import LOGITS_DTYPES
 
 COMPARED_ROWS = 64
+FEW_ROWS = 2  # which a GPU splits over several blocks
+# Beyond every cache: of the CPU with all its tensors, of a GPU with one of them.
+DEFAULT_ROWS = {"cpu": 512, "cuda": 4096}
+KERNELS = ("token_stats_fwd", "token_stats_bwd", "kl_loss_fwd", "scale_")
 
 
 class Result(NamedTuple):
@@ -38,15 +43,18 @@ class Result(NamedTuple):
 
 
 class Values(NamedTuple):
-    """Log-probs ``[n]``, KL ``[n]`` and the gradient of their sum ``[n, V]``."""
+    """Log-probs and KL ``[n]``, the gradient of their sum, that of the KL's alone from one sweep, and it times .5."""
 
     logps: Tensor
     kl: Tensor
     dlogits: Tensor
+    kl_dlogits: Tensor
+    scaled: Tensor
 
-    def errors(self, truth: Values) -> tuple[float, float]:
-        """Largest error of the outputs and of the gradient."""
-        return max(_worst(self.logps, truth.logps), _worst(self.kl, truth.kl)), _worst(self.dlogits, truth.dlogits)
+    def errors(self, truth: Values) -> dict[str, float]:
+        """Largest error of each kernel of `KERNELS`."""
+        worst = [_worst(mine, true) for mine, true in zip(self, truth, strict=True)]
+        return dict(zip(KERNELS, (max(worst[:2]), *worst[2:]), strict=True))
 
 
 class Problem(NamedTuple):
@@ -61,9 +69,9 @@ class Problem(NamedTuple):
         labels = torch.randint(vocab, (rows,), generator=generator)
         return cls(logits.to(device, dtype), labels.to(device), ref_logits.to(device, dtype))
 
-    def head(self, dtype: torch.dtype) -> Problem:
-        """The rows that are compared, in another dtype."""
-        logits, labels, ref_logits = (tensor[:COMPARED_ROWS] for tensor in self)
+    def head(self, rows: int, dtype: torch.dtype) -> Problem:
+        """The first rows, in another dtype."""
+        logits, labels, ref_logits = (tensor[:rows] for tensor in self)
         return Problem(logits.to(dtype), labels, ref_logits.to(dtype))
 
     def forward(self, backend: backends.Backend) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,9 +83,17 @@ class Problem(NamedTuple):
             ones, ones, self.logits, self.labels, self.ref_logits, None, kl, stats, -100, False
         )
 
+    def kl_loss(self, backend: backends.Backend) -> tuple[Tensor, Tensor]:
+        return backend.kl_loss_fwd(self.logits, self.ref_logits, None, False)
+
     def values(self, backend: backends.Backend) -> Values:
+        """Of the rows that are compared; all are computed."""
         logps, kl, stats = self.forward(backend)
-        return Values(*(x[:COMPARED_ROWS] for x in (logps, kl, self.backward(backend, kl, stats))))
+        dlogits = self.backward(backend, kl, stats)
+        _, kl_dlogits = self.kl_loss(backend)
+        scaled = kl_dlogits.clone()
+        backend.scale_(scaled, torch.full((), 0.5, dtype=kl.dtype, device=kl.device))
+        return Values(*(x[:COMPARED_ROWS] for x in (logps, kl, dlogits, kl_dlogits, scaled)))
 
 
 def _worst(value: Tensor, truth: Tensor) -> float:
@@ -86,26 +102,33 @@ def _worst(value: Tensor, truth: Tensor) -> float:
 
 
 def _targets(device: torch.device) -> Iterator[tuple[str, backends.Backend, Callable[[], object]]]:
-    """``(label, backend, prepare)`` for what can run on the device."""
-    name = backends.active(device)
-    if name != "cpu":
-        yield name, backends.get(name), lambda: None
-        return
-    control = backends.cpu.load()
-    before = control.simd_level()
-    for level in control.simd_levels():
-        yield f"cpu {level}", backends.get("cpu"), partial(control.set_simd_level, level)
-    control.set_simd_level(before)
+    """``(label, backend, prepare)`` for what can run on the device; the oracle only where it was asked for."""
+    for name in backends.available(device):
+        if name == "cpu" and backends.active("cpu") == "cpu":
+            control = backends.cpu.load()
+            before = control.simd_level()
+            for level in control.simd_levels():
+                yield f"cpu {level}", backends.get("cpu"), partial(control.set_simd_level, level)
+            control.set_simd_level(before)
+        elif name == backends.active(device) or (device.type != "cpu" and name != "reference"):
+            yield name, backends.get(name), lambda: None
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median of a call's wall time; on a GPU of the time between events around it."""
     times = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
     return statistics.median(times[1:])
 
 
@@ -116,26 +139,41 @@ def copy_bandwidth(device: torch.device, repeats: int) -> float:
     return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, repeats)
 
 
+def _calls(problem: Problem, backend: backends.Backend) -> dict[str, tuple[Callable[[], object], int]]:
+    """What to time of each kernel, and how many times it reads or writes a tensor of the logits' size."""
+    _, kl, stats = problem.forward(backend)
+    factor = torch.full((), -1.0, dtype=kl.dtype, device=kl.device)  # repeated, it leaves magnitudes as they are
+    target = problem.logits.clone()
+    return {
+        "token_stats_fwd": (partial(problem.forward, backend), 2),
+        "token_stats_bwd": (partial(problem.backward, backend, kl, stats), 3),
+        "kl_loss_fwd": (partial(problem.kl_loss, backend), 3),
+        "scale_": (partial(backend.scale_, target, factor), 2),
+    }
+
+
 def check(dtype: torch.dtype, device: torch.device, rows: int, vocab: int, repeats: int) -> Iterator[Result]:
     """Compare and time the ops on ``[rows, vocab]`` logits of a dtype."""
     problem = Problem.random(rows, vocab, dtype, device)
     acc = reference.accumulate_dtype(dtype)
-    truth = problem.head(torch.float64).values(reference)
+    truth = problem.head(COMPARED_ROWS, torch.float64).values(reference)
     # float64 is its own truth: what is left there is the order of the sums.
     slack = 4 * torch.finfo(acc).eps if acc != torch.float64 else 1e-12
-    budget, grad_budget = (2 * error + slack for error in problem.head(acc).values(reference).errors(truth))
-    if dtype in (torch.bfloat16, torch.float16):
-        grad_budget += torch.finfo(dtype).eps
+    budgets = {
+        kernel: 2 * error + slack + (torch.finfo(dtype).eps if dtype.itemsize == 2 and kernel != KERNELS[0] else 0)
+        for kernel, error in problem.head(COMPARED_ROWS, acc).values(reference).errors(truth).items()
+    }
+    few = problem.head(FEW_ROWS, dtype)
+    few_truth = Values(*(values[:FEW_ROWS] for values in truth))
     name = str(dtype).removeprefix("torch.")
     for label, backend, prepare in _targets(device):
         prepare()
-        error, grad_error = problem.values(backend).errors(truth)
-        _, kl, stats = problem.forward(backend)
-        forward = _seconds(partial(problem.forward, backend), device, repeats)
-        backward = _seconds(partial(problem.backward, backend, kl, stats), device, repeats)
-        gigabytes = problem.logits.nbytes / 1e9
-        yield Result("token_stats_fwd", name, label, error, budget, 2 * gigabytes / forward)
-        yield Result("token_stats_bwd", name, label, grad_error, grad_budget, 3 * gigabytes / backward)
+        errors, few_errors = problem.values(backend).errors(truth), few.values(backend).errors(few_truth)
+        for kernel, (call, tensors) in _calls(problem, backend).items():
+            # NaN first, because max() may drop it.
+            error = max(errors[kernel], few_errors[kernel], key=lambda e: (math.isnan(e), e))
+            speed = tensors * problem.logits.nbytes / 1e9 / _seconds(call, device, repeats)
+            yield Result(kernel, name, label, error, budgets[kernel], speed)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,17 +182,22 @@ def main(argv: list[str] | None = None) -> int:
         description="Every backend on this machine against the float64 reference, with its speed.",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--rows", type=int, help="default: 512 on a CPU, 4096 on a GPU")
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--repeats", type=int, default=3, help="timed calls an op, of which the median counts")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda needs a GPU that this torch can use")
+        torch.cuda.set_device(device)  # events and streams are those of the current device
+    rows = args.rows or DEFAULT_ROWS[device.type]
     bandwidth = copy_bandwidth(device, args.repeats) / 1e9
-    print(f"{device}, [{args.rows}, {args.vocab}], copy bandwidth {bandwidth:.1f} GB/s")
+    print(f"{device}, [{rows}, {args.vocab}], copy bandwidth {bandwidth:.1f} GB/s")
     print(f"{'op':<16} {'dtype':<9} {'backend':<14} {'error':>9} {'budget':>9} {'GB/s':>7} {'of copy':>8}")
     wrong = 0
     for dtype in LOGITS_DTYPES:
-        for result in check(dtype, device, args.rows, args.vocab, args.repeats):
+        for result in check(dtype, device, rows, args.vocab, args.repeats):
             wrong += not result.right
             print(
                 f"{result.op:<16} {result.dtype:<9} {result.backend:<14} {result.error:>9.1e} {result.budget:>9.1e} "

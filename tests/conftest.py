@@ -1,5 +1,5 @@
-"""Which implementations the tests run: the backend behind the CPU, at every SIMD level of this machine, and the CUDA
-kernels' own source, emulated.
+"""Which implementations the tests run: the CPU's backend at every SIMD level of this machine, the CUDA kernels' own
+source, emulated, and, where there is a GPU, the backends that serve it.
 
 The suite is for the compiled kernels: without them, and without SPO_BACKEND saying that something else is meant,
 importing the package or asking for its backend fails, and so does the suite.
@@ -19,6 +19,7 @@ import torch
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent / "cuda")]
 
 import emulated
+from on_device import OnDevice
 from oracle import ACTIVE, LEVELS
 
 from spo_kernels import backends
@@ -27,6 +28,8 @@ from spo_kernels.backends import cpu, cuda
 # The oracle has tests of its own; here it stands in only where it is what serves the CPU.
 IMPLEMENTATIONS = [f"cpu-{level}" for level in LEVELS] if ACTIVE == "cpu" else [ACTIVE]
 NO_CUDA_HEADERS = pytest.mark.skipif(emulated.cuda_include() is None, reason="no CUDA toolkit, whose headers it takes")
+GPU_BACKENDS = [name for name in ("cuda", "triton") if torch.cuda.is_available() and name in backends.available()]
+ON_GPU = [pytest.param(f"gpu-{name}", marks=pytest.mark.gpu) for name in GPU_BACKENDS]
 LEVELS_OR_SKIP: list[Any] = [*LEVELS] or [pytest.param("", marks=pytest.mark.skip(reason=f"SPO_BACKEND={ACTIVE}"))]
 
 
@@ -41,13 +44,16 @@ def emulated_cuda(emulated_library: Path) -> backends.Backend:
     return cuda.CompiledOps("spo_kernels_emulated", emulated_library)
 
 
-@pytest.fixture(params=[*IMPLEMENTATIONS, pytest.param("emulated_cuda", marks=NO_CUDA_HEADERS)])
+@pytest.fixture(params=[*IMPLEMENTATIONS, pytest.param("emulated_cuda", marks=NO_CUDA_HEADERS), *ON_GPU])
 def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
     """The functions of one implementation; the compiled kernels at one SIMD level, for which no other may stand in."""
     if request.param == "emulated_cuda":
         yield request.getfixturevalue("emulated_cuda")
         return
     name, _, level = request.param.partition("-")
+    if name == "gpu":
+        yield OnDevice(backends.get(level), "cuda")
+        return
     if not level:
         yield backends.get(name)
         return

@@ -17,10 +17,11 @@ from torch import Tensor
 # Last, so that the tree does not shadow the installed package.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import ROOT, bars, measure, report
+from benchmarks import ROOT, bars, gpu, measure, report
 from benchmarks import __main__ as cli
 from benchmarks.ops import OPS, WORKLOADS, Case
 from benchmarks.providers import PROVIDERS
+from spo_kernels import selfcheck
 
 # One thread: at these sizes a second one only waits.
 TINY = ["--repeats", "1", "--threads", "1"]
@@ -322,3 +323,102 @@ def test_the_unbuilt_tree_does_not_shadow_the_installed_package(tmp_path: Path) 
     assert run_python("-m", "benchmarks", cwd=tmp_path).stdout.strip() == installed.origin
     (tmp_path / "spo_kernels" / "libspo_kernels.so").touch()  # a built tree is what should be measured
     assert run_python("-m", "benchmarks", cwd=tmp_path).stdout.strip() == str(ours)
+
+
+class FakeEvent:
+    """Stands in for torch.cuda.Event: a tick of a counter that every call of the test advances."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = -1.0
+
+    def record(self) -> None:
+        self.at = FakeEvent.now
+
+    def synchronize(self) -> None:
+        assert self.at >= 0
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.at - self.at
+
+
+def test_a_gpu_is_timed_between_events_with_cold_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+
+    class Flush:
+        def zero_(self) -> None:
+            flushed.append(FakeEvent.now)
+            FakeEvent.now += 1000
+
+    def call() -> None:
+        FakeEvent.now += 3
+
+    monkeypatch.setattr(FakeEvent, "now", 0.0)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: Flush())
+    clock = measure._Clock(torch.device("cuda"))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    assert [clock.time(call)[0] for _ in range(2)] == [3e-3, 3e-3]
+    assert len(flushed) == 2
+    assert selfcheck._seconds(call, torch.device("cuda"), repeats=3) == 3e-3
+
+
+def test_peers_that_need_a_gpu_say_so() -> None:
+    for name in ("liger", "quack"):
+        assert PROVIDERS[name].missing(torch.device("cpu")) == "it needs a GPU"
+        reason = PROVIDERS[name].missing(torch.device("cuda"))
+        assert reason is None or "not installed" in reason
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="liger_kernel is not installed")
+def test_liger_is_called_as_it_wants_to_be() -> None:
+    program = """
+import torch
+from benchmarks.providers import PROVIDERS, eager_token_logps
+logits, labels, upstream = torch.randn(4, 50, requires_grad=True), torch.randint(50, (4,)), torch.rand(4)
+expected = eager_token_logps(logits, labels)
+(truth,) = torch.autograd.grad(expected, logits, upstream)
+got = PROVIDERS["liger"].functions["token_logps"](logits * 1, labels)
+torch.testing.assert_close(got, expected)
+torch.testing.assert_close(torch.autograd.grad(got, logits, upstream)[0], truth)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_gpu_report_goes_on_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def some_steps(device: str, out: Path, quick: bool) -> list[gpu.Step]:
+        python = [sys.executable, "-c"]
+        return [
+            gpu.Step("Long", [*python, "print(*range(1000), sep='\\n')"]),
+            gpu.Step("Broken", [*python, "raise SystemExit('it broke')"]),
+            gpu.Step("Absent", ["no-such-program"]),
+            gpu.Step("Last", [*python, "print('reached')"]),
+        ]
+
+    monkeypatch.setattr(gpu, "steps", some_steps)
+    assert cli.main(["gpu", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    page = only(tmp_path, "gpu-*.md").read_text()
+    assert str(only(tmp_path, "gpu-*.md")) in capsys.readouterr().out
+    for said in ("| Long | ok |", "| Broken | FAILED with 1 |", "it broke", "no-such-program", "\nreached\n"):
+        assert said in page
+    assert "[600 lines left out]" in page
+    assert "\n999\n" in page
+
+
+def test_every_command_of_the_gpu_report_is_one_that_exists(tmp_path: Path) -> None:
+    for quick in (False, True):
+        for step in gpu.steps("cuda", tmp_path, quick):
+            if "-m" in step.command:
+                module, *arguments = step.command[2:]
+                assert importlib.util.find_spec(module)
+                if module == "benchmarks":
+                    cli._parser().parse_args(arguments)

@@ -10,6 +10,7 @@ from operator import itemgetter
 
 import pytest
 import torch
+from on_device import OnDevice
 from oracle import (
     ACTIVE,
     DTYPES,
@@ -39,6 +40,7 @@ from spo_kernels.backends.cuda import CompiledOps
 
 INF, NAN = math.inf, math.nan
 FLOAT32_DTYPES = (torch.float32, *HALF_DTYPES)  # those that accumulate in float32
+GPU_CODE = (CompiledOps, OnDevice)  # written for a GPU, wherever it runs
 needs_kernels = pytest.mark.skipif(not LEVELS, reason=f"SPO_BACKEND={ACTIVE}")
 
 # V around each SIMD width (1, 15 .. 65), a round one, two around a block, and realistic ones (50257 = GPT-2, odd;
@@ -105,8 +107,10 @@ def test_token_stats_around_the_overflow_of_a_partial_sum(
     request: pytest.FixtureRequest, backend: Backend, dtype: torch.dtype
 ) -> None:
     """exp() overflows float32 at 88.7 above the shift, and the KL's weighted sum a little before the plain one."""
-    if isinstance(backend, CompiledOps) and dtype == torch.float32:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="2 of 1.2 million gradients are 1.2 x over budget"))
+    if isinstance(backend, GPU_CODE) and dtype == torch.float32:
+        emulated = isinstance(backend, CompiledOps)  # what a GPU's own exponential makes of it is not known
+        reason = "2 of 1.2 million gradients are 1.2 x over budget"
+        request.applymarker(pytest.mark.xfail(strict=emulated, reason=reason))
     case = make_case(200, 6145, dtype)
     case.ref_logits.mul_(20)
     case.logits[:, 1500] = torch.linspace(80, 96, 200).to(dtype)
@@ -407,8 +411,8 @@ def test_an_upstream_gradient_of_one_output_only(backend: Backend) -> None:
 
 @pytest.mark.parametrize("label", [-1, -99, 65, 2**31, 2**40, -(2**63)])
 def test_label_out_of_range_is_named_and_nothing_is_written(backend: Backend, label: int) -> None:
-    if isinstance(backend, CompiledOps):
-        pytest.skip("a GPU kernel traps instead: tests/cuda/test_cuda_emulator.py")
+    if isinstance(backend, GPU_CODE):
+        pytest.skip("a GPU kernel traps instead: tests/cuda/test_cuda_emulator.py, tests/test_gpu.py")
     case = make_case(300, 65, mode="logps")
     good = backend.token_stats_fwd(case.logits, case.labels, None, None, IGNORE)
     case.labels[299] = label  # in the last worker's rows
@@ -444,7 +448,7 @@ def denormals_work() -> bool:
 
 
 def test_the_floating_point_environment_is_restored(backend: Backend) -> None:
-    if isinstance(backend, CompiledOps):
+    if isinstance(backend, GPU_CODE):
         pytest.skip("a GPU has no such mode")
     case = make_case(300, 100, rows="denormal")
     assert denormals_work()
@@ -458,7 +462,7 @@ def test_the_floating_point_environment_is_restored(backend: Backend) -> None:
 
 @pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this CPU has no flush-to-zero mode")
 def test_the_callers_floating_point_mode_changes_nothing_and_is_kept(backend: Backend) -> None:
-    if isinstance(backend, CompiledOps):
+    if isinstance(backend, GPU_CODE):
         pytest.skip("a GPU has no such mode")
     case = make_case(300, 100, rows="denormal")
     expected = run(backend, case)

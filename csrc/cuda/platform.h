@@ -1,4 +1,4 @@
-// CUDA, or its emulation on the CPU for tests (SPO_CUDA_EMULATOR: tests/native/cuda_emulator.h): the launch, and the
+// CUDA, or its emulation on the CPU for tests (SPO_CUDA_EMULATOR: tests/cuda/cuda_emulator.h): the launch, and the
 // few instructions that have no portable spelling. Everything else in this folder is the same source for both.
 #pragma once
 

@@ -104,9 +104,14 @@ _ENTRIES = {
 _DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the first that can be had
 
 
-def available() -> tuple[str, ...]:
-    """Names of the backends that can be had on this machine, whatever is selected."""
-    return tuple(name for name, entry in _ENTRIES.items() if entry.missing() is None)
+def available(device: torch.device | str | None = None) -> tuple[str, ...]:
+    """Names of the backends that can be had on this machine, whatever is selected; of those that serve a device."""
+    wanted = None if device is None else torch.device(device).type
+    return tuple(
+        name
+        for name, entry in _ENTRIES.items()
+        if entry.missing() is None and (wanted is None or wanted in entry.device_types)
+    )
 
 
 def _select(device_type: str, asked: str | None) -> Selection:

@@ -1,0 +1,289 @@
+"""What only a device shows: streams, graphs, synchronization, many rows, several devices, and the public functions.
+
+The row ops themselves run on a GPU through the fixture ``backend`` (test_ops.py). What a CPU can run it does, so that a
+GPU's owner is not the first to run these tests.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from on_device import OnDevice
+from torch import Tensor
+
+import spo_kernels
+from spo_kernels import backends
+
+IMPORTANCE = spo_kernels.SoftImportance(0.1)
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+on_gpu = pytest.mark.usefixtures("gpu")
+on_any_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+
+
+@pytest.fixture(params=[pytest.param(None, marks=GPU)])
+def gpu() -> Iterator[None]:
+    """For tests that need one; memory is given back to tests that count it."""
+    yield
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+def make_inputs(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Logits of a policy and a reference, labels some of which are ignored, and a mask; the same on every device."""
+    generator = torch.Generator().manual_seed(0)
+    logits, ref_logits = (3 * torch.randn(*shape, generator=generator) for _ in range(2))
+    labels = torch.randint(shape[-1], shape[:-1], generator=generator)
+    labels[torch.rand(shape[:-1], generator=generator) < 0.2] = -100
+    mask = torch.rand(shape[:-1], generator=generator) < 0.8
+    return {
+        "logits": logits.to(device, dtype).requires_grad_(),
+        "ref_logits": ref_logits.to(device, dtype),
+        "labels": labels.to(device),
+        "mask": mask.to(device),
+    }
+
+
+def objective(logits: Tensor, ref_logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """A training step's loss, through most of the public functions; logits ``[2P, T, V]``."""
+    chosen, rejected = spo_kernels.sequence_logps(logits, labels).chunk(2)
+    kl = spo_kernels.token_kl(logits, ref_logits, mask).sum(-1)
+    losses, _, _ = spo_kernels.spo_loss(chosen, rejected, alpha=0.1, kl=kl, beta=0.03, weight=IMPORTANCE)
+    average = spo_kernels.sequence_logps(logits, labels, average=True)
+    logps, kl_again = spo_kernels.token_logps_kl(logits, labels, ref_logits, mask)
+    return losses.mean() + average.mean() + (logps * 0.1).sum() + kl_again.mean()
+
+
+def gradient(run: Callable[..., Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The value and the gradient of the logits, in float64 on the CPU."""
+    inputs["logits"].grad = None
+    value = run(**inputs)
+    value.backward()
+    assert inputs["logits"].grad is not None
+    return value.detach().double().cpu(), inputs["logits"].grad.double().cpu()
+
+
+def assert_near(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 1e-2)
+    torch.testing.assert_close(actual[0], expected[0], rtol=max(tolerance, 1e-12), atol=tolerance)
+    torch.testing.assert_close(actual[1], expected[1], rtol=tolerance, atol=tolerance * expected[1].abs().max().item())
+
+
+def test_on_device_keeps_layouts_and_writes_in_place() -> None:
+    """The carrier of the CPU's cases, over a backend that needs none."""
+    direct = backends.get(backends.active("cpu"))
+    carried = OnDevice(direct, "cpu")
+    buffer = torch.randn(5, 40)
+    logits, ref_logits, labels = buffer[:, 3:33], torch.randn(5, 30), torch.randint(30, (5,))
+    expected = direct.token_stats_fwd(logits, labels, ref_logits, None, -100)
+    got = carried.token_stats_fwd(logits, labels, ref_logits, None, -100)
+    assert all(map(torch.equal, got, expected))
+    margin = buffer[:, :3].clone()
+    arguments = (torch.ones(5), torch.ones(5), logits, labels, ref_logits, None, *got[1:], -100)
+    gradient = carried.token_stats_bwd(*arguments, False)
+    assert gradient.data_ptr() != logits.data_ptr()
+    assert carried.token_stats_bwd(*arguments, True) is logits
+    assert torch.equal(logits, gradient)
+    assert torch.equal(buffer[:, :3], margin)
+
+
+@on_any_device
+@pytest.mark.parametrize("dtype", spo_kernels.functional.LOGITS_DTYPES, ids=str)
+def test_a_training_step_is_that_of_float64(device: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(device, 4, 6, 1003, dtype=dtype)
+    exact = {
+        name: tensor.detach().cpu().to(torch.float64 if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in inputs.items()
+    }
+    exact["logits"].requires_grad_()
+    assert_near(gradient(objective, inputs), gradient(objective, exact), dtype)
+
+
+@on_any_device
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("rows", [3, 400])  # few rows, which a GPU splits, and many
+def test_kl_loss_is_the_sum_of_token_kl(device: str, rows: int, overwrite: bool) -> None:
+    inputs = make_inputs(device, rows, 40_000)
+    weight = torch.rand(rows, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def fused(logits: Tensor, ref_logits: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        own = logits * 1 if overwrite else logits
+        return spo_kernels.kl_loss(own, ref_logits, mask, row_weight=weight, overwrite_logits=overwrite) * 0.7
+
+    def apart(logits: Tensor, ref_logits: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        return (spo_kernels.token_kl(logits, ref_logits, mask) * weight).sum() * 0.7
+
+    assert_near(gradient(fused, inputs), gradient(apart, inputs), torch.float32)
+
+
+@on_any_device
+def test_rows_are_independent_of_their_batch_under_deterministic_algorithms(device: str) -> None:
+    inputs = make_inputs(device, 600, 33_001)
+    logits, ref_logits, labels, mask = (inputs[name].detach() for name in ("logits", "ref_logits", "labels", "mask"))
+
+    def run(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        rows = slice(start, stop)
+        return spo_kernels.token_logps_kl(logits[rows], labels[rows], ref_logits[rows], mask[rows])
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        whole, one = run(0, 600), run(37, 38)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for all_rows, alone in zip(whole, one, strict=True):
+        assert torch.equal(all_rows[37:38], alone)
+
+
+@on_any_device
+def test_compiled_in_one_graph(device: str) -> None:
+    inputs = make_inputs(device, 4, 6, 1003)
+    eager = gradient(objective, inputs)
+    torch.compiler.reset()
+    backend = "inductor" if device == "cuda" else "aot_eager"  # the CPU's code generator is not what is tested here
+    assert_near(gradient(torch.compile(objective, fullgraph=True, backend=backend), inputs), eager, torch.float32)
+
+
+@on_any_device
+def test_memory_in_place_does_not_grow_with_the_logits(device: str) -> None:
+    inputs = make_inputs(device, 256, 32_000)
+    held = inputs["logits"].detach().clone()
+    anchor = torch.zeros((), device=device, requires_grad=True)
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, Tensor) and tensor.data_ptr() != held.data_ptr():
+                    largest = max(largest, tensor.numel())
+            return out
+
+    class FromModel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, anchor):  # type: ignore[no-untyped-def]
+            return held.detach()
+
+        @staticmethod
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            return None
+
+    with Largest():
+        logps = spo_kernels.token_logps(FromModel.apply(anchor), inputs["labels"], inplace_backward=True)
+        logps.backward(torch.ones_like(logps))
+    assert 0 < largest <= 4 * 256
+
+
+@on_gpu
+def test_the_selected_backend_is_the_default_of_this_machine() -> None:
+    expected = "cuda" if "cuda" in backends.available() else "triton"
+    assert backends.active("cuda") == expected
+
+
+@on_gpu
+def test_kernels_run_on_the_current_stream() -> None:
+    """The logits are ready only when the stream says so: another stream would read what was there before."""
+    inputs = make_inputs("cuda", 64, 32_000)
+    logits = inputs["logits"].detach()
+    expected = spo_kernels.token_logps(logits, inputs["labels"])
+    late = torch.zeros_like(logits)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(logits)
+        got = spo_kernels.token_logps(late, inputs["labels"])
+    stream.synchronize()
+    assert torch.equal(got, expected)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", [name for name in ("cuda", "triton") if name in backends.available()])
+@pytest.mark.parametrize("rows", [3, 400])
+def test_a_captured_graph_computes_on_new_logits(name: str, rows: int) -> None:
+    backend = backends.get(name)
+    inputs = make_inputs("cuda", rows, 40_000)
+    logits, ref_logits, labels, mask = (inputs[key].detach() for key in ("logits", "ref_logits", "labels", "mask"))
+    ones = torch.ones(rows, device="cuda")
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        logps, kl, stats = backend.token_stats_fwd(logits, labels, ref_logits, mask, -100)
+        dlogits = backend.token_stats_bwd(ones, ones, logits, labels, ref_logits, mask, kl, stats, -100, False)
+        return logps, kl, dlogits
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    logits.copy_(torch.randn_like(logits))
+    graph.replay()
+    for got, expected in zip(captured, run(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@on_gpu
+def test_a_step_never_waits_for_the_gpu() -> None:
+    inputs = make_inputs("cuda", 4, 6, 1003)
+    gradient(objective, inputs)  # whatever is loaded or compiled once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        objective(**inputs).backward()
+        loss = spo_kernels.kl_loss(inputs["logits"], inputs["ref_logits"], inputs["mask"])
+        (loss * 0.5).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+def test_more_rows_than_a_grid_dimension_and_more_elements_than_32_bits() -> None:
+    rows, vocabulary = 70_000, 32_000  # 2.24e9 elements, 4.5 GB
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB")
+    tile = make_inputs("cuda", 1000, vocabulary, dtype=torch.bfloat16)
+    logits = torch.empty(rows, vocabulary, dtype=torch.bfloat16, device="cuda")
+    logits.view(70, 1000, vocabulary).copy_(tile["logits"].detach())
+    labels = tile["labels"].repeat(70)
+    anchor = torch.zeros((), device="cuda", requires_grad=True)
+    expected = spo_kernels.token_logps(tile["logits"], tile["labels"])
+    (one,) = torch.autograd.grad(expected.sum(), tile["logits"])
+    logps = spo_kernels.token_logps(logits + anchor.bfloat16(), labels, inplace_backward=True)
+    assert torch.equal(logps.view(70, 1000), expected.expand(70, 1000))
+    del logps
+    leaf = logits.requires_grad_()
+    (all_rows,) = torch.autograd.grad(spo_kernels.token_logps(leaf, labels).sum(), leaf)
+    assert torch.equal(all_rows[-1000:], one)
+    assert torch.equal(all_rows[:1000], one)
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_a_device_that_is_not_the_current_one() -> None:
+    inputs = make_inputs("cuda:1", 4, 6, 1003)
+    with torch.cuda.device(0):
+        got = gradient(objective, inputs)
+    assert_near(got, gradient(objective, make_inputs("cuda:0", 4, 6, 1003)), torch.float32)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", [name for name in ("cuda", "triton") if name in backends.available()])
+def test_a_label_out_of_range_stops_the_program(name: str) -> None:
+    """A trap leaves the GPU unusable for its process, so it has one of its own."""
+    program = (
+        "import torch, spo_kernels\n"
+        "labels = torch.full((8,), 1000, device='cuda')\n"
+        "spo_kernels.backends.get('" + name + "').token_stats_fwd("
+        "torch.randn(8, 1000, device='cuda'), labels, None, None, -100)\n"
+        "torch.cuda.synchronize()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "assert" in done.stderr.lower()
