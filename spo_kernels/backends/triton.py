@@ -21,10 +21,11 @@ _VECTOR_BYTES = 16  # the widest load
 
 
 class RowConfig(NamedTuple):
-    """Of a kernel that reads a whole row per program, in tiles of ``[steps, lanes]``."""
+    """Of a kernel that reads a whole row per program, in tiles of ``[steps, lanes, vector]``."""
 
     steps: int
     lanes: int
+    vector: int
     threads: int
 
 
@@ -35,15 +36,17 @@ class BlockConfig(NamedTuple):
     threads: int
 
 
-def row_config(V: int, itemsize: int, tensors: int) -> RowConfig:
+def row_config(V: int, itemsize: int, tensors: int, aligned: bool) -> RowConfig:
     """For rows of V elements, read from this many tensors at once, itemsize the smaller of theirs in bytes.
 
-    Lanes are one vector load for each thread: with fewer, the compiler spreads a vector's threads over the steps, and
-    every maximum and sum then goes through shared memory. Steps bring the exponentials an element down towards 1, and
-    the bytes in flight up, until registers run out.
+    A lane takes one vector load. Without alignment the compiler deals single elements to threads in turn, and one that
+    reduced over a vector would reach into others: so a lane takes one element, and there are more of them. Steps are as
+    many as registers allow: they bring the exponentials an element down, and the bytes in flight up.
     """
     threads = 64 if V <= 1024 else 128 if V <= 32768 else 256
-    return RowConfig(8 if tensors == 1 else 4, threads * (_VECTOR_BYTES // itemsize), threads)
+    steps = 8 if tensors == 1 else 4
+    vector = _VECTOR_BYTES // itemsize
+    return RowConfig(steps, threads, vector, threads) if aligned else RowConfig(steps, threads * vector, 1, threads)
 
 
 def block_config(V: int) -> BlockConfig:
@@ -74,6 +77,12 @@ def _rows(logits: Tensor, name: str) -> _Rows:
     return _Rows(logits.shape[1], logits.stride(0), logits.stride(1))
 
 
+def _aligned(*tensors: Tensor | None) -> bool:
+    """Whether Triton knows of every row that it consists of whole vectors: it asks for multiples of 16."""
+    sizes = [size for x in tensors if x is not None for size in (x.data_ptr(), x.shape[-1], *x.stride()[:-1])]
+    return all(size % 16 == 0 for size in sizes)
+
+
 def _per_row(values: Tensor | None) -> Tensor | None:
     # Labels are often a slice, and the gradient of a sum is expanded: N values, not worth strides in the kernels.
     return None if values is None else values.contiguous()
@@ -102,7 +111,7 @@ def token_stats_fwd(
         _check_labels(labels, V, ignore_index)
     if stats.numel():
         itemsize = min(t.element_size() for t in (logits, ref_logits) if t is not None)
-        config = row_config(V, itemsize, 1 if ref_logits is None else 2)
+        config = row_config(V, itemsize, 1 if ref_logits is None else 2, _aligned(logits, ref_logits))
         with torch.cuda.device_of(logits):
             kernels.token_stats_fwd_kernel[(stats[0].numel(),)](
                 logits,
@@ -118,6 +127,7 @@ def token_stats_fwd(
                 ignore_index,
                 STEPS=config.steps,
                 LANES=config.lanes,
+                VECTOR=config.vector,
                 num_warps=config.threads // _WARP,
                 # Asserts are compiled in for the labels; checks of every integer operation are not wanted with them.
                 debug=labels is not None,
@@ -182,7 +192,8 @@ def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, i
     losses = logits.new_empty(logits.shape[:-1], dtype=accumulate_dtype(logits.dtype))
     if logits.numel():
         V = logits.shape[-1]
-        config = row_config(V, min(logits.element_size(), ref_logits.element_size()), 2)
+        itemsize = min(logits.element_size(), ref_logits.element_size())
+        config = row_config(V, itemsize, 2, _aligned(logits, ref_logits))
         with torch.cuda.device_of(logits):
             kernels.kl_loss_fwd_kernel[(losses.numel(),)](
                 dlogits,
@@ -196,6 +207,7 @@ def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, i
                 *ref_rows[1:],
                 STEPS=config.steps,
                 LANES=config.lanes,
+                VECTOR=config.vector,
                 num_warps=config.threads // _WARP,
             )
     return losses.sum(), dlogits

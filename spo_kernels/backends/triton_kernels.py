@@ -6,9 +6,10 @@ N rows, V vocabulary. Logits are ``[B, T, V]`` with a unit last stride: row i st
 ``(i // T) * stride_b + (i % T) * stride_t``. Everything per row (labels, mask, statistics, upstream gradients) is
 contiguous; ``stats`` is ``[2 or 4, N]``, and its dtype is the one everything is accumulated in.
 
-The forward reads a row in tiles of ``[STEPS, LANES]``, LANES elements apart along STEPS, and keeps a running maximum
-and sums per lane. A lane belongs to one thread, and its maximum moves at most once per tile: ``1 + 1 / STEPS``
-exponentials an element, and no thread waits for another before the end of the row, however the row is aligned.
+The forward reads a row in tiles of ``[STEPS, LANES, VECTOR]`` and keeps a running maximum and sums per lane. A lane
+belongs to one thread, and a vector is what that loads at once: a single element where rows are not aligned. The maximum
+moves at most once per tile, ``1 + 1 / (STEPS * VECTOR)`` exponentials an element, and no thread waits for another
+before the end of the row.
 """
 
 # Parameters of kernels are what the compiler makes of them; comments say what they are.
@@ -42,23 +43,41 @@ def _origin(top):
 
 @triton.jit
 def _load_tile(
-    row_logits, start, V, dtype: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, EVICT: tl.constexpr
+    row_logits,
+    start,
+    V,
+    dtype: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
-    columns = start + tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    vectors = tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    columns = start + vectors[:, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
     values = tl.load(row_logits + columns, mask=columns < V, other=float("-inf"), eviction_policy=EVICT)
     return values.to(dtype)
 
 
 @triton.jit
-def _softmax_stats(row_logits, V, dtype: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr):
+def _lane_max(tile):
+    return tl.max(tl.max(tile, 0), 1)
+
+
+@triton.jit
+def _lane_sum(tile):
+    return tl.sum(tl.sum(tile, 0), 1)
+
+
+@triton.jit
+def _softmax_stats(row_logits, V, dtype: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """``(shift, logsum)`` of one row, shift its maximum."""
     top = tl.full([LANES], float("-inf"), dtype)
     total = tl.zeros([LANES], dtype)
-    for start in range(0, V, STEPS * LANES):
-        x = _load_tile(row_logits, start, V, dtype, STEPS, LANES, "evict_first")
-        new_top = tl.maximum(top, tl.max(x, 0))
+    for start in range(0, V, STEPS * LANES * VECTOR):
+        x = _load_tile(row_logits, start, V, dtype, STEPS, LANES, VECTOR, "evict_first")
+        new_top = tl.maximum(top, _lane_max(x))
         origin = _origin(new_top)
-        total = total * _exp(top - origin) + tl.sum(_exp(x - origin[None, :]), 0)
+        total = total * _exp(top - origin) + _lane_sum(_exp(x - origin[None, :, None]))
         top = new_top
     shift = _origin(tl.max(top, 0))
     return shift, tl.log(tl.sum(total * _exp(top - shift), 0))
@@ -75,7 +94,14 @@ def _moved_gap(gap, total, keep, move):
 
 @triton.jit
 def _kl_stats(
-    row_logits, row_ref, V, dtype: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, EVICT: tl.constexpr
+    row_logits,
+    row_ref,
+    V,
+    dtype: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
     """``(shift, logsum, ref_shift, ref_logsum, kl)`` of one row.
 
@@ -87,24 +113,24 @@ def _kl_stats(
     total = tl.zeros([LANES], dtype)
     ref_total = tl.zeros([LANES], dtype)
     gap = tl.zeros([LANES], dtype)
-    for start in range(0, V, STEPS * LANES):
-        z = _load_tile(row_logits, start, V, dtype, STEPS, LANES, EVICT)
-        r = _load_tile(row_ref, start, V, dtype, STEPS, LANES, EVICT)
-        new_top = tl.maximum(top, tl.max(z, 0))
-        new_ref_top = tl.maximum(ref_top, tl.max(r, 0))
+    for start in range(0, V, STEPS * LANES * VECTOR):
+        z = _load_tile(row_logits, start, V, dtype, STEPS, LANES, VECTOR, EVICT)
+        r = _load_tile(row_ref, start, V, dtype, STEPS, LANES, VECTOR, EVICT)
+        new_top = tl.maximum(top, _lane_max(z))
+        new_ref_top = tl.maximum(ref_top, _lane_max(r))
         origin = _origin(new_top)
         ref_origin = _origin(new_ref_top)
-        z -= origin[None, :]
-        r -= ref_origin[None, :]
+        z -= origin[None, :, None]
+        r -= ref_origin[None, :, None]
         weight = _exp(z)
         # A weight of 0 contributes 0, also where both logits are -inf and their gap is NaN.
-        gaps = tl.sum(weight * tl.where(weight == 0, 0.0, z - r), 0)
+        gaps = _lane_sum(weight * tl.where(weight == 0, 0.0, z - r))
         move = top - origin
         ref_move = ref_top - ref_origin
         keep = _exp(move)
         gap = _moved_gap(gap, total, keep, move - ref_move) + gaps
-        total = total * keep + tl.sum(weight, 0)
-        ref_total = ref_total * _exp(ref_move) + tl.sum(_exp(r), 0)
+        total = total * keep + _lane_sum(weight)
+        ref_total = ref_total * _exp(ref_move) + _lane_sum(_exp(r))
         top = new_top
         ref_top = new_ref_top
     shift = _origin(tl.max(top, 0))
@@ -154,6 +180,7 @@ def token_stats_fwd_kernel(
     ignore_index,
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Grid: one program per row. Rows that nobody asked for are not read; everything about them is 0."""
     row = tl.program_id(0)
@@ -177,16 +204,16 @@ def token_stats_fwd_kernel(
         if wanted:
             row_ref = ref_logits + _row_offset(row, T, ref_stride_b, ref_stride_t)
             shift, logsum, ref_shift, ref_logsum, row_kl = _kl_stats(
-                logits, row_ref, V, dtype, STEPS, LANES, "evict_first"
+                logits, row_ref, V, dtype, STEPS, LANES, VECTOR, "evict_first"
             )
         elif labelled:
-            shift, logsum = _softmax_stats(logits, V, dtype, STEPS, LANES)
+            shift, logsum = _softmax_stats(logits, V, dtype, STEPS, LANES, VECTOR)
         tl.store(kl + row, row_kl)
         ref_stats = stats + N + N  # in two steps: 2 * N may not fit in 32 bits
         tl.store(ref_stats + row, ref_shift)
         tl.store(ref_stats + N + row, ref_logsum)
     elif labelled:
-        shift, logsum = _softmax_stats(logits, V, dtype, STEPS, LANES)
+        shift, logsum = _softmax_stats(logits, V, dtype, STEPS, LANES, VECTOR)
     tl.store(stats + row, shift)
     tl.store(stats + N + row, logsum)
 
@@ -275,6 +302,7 @@ def kl_loss_fwd_kernel(
     ref_stride_t,
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Grid: one program per row: its statistics, then its gradient while the row is in the cache."""
     row = tl.program_id(0)
@@ -285,14 +313,16 @@ def kl_loss_fwd_kernel(
     weight = tl.full([], 1.0, dtype) if row_weight is None else tl.load(row_weight + row).to(dtype)
 
     loss = tl.full([], 0.0, dtype)
-    BLOCK: tl.constexpr = STEPS * LANES
+    BLOCK: tl.constexpr = STEPS * LANES * VECTOR
     if weight == 0:
         for start in range(0, V, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             zeros = tl.zeros([BLOCK], dlogits.dtype.element_ty)
             tl.store(dlogits + columns, zeros, mask=columns < V)
     else:
-        shift, logsum, ref_shift, ref_logsum, kl = _kl_stats(logits, ref_logits, V, dtype, STEPS, LANES, "evict_last")
+        shift, logsum, ref_shift, ref_logsum, kl = _kl_stats(
+            logits, ref_logits, V, dtype, STEPS, LANES, VECTOR, "evict_last"
+        )
         loss = weight * kl
         # In place the loop overwrites what the statistics were read from: all threads have read theirs, because each
         # statistic is a reduction over the whole row.

@@ -145,30 +145,34 @@ def _loop(kernel: str, body: list[str]) -> Loop | None:
 
 
 def loops(library: Path, arch: str, only: str) -> Iterator[Loop]:
-    """The vector loops of the kernels whose name matches, for one architecture.
+    """The vector loops of the kernels whose name matches, for one architecture."""
+    for mangled, text in _disassemble(library, arch):
+        if re.search(only, _short(mangled)):
+            yield from vector_loops(mangled, text)
+
+
+def vector_loops(kernel: str, text: str) -> Iterator[Loop]:
+    """Of one disassembled kernel. kernel: its name, mangled or not.
 
     Of loops that differ in nothing but how many vectors an iteration takes, the largest: the others are for what is
     left at the end of a row.
     """
-    for mangled, text in _disassemble(library, arch):
-        if not re.search(only, _short(mangled)):
-            continue
-        names: list[str] = []
-        labels: dict[str, int] = {}
-        found: dict[bool, list[Loop]] = {}
-        for line in text.splitlines():
-            if match := re.match(r"^(\.L_x_\d+):", line):
-                labels[match[1]] = len(names)
-            elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-                names.append(match[1])
-                target = re.search(r"`\((\.L_x_\d+)\)", match[2])
-                if match[1].startswith("BRA") and target and target[1] in labels:
-                    loop = _loop(mangled, names[labels[target[1]] :])
-                    if loop and loop.loads:
-                        found.setdefault(loop.stores > 0, []).append(loop)
-        for stores, candidates in found.items():
-            largest = max(loop.loads for loop in candidates)
-            yield from (loop for loop in candidates if stores or loop.loads == largest)
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    found: dict[bool, list[Loop]] = {}
+    for line in text.splitlines():
+        if match := re.match(r"^(\.L_x_\d+):", line):
+            labels[match[1]] = len(names)
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            names.append(match[1])
+            target = re.search(r"`\((\.L_x_\d+)\)", match[2])
+            if match[1].startswith("BRA") and target and target[1] in labels:
+                loop = _loop(kernel, names[labels[target[1]] :])
+                if loop and loop.loads:
+                    found.setdefault(loop.stores > 0, []).append(loop)
+    for stores, candidates in found.items():
+        largest = max(loop.loads for loop in candidates)
+        yield from (loop for loop in candidates if stores or loop.loads == largest)
 
 
 def main(library: Path) -> None:

@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for GPUs that need not be there: ``python cross_compile.py cuda:90 hip:gfx942``.
 
-Prints one JSON object per compilation: what it was, its registers, and the bytes or registers it spilled. Runs as a
-program, because a process that interprets kernels cannot compile them.
+Prints one JSON object per compilation: what it was, its registers, the bytes or registers it spilled, and its loops
+over vectors, for the model in tests/cuda/machine_code.py. With ``table``, prints what the loops of the largest bfloat16
+configurations need. Runs as a program, because a process that interprets kernels cannot compile them.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "cuda"))
+
+import machine_code
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -42,13 +46,17 @@ class Case(NamedTuple):
     ones: tuple[str, ...] = ()
 
 
+# An exponential for the maximum of each element, as in a plain online softmax: what the gate on loops must refuse.
+PLANTED = Case("token_stats_fwd_kernel", "bf16", None, {"STEPS": 1, "LANES": 2048, "VECTOR": 1}, 256)
+
+
 def cases(V: int, dtypes: Iterable[tuple[str, str | None]], alignments: Iterable[bool]) -> Iterator[Case]:
     """What is launched for rows of V elements."""
     block = launch.block_config(V)
     blocks = {"BLOCK": block.block}
     for (dtype, ref_dtype), aligned in itertools.product(dtypes, alignments):
-        row = launch.row_config(V, ITEMSIZE[dtype], 1 if ref_dtype is None else 2)
-        tiles = {"STEPS": row.steps, "LANES": row.lanes}
+        row = launch.row_config(V, ITEMSIZE[dtype], 1 if ref_dtype is None else 2, aligned)
+        tiles = {"STEPS": row.steps, "LANES": row.lanes, "VECTOR": row.vector}
         yield Case("token_stats_fwd_kernel", dtype, ref_dtype, tiles, row.threads, aligned)
         if ref_dtype is not None:
             yield Case("kl_loss_fwd_kernel", dtype, ref_dtype, tiles, row.threads, aligned)
@@ -60,8 +68,8 @@ def variants(V: int) -> Iterator[Case]:
     """Launches with arguments left out, and with sizes of 1, which Triton makes constants."""
     block = launch.block_config(V)
     blocks = {"BLOCK": block.block}
-    row = launch.row_config(V, ITEMSIZE["bf16"], 2)
-    tiles = {"STEPS": row.steps, "LANES": row.lanes}
+    row = launch.row_config(V, ITEMSIZE["bf16"], 2, True)
+    tiles = {"STEPS": row.steps, "LANES": row.lanes, "VECTOR": row.vector}
     ones = ("N", "V", "T", "stride_b")
     for absent in (("mask",), ("labels", "logps", "dlogps"), ("mask", "labels", "logps", "dlogps")):
         yield Case("token_stats_fwd_kernel", "bf16", "bf16", tiles, row.threads, True, absent, ones)
@@ -88,39 +96,63 @@ def source(case: Case) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def resources(compiled: Any) -> dict[str, int]:
-    """Registers, and what was spilled, read from the machine code."""
+def resources(compiled: Any) -> dict[str, Any]:
+    """Registers, what was spilled, and the vector loops, read from the machine code."""
     if "amdgcn" in compiled.asm:
         found = dict(re.findall(r"\.(vgpr_count|[vs]gpr_spill_count):\s*(\d+)", compiled.asm["amdgcn"]))
         spills = int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])
-        return {"registers": int(found["vgpr_count"]), "spills": spills}
+        return {"registers": int(found["vgpr_count"]), "spills": spills, "loops": []}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"\b(REG|STACK):(\d+)", text))
-    return {"registers": int(found["REG"]), "spills": int(found["STACK"])}
+        usage = machine_code.run(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        text = machine_code.run(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+    found = dict(re.findall(r"\b(REG|STACK):(\d+)", usage))
+    loops = [loop._asdict() for loop in machine_code.vector_loops(compiled.metadata.name, text)]
+    return {"registers": int(found["REG"]), "spills": int(found["STACK"]), "loops": loops}
 
 
-def main(target: str) -> None:
-    """Compile everything for ``cuda:<capability>`` or ``hip:<architecture>``."""
+def compile_for(target: str, case: Case) -> dict[str, Any]:
+    """For ``cuda:<capability>`` or ``hip:<architecture>``."""
     backend, architecture = target.split(":")
     warp = 64 if backend == "hip" else 32
     gpu = GPUTarget(backend, architecture if backend == "hip" else int(architecture), warp)
+    options: dict[str, int] = {"num_warps": case.threads // warp}
+    if case.kernel == "token_stats_fwd_kernel":
+        options |= {"debug": True, "sanitize_overflow": False}
+    return {"target": target} | case._asdict() | resources(triton.compile(source(case), gpu, options))
+
+
+def cases_for(target: str) -> list[Case]:
     todo = list(cases(LARGEST, HARDEST, (True,))) + list(cases(LARGEST, HARDEST[1:2], (False,)))
     if target == THOROUGH:
         # A smaller configuration has fewer threads, which do the same: one dtype will do.
         todo += [case for V in SMALLER for case in cases(V, HARDEST[1:2], (True,))]
         todo += [*cases(LARGEST, [("fp32", None), ("fp32", "fp32"), ("bf16", "fp32")], (True,)), *variants(SMALLER[0])]
-    for case in todo:
-        options: dict[str, int] = {"num_warps": case.threads // warp}
-        if case.kernel == "token_stats_fwd_kernel":
-            options |= {"debug": True, "sanitize_overflow": False}
-        compiled = triton.compile(source(case), gpu, options)
-        print(json.dumps({"target": target} | case._asdict() | resources(compiled)), flush=True)
+        todo.append(PLANTED)
+    return todo
+
+
+def print_table() -> None:
+    print(f"{'GPU':<6}{'kernel':<26}{'reference':<11}{'instr/elem':>10}{'busiest pipe':>14}{'of memory time':>16}")
+    for name, gpu in machine_code.GPUS.items():
+        for case in cases(LARGEST, HARDEST[:2], (True,)):
+            if case.kernel != "scale_kernel":
+                for loop in compile_for(f"cuda:{gpu.arch.removeprefix('sm_')}", case)["loops"]:
+                    found = machine_code.Loop(**loop)
+                    share, pipe = found.share(gpu)
+                    each = found.instructions / (found.loads * 16 / ITEMSIZE[case.dtype])
+                    print(f"{name:<6}{case.kernel:<26}{case.ref_dtype or '':<11}{each:>10.1f}{pipe:>14}{share:>16.0%}")
+
+
+def main(arguments: list[str]) -> None:
+    if arguments == ["table"]:
+        print_table()
+        return
+    for target in arguments:
+        for case in cases_for(target):
+            print(json.dumps(compile_for(target, case)), flush=True)
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        main(argument)
+    main(sys.argv[1:])
