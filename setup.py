@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -66,10 +67,25 @@ def cuda_home() -> Path | None:
     return None
 
 
+def cuda_architectures() -> list[str]:
+    """Those of TORCH_CUDA_ARCH_LIST, e.g. ``8.0;9.0+PTX``."""
+    return (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).replace(";", " ").split()
+
+
+def cuda_fact() -> str:
+    """What the CUDA kernels are built with and for, to be read from the installed package."""
+    home = cuda_home()
+    if home is None:
+        return "not built"
+    version = subprocess.run([home / "bin/nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    release = re.search(r"release ([\d.]+)", version)
+    return f"nvcc {release[1] if release else 'of unknown version'}, for {' '.join(cuda_architectures())}"
+
+
 def gencode_flags() -> list[str]:
-    """``-gencode`` of every architecture in TORCH_CUDA_ARCH_LIST, e.g. ``8.0;9.0+PTX``."""
+    """``-gencode`` of every architecture."""
     flags = []
-    for item in (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).replace(";", " ").split():
+    for item in cuda_architectures():
         version, plus, ptx = item.partition("+")
         number = version.replace(".", "")
         if not number.rstrip("af").isdigit() or (plus and ptx != "PTX"):
@@ -124,6 +140,7 @@ class NinjaBuild(build_ext):
             "SPO_COMPILER": version.splitlines()[0],
             "SPO_TORCH_VERSION": torch_version,
             "SPO_TORCH_TARGET": ".".join(map(str, TORCH_TARGET)),
+            "SPO_CUDA_FACT": cuda_fact(),
         }
         python = [f"-D{name}={c_string(value)}" for name, value in facts.items()]
         python += ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11.get_include()]

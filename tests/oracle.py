@@ -8,7 +8,7 @@ ulp; half-precision gradients by half an ulp of their own dtype more, which is t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,9 +73,12 @@ class Case:
         return self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
-def run(backend: Backend, case: Case, *, inplace: bool = False) -> Result:
-    """Forward and backward of a case through the functions of a backend, every fresh output poisoned with NaN."""
-    with poisoned_memory():
+def run(backend: Backend, case: Case, *, inplace: bool = False, deterministic: bool = True) -> Result:
+    """Forward and backward of a case through the functions of a backend.
+
+    Deterministic: every fresh output is poisoned with NaN. Otherwise a GPU may split a row over several blocks.
+    """
+    with poisoned_memory() if deterministic else nullcontext():
         logps, kl, stats = backend.token_stats_fwd(case.logits, case.labels, case.ref_logits, case.mask, IGNORE)
         dlogits = backend.token_stats_bwd(
             case.dlogps, case.dkl, case.logits, case.labels, case.ref_logits, case.mask, kl, stats, IGNORE, inplace

@@ -102,6 +102,14 @@ def test_token_stats_of_different_policy_and_reference_dtypes(
         check(backend, 12, v, dtype, ref_dtype=ref_dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("v", [50257, 128256])
+def test_few_long_rows_that_may_be_split(backend: Backend, v: int, mode: str, dtype: torch.dtype) -> None:
+    case, true, yardstick = judged(5, v, dtype, mode, "noise", dtype)
+    assert_within_budget(run(backend, case, deterministic=False), true, yardstick)
+
+
 @pytest.mark.parametrize("dtype", FLOAT32_DTYPES, ids=str)
 def test_token_stats_around_the_overflow_of_a_partial_sum(
     request: pytest.FixtureRequest, backend: Backend, dtype: torch.dtype

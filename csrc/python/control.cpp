@@ -55,10 +55,13 @@ PYBIND11_MODULE(_control, m) {
   m.def(
       "build_info",
       [] {
-        return std::map<std::string, std::string>{
-            {"compiler", SPO_COMPILER}, {"torch", SPO_TORCH_VERSION}, {"torch_target", SPO_TORCH_TARGET}};
+        return std::map<std::string, std::string>{{"compiler", SPO_COMPILER},
+                                                  {"torch", SPO_TORCH_VERSION},
+                                                  {"torch_target", SPO_TORCH_TARGET},
+                                                  {"cuda", SPO_CUDA_FACT}};
       },
-      "Compiler, the torch whose headers were used, and the oldest torch the build runs with.");
+      "Compiler, the torch whose headers were used, the oldest torch the build runs with, and what the CUDA kernels "
+      "were built with and for.");
   m.def("simd_levels", &simd_levels, "SIMD levels this CPU can run, best first.");
   m.def(
       "simd_level", [] { return spo::cpu::kSimdLevelNames[static_cast<int>(spo::cpu::simd_level())]; },

@@ -4,7 +4,8 @@
 // warps take turns only then, forwards in even blocks and backwards in odd ones, so that a result that needs a barrier
 // that is not there comes out wrong in one order or the other. It stops the program at what a GPU may answer with a
 // hang or garbage: a barrier that some threads never reach, a shuffle of lanes that are not there, a misaligned vector.
-// It does not model data races within those turns, approximate arithmetic, or anything that takes time.
+// It does not model data races within those turns, or anything that takes time. Approximate instructions go
+// through off_by(): up or down by a hash of the result, always the same for the same result.
 //
 // Build with -std=c++20 -fno-strict-aliasing: vectors and their elements alias, as nvcc lets them.
 #pragma once
@@ -257,6 +258,17 @@ T from_lane(std::uint32_t mask, T value, int lane) {
 template <class T>
 void check_aligned(const T* p) {
   if (reinterpret_cast<std::uintptr_t>(p) % sizeof(T)) stop("misaligned vector access");
+}
+
+// y, moved by up to so many ulp.
+inline float off_by(float y, int ulps) {
+  if (!std::isnormal(y)) return y;
+  std::uint32_t bits;
+  std::memcpy(&bits, &y, sizeof bits);
+  const std::uint32_t hash = bits * 2654435761u >> 16;
+  bits += hash % (2 * ulps + 1) - ulps;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
 }
 
 }  // namespace emulator

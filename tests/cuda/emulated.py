@@ -43,8 +43,12 @@ def compile_objects(out: Path, flags: list[str]) -> list[str]:
 
 
 def build_library(out: Path) -> Path:
-    """A library with the ops of `spo_kernels.backends.cuda.SCHEMAS` in the namespace spo_kernels_emulated."""
-    flags = ["-O2", "-DSPO_POLYNOMIAL_EXP=1"]
+    """A library with the ops of `spo_kernels.backends.cuda.SCHEMAS` in the namespace spo_kernels_emulated.
+
+    SPO_EMULATOR_FLAGS adds to the compiler's flags; coverage.py sets it.
+    """
+    extra = os.environ.get("SPO_EMULATOR_FLAGS", "").split()
+    flags = ["-O2", "-DSPO_POLYNOMIAL_EXP=1", *extra]
     objects = compile_objects(out, flags)
     root = Path(torch.__file__).parent
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -52,6 +56,6 @@ def build_library(out: Path) -> Path:
     ops, library = str(out / "ops.o"), out / "libspo_kernels_emulated.so"
     command = ["g++", *FLAGS, *headers, *flags, target, "-c", CSRC / "torch/ops_cuda.cpp", "-o", ops]
     subprocess.run(command, check=True)
-    link = ["g++", "-shared", *objects, ops, f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-o", library]
+    link = ["g++", "-shared", *extra, *objects, ops, f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-o", library]
     subprocess.run(link, check=True)
     return library
