@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,13 @@ class Environment:
 def environment(arguments: Sequence[str], device: torch.device, simd: str) -> Environment:
     from spo_kernels import __version__, backends
 
+    # Where results went says nothing about them, and pages are for others to read.
+    said = [now for before, now in pairwise(["", *arguments]) if "--out" not in (before, now.partition("=")[0])]
+
     return Environment(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         commit=_commit(),
-        command=shlex.join(["python", "-m", "benchmarks", *arguments]),
+        command=shlex.join(["python", "-m", "benchmarks", *said]),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         cpu=_cpu_model(),
         threads=torch.get_num_threads(),
@@ -315,6 +319,8 @@ _COLOURS = {
     "compile_float": "#f3d7a2",
     "cross_entropy": "#7a9e7e",
     "trl": "#8367c7",
+    "liger": "#5b5b5b",
+    "quack": "#a8a8a8",
 }
 
 

@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from benchmarks import ROOT, bars, gpu, measure, report
 from benchmarks import __main__ as cli
 from benchmarks.ops import OPS, WORKLOADS, Case
-from benchmarks.providers import PROVIDERS
+from benchmarks.providers import DEFAULT_PROVIDERS, PROVIDERS
 from spo_kernels import selfcheck
 
 # One thread: at these sizes a second one only waits.
@@ -71,6 +71,7 @@ def test_command_line_measures_and_tabulates(tmp_path: Path, capsys: pytest.Capt
         assert all(row[f"env_{column}"] for column in ("commit", "cpu", "date", "backend", "threads"))
         assert row["env_torch"] == torch.__version__
         assert row["env_command"].startswith("python -m benchmarks ops --repeats 1")
+        assert str(tmp_path) not in row["env_command"]  # pages are for others to read
 
     assert cli.main(["table", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("| `token_logps` | 24 x 130 |") == 2 + 4
@@ -364,6 +365,10 @@ def test_a_gpu_is_timed_between_events_with_cold_caches(monkeypatch: pytest.Monk
     assert [clock.time(call)[0] for _ in range(2)] == [3e-3, 3e-3]
     assert len(flushed) == 2
     assert selfcheck._seconds(call, torch.device("cuda"), repeats=3) == 3e-3
+
+
+def test_every_provider_that_is_measured_by_default_is_drawn() -> None:
+    assert set(DEFAULT_PROVIDERS) <= set(report._COLOURS)
 
 
 def test_peers_that_need_a_gpu_say_so() -> None:
