@@ -9,14 +9,20 @@ from spo_kernels.functional import (
     token_logps,
     token_logps_kl,
 )
+from spo_kernels.linear import linear_sequence_logps, linear_token_kl, linear_token_logps
+from spo_kernels.linear_losses import LinearSPOLoss
 from spo_kernels.losses import SoftImportance, SPOLoss, preference_loss, spo_loss
 
 __all__ = [
+    "LinearSPOLoss",
     "SPOLoss",
     "SoftImportance",
     "backends",
     "get_batch_logps",
     "kl_loss",
+    "linear_sequence_logps",
+    "linear_token_kl",
+    "linear_token_logps",
     "preference_loss",
     "sequence_logps",
     "spo_loss",

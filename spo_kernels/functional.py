@@ -35,7 +35,7 @@ def token_logps(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, inp
         ``labels.shape``, float32 (float64 for float64 logits); 0 where ignored.
     """
     _check_logits(logits, "logits")
-    _check_rows(labels, "labels", torch.int64, logits)
+    check_rows(labels, "labels", torch.int64, logits)
     if inplace_backward:
         _check_inplace(logits, "inplace_backward")
     rows = _as_rows(logits)
@@ -69,8 +69,8 @@ def sequence_logps(
     """
     logps = token_logps(logits, labels, ignore_index=ignore_index, inplace_backward=inplace_backward)
     counts = (labels != ignore_index).to(logps.dtype) if average else None
-    sums = _sum_sequences(logps, cu_seqlens, "labels")
-    return sums if counts is None else sums / _sum_sequences(counts, cu_seqlens, "labels").clamp(min=1)
+    sums = sum_sequences(logps, cu_seqlens, "labels")
+    return sums if counts is None else sums / sum_sequences(counts, cu_seqlens, "labels").clamp(min=1)
 
 
 def token_kl(
@@ -94,7 +94,7 @@ def token_kl(
     _check_logits(logits, "logits")
     _check_ref_logits(ref_logits, logits)
     if mask is not None:
-        _check_rows(mask, "mask", torch.bool, logits)
+        check_rows(mask, "mask", torch.bool, logits)
     if inplace_backward:
         _check_inplace(logits, "inplace_backward")
     rows = _as_rows(logits)
@@ -121,10 +121,10 @@ def token_logps_kl(
         ``(logps, kl)``, each ``logits.shape[:-1]``.
     """
     _check_logits(logits, "logits")
-    _check_rows(labels, "labels", torch.int64, logits)
+    check_rows(labels, "labels", torch.int64, logits)
     _check_ref_logits(ref_logits, logits)
     if mask is not None:
-        _check_rows(mask, "mask", torch.bool, logits)
+        check_rows(mask, "mask", torch.bool, logits)
     if inplace_backward:
         _check_inplace(logits, "inplace_backward")
     rows = _as_rows(logits)
@@ -161,19 +161,19 @@ def kl_loss(
     _check_logits(logits, "logits")
     _check_ref_logits(ref_logits, logits)
     if mask is not None:
-        _check_rows(mask, "mask", torch.bool, logits)
+        check_rows(mask, "mask", torch.bool, logits)
     if row_weight is not None:
         if not row_weight.is_floating_point():
             raise ValueError(f"row_weight must be floating, got {row_weight.dtype}")
-        _check_rows(row_weight, "row_weight", row_weight.dtype, logits)
+        check_rows(row_weight, "row_weight", row_weight.dtype, logits)
     if overwrite_logits:
         _check_inplace(logits, "overwrite_logits")
 
     weight = row_weight
     if mask is not None:
-        weight = mask.to(_output_dtype(logits)) if weight is None else torch.where(mask, weight, 0)
+        weight = mask.to(output_dtype(logits)) if weight is None else torch.where(mask, weight, 0)
     if weight is not None:
-        weight = weight.detach().to(_output_dtype(logits))
+        weight = weight.detach().to(output_dtype(logits))
     if not (torch.is_grad_enabled() and logits.requires_grad):
         kl = token_kl(logits, ref_logits, None if weight is None else weight != 0)
         return kl.sum() if weight is None else (kl * weight).sum()
@@ -197,13 +197,13 @@ def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = Fal
         ``[B]``, float32 (float64 for float64 logits).
     """
     _check_logits(logits, "logits")
-    _check_rows(labels, "labels", torch.int64, logits)
+    check_rows(labels, "labels", torch.int64, logits)
     # Shifting labels rather than slicing logits: the gradient then needs no padding pass over [B, T, V].
     shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
     return sequence_logps(logits, shifted, average=average_log_prob)
 
 
-def _output_dtype(logits: Tensor) -> torch.dtype:
+def output_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
@@ -220,7 +220,7 @@ def _like_rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if values is None else values.reshape(rows.shape[:-1])
 
 
-def _sum_sequences(values: Tensor, cu_seqlens: Tensor | None, name: str) -> Tensor:
+def sum_sequences(values: Tensor, cu_seqlens: Tensor | None, name: str, like: str = "logits") -> Tensor:
     """``[B, T] -> [B]``, or ``[N]`` or ``[1, N]`` with cu_seqlens ``[B + 1] -> [B]``."""
     if cu_seqlens is None:
         if values.dim() != 2:
@@ -228,20 +228,25 @@ def _sum_sequences(values: Tensor, cu_seqlens: Tensor | None, name: str) -> Tens
         return values.sum(-1)
     if values.dim() != 1 and not (values.dim() == 2 and values.shape[0] == 1):
         raise ValueError(f"{name} must be [N] or [1, N] with cu_seqlens, got {list(values.shape)}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be [B + 1] int32 or int64, got {_describe(cu_seqlens)}")
-    if cu_seqlens.device != values.device:
-        raise ValueError(f"cu_seqlens must be on {values.device} like logits, got {cu_seqlens.device}")
     values = values.flatten()
+    sequence = sequence_of_rows(cu_seqlens, values, like)
+    return values.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, sequence, values)
+
+
+def sequence_of_rows(cu_seqlens: Tensor, values: Tensor, like: str = "logits") -> Tensor:
+    """Which sequence each of the packed rows ``[N]`` of values belongs to: ``[N]`` int64."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be [B + 1] int32 or int64, got {describe(cu_seqlens)}")
+    if cu_seqlens.device != values.device:
+        raise ValueError(f"cu_seqlens must be on {values.device} like {like}, got {cu_seqlens.device}")
     # A device-side check where reading the bounds back would be a sync.
     legal = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == values.shape[0]) & (cu_seqlens.diff() >= 0).all()
     torch._assert_async(legal, "cu_seqlens must rise from 0 to the number of rows N")
     rows = torch.arange(values.shape[0], device=values.device, dtype=cu_seqlens.dtype)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
-    return values.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, sequence, values)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
 
 
-def _describe(tensor: Tensor) -> str:
+def describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
@@ -252,12 +257,13 @@ def _check_logits(logits: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
 
 
-def _check_rows(values: Tensor, name: str, dtype: torch.dtype, logits: Tensor) -> None:
+def check_rows(values: Tensor, name: str, dtype: torch.dtype, logits: Tensor, like: str = "logits") -> None:
+    """values must be ``[...]`` for logits (or what `like` names) ``[..., V]``."""
     wanted = list(logits.shape[:-1])
     if list(values.shape) != wanted or values.dtype != dtype:
-        raise ValueError(f"{name} must be {wanted} {str(dtype).removeprefix('torch.')}, got {_describe(values)}")
+        raise ValueError(f"{name} must be {wanted} {str(dtype).removeprefix('torch.')}, got {describe(values)}")
     if values.device != logits.device:
-        raise ValueError(f"{name} must be on {logits.device} like logits, got {values.device}")
+        raise ValueError(f"{name} must be on {logits.device} like {like}, got {values.device}")
 
 
 def _check_ref_logits(ref_logits: Tensor, logits: Tensor) -> None:

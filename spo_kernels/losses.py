@@ -34,7 +34,7 @@ LossTriple = tuple[Tensor, Tensor, Tensor]
 _SMALLEST_ALPHA = 1e-30
 
 
-def _check_number(name: str, value: float, low: float = 0.0, high: float = math.inf, *, above: bool = False) -> None:
+def check_number(name: str, value: float, low: float = 0.0, high: float = math.inf, *, above: bool = False) -> None:
     """`value` must be a Python number in [low, high), (low, high) if `above`; a Tensor would sync when compared."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
@@ -50,7 +50,7 @@ def _check_float(name: str, x: Tensor, form: str) -> None:
         raise ValueError(f"{name} must be a floating-point Tensor {form}, got {x.dtype}")
 
 
-def _check_like(name: str, x: Tensor, like_name: str, like: Tensor, *, same_dtype: bool) -> None:
+def check_like(name: str, x: Tensor, like_name: str, like: Tensor, *, same_dtype: bool) -> None:
     """`x` must be a floating-point [P] on the device of `like`, which is known to be a good [P]."""
     _check_float(name, x, "[P]")
     if x.shape != like.shape:
@@ -70,7 +70,7 @@ def _checked_pair(chosen_name: str, chosen: Tensor, rejected_name: str, rejected
     _check_float(chosen_name, chosen, "[P]")
     if chosen.dim() != 1:
         raise ValueError(f"{chosen_name} must be [P], got {list(chosen.shape)}")
-    _check_like(rejected_name, rejected, chosen_name, chosen, same_dtype=True)
+    check_like(rejected_name, rejected, chosen_name, chosen, same_dtype=True)
     return _upcast(chosen), _upcast(rejected)
 
 
@@ -81,8 +81,8 @@ def _checked_references(chosen: Tensor | None, rejected: Tensor | None, policy: 
     if chosen is None or rejected is None:
         given = "reference_rejected_logps" if chosen is None else "reference_chosen_logps"
         raise ValueError(f"reference_chosen_logps and reference_rejected_logps come together, got only {given}")
-    _check_like("reference_chosen_logps", chosen, "policy_chosen_logps", policy, same_dtype=False)
-    _check_like("reference_rejected_logps", rejected, "policy_chosen_logps", policy, same_dtype=False)
+    check_like("reference_chosen_logps", chosen, "policy_chosen_logps", policy, same_dtype=False)
+    check_like("reference_rejected_logps", rejected, "policy_chosen_logps", policy, same_dtype=False)
     return chosen.detach().to(policy.dtype), rejected.detach().to(policy.dtype)
 
 
@@ -93,22 +93,32 @@ def _checked_weight(weight: PairWeight, logp_w: Tensor, logp_l: Tensor) -> Tenso
         if not callable(weight):
             raise TypeError(f"weight must be a Tensor [P], a callable or None, got {type(weight).__name__}")
         mu = weight(logp_w.detach(), logp_l.detach())
-    _check_like("weight", mu, "policy_chosen_logps", logp_w, same_dtype=False)
+    check_like("weight", mu, "policy_chosen_logps", logp_w, same_dtype=False)
     return mu.detach().to(logp_w.dtype)
 
 
+def pair_preference(margin: Tensor, alpha: float, center: bool) -> Tensor:
+    """Eq. 8 or eq. 9 of D = `margin` [P], unweighted."""
+    if alpha == 0 or (center and alpha < _SMALLEST_ALPHA):
+        return -0.5 * margin
+    if not center:
+        return -F.logsigmoid(alpha * margin) / alpha
+    # -D/2 + logcosh(alpha D/2)/alpha, without the cancellation it has wherever alpha D is small or large
+    return F.relu(-margin) + torch.log1p(0.5 * torch.expm1(-alpha * margin.abs())) / alpha
+
+
+def pair_error(margin: Tensor, alpha: float) -> Tensor:
+    """Minus the derivative of `pair_preference` by D (eq. 12), [P]."""
+    return torch.sigmoid(-alpha * margin) if alpha else torch.full_like(margin, 0.5)  # apart at 0, where 0 * inf is NaN
+
+
 class _PairPreference(torch.autograd.Function):
-    """Eq. 8 or eq. 9 of D = `margin` [P], unweighted. The gradient is the closed form, the same for each way of writing
-    the value: autograd through any of them would divide by alpha, and lose it for tiny alpha or large alpha D."""
+    """`pair_preference` with the closed form of its gradient, the same for each way of writing the value: autograd
+    through any of them would divide by alpha, and lose it for tiny alpha or large alpha D."""
 
     @staticmethod
     def forward(margin: Tensor, alpha: float, center: bool) -> Tensor:
-        if alpha == 0 or (center and alpha < _SMALLEST_ALPHA):
-            return -0.5 * margin
-        if not center:
-            return -F.logsigmoid(alpha * margin) / alpha
-        # -D/2 + logcosh(alpha D/2)/alpha, without the cancellation it has wherever alpha D is small or large
-        return F.relu(-margin) + torch.log1p(0.5 * torch.expm1(-alpha * margin.abs())) / alpha
+        return pair_preference(margin, alpha, center)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
@@ -118,8 +128,7 @@ class _PairPreference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (margin,) = ctx.saved_tensors
-        error = torch.sigmoid(-ctx.alpha * margin) if ctx.alpha else 0.5  # apart at 0, where 0 * inf is NaN
-        return -error * grad, None, None
+        return -pair_error(margin, ctx.alpha) * grad, None, None
 
 
 def spo_loss(
@@ -175,8 +184,8 @@ def spo_loss(
         "policy_chosen_logps", policy_chosen_logps, "policy_rejected_logps", policy_rejected_logps
     )
     references = _checked_references(reference_chosen_logps, reference_rejected_logps, logp_w)
-    _check_number("alpha", alpha)
-    _check_number("beta", beta)
+    check_number("alpha", alpha)
+    check_number("beta", beta)
     losses = _PairPreference.apply(logp_w - logp_l, alpha, center)
     if weight is not None:
         losses = _checked_weight(weight, logp_w, logp_l) * losses
@@ -240,8 +249,8 @@ def dpo_loss(
     references = _checked_references(reference_chosen_logps, reference_rejected_logps, logp_w)
     if references is None:
         raise ValueError("reference_chosen_logps and reference_rejected_logps must be [P] for dpo, got None")
-    _check_number("beta", beta, above=True)
-    _check_number("label_smoothing", label_smoothing, high=0.5)
+    check_number("beta", beta, above=True)
+    check_number("label_smoothing", label_smoothing, high=0.5)
     logits = beta * ((logp_w - logp_l) - (references[0] - references[1]))
     losses = -F.logsigmoid(logits)
     if label_smoothing:  # skipped at 0, where an infinite other side would make 0 * inf
@@ -328,8 +337,8 @@ class SoftImportance(nn.Module):
         decay: float = 0.9,
     ) -> None:
         super().__init__()
-        _check_number("gamma", gamma)
-        _check_number("decay", decay, high=1.0)
+        check_number("gamma", gamma)
+        check_number("decay", decay, high=1.0)
         if isinstance(normalizer, str):
             if normalizer not in ("batch", "ema"):
                 raise ValueError(f'normalizer must be "batch", "ema", a float or a 0-d Tensor, got {normalizer!r}')
@@ -404,9 +413,39 @@ class SPOMetrics(NamedTuple):
     margin: Tensor  # [] mean of D, nats
 
 
-def _mean_or_zero(x: Tensor) -> Tensor:
+def mean_or_zero(x: Tensor) -> Tensor:
     """Mean of [P]; 0, still on the graph, for P = 0."""
     return x.sum() / max(x.numel(), 1)
+
+
+def spo_metrics(
+    preference: Tensor,
+    kl: Tensor | None,
+    logp_w: Tensor,
+    logp_l: Tensor,
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+) -> SPOMetrics:
+    margin = (logp_w - logp_l).detach()
+    return SPOMetrics(
+        preference_loss=preference.detach(),
+        kl=torch.zeros_like(preference) if kl is None else kl.detach(),
+        chosen_logps=logp_w.detach(),
+        rejected_logps=logp_l.detach(),
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        accuracy=mean_or_zero((margin > 0).to(margin.dtype)),
+        margin=mean_or_zero(margin),
+    )
+
+
+def checked_importance(weight: float | Callable[[Tensor, Tensor], Tensor] | None) -> Any:
+    """The `weight` of a module: None, a callable, or the `SoftImportance` that a number gamma stands for."""
+    if weight is None or callable(weight):
+        return weight
+    if not isinstance(weight, (int, float)):
+        raise TypeError(f"weight must be a number gamma, a callable or None, got {type(weight).__name__}")
+    return SoftImportance(weight)
 
 
 class SPOLoss(nn.Module):
@@ -436,15 +475,11 @@ class SPOLoss(nn.Module):
         inplace_backward: bool = False,
     ) -> None:
         super().__init__()
-        _check_number("alpha", alpha)
-        _check_number("beta", beta)
-        if weight is not None and not callable(weight):
-            if not isinstance(weight, (int, float)):
-                raise TypeError(f"weight must be a number gamma, a callable or None, got {type(weight).__name__}")
-            weight = SoftImportance(weight)
+        check_number("alpha", alpha)
+        check_number("beta", beta)
         self.alpha = alpha
         self.beta = beta
-        self.weight = weight
+        self.weight = checked_importance(weight)
         self.center = center
         self.average = average
         self.ignore_index = ignore_index
@@ -509,22 +544,11 @@ class SPOLoss(nn.Module):
             weight=self.weight,
             center=self.center,
         )
-        preference = objective = _mean_or_zero(losses)
+        preference = objective = mean_or_zero(losses)
         kl = self._mean_kl(kl_logits, kl_ref_logits, kl_mask, kl_cu_seqlens)
         if kl is not None:
             objective = preference + self.beta * kl
-        margin = (logp_w - logp_l).detach()
-        metrics = SPOMetrics(
-            preference_loss=preference.detach(),
-            kl=torch.zeros_like(preference) if kl is None else kl.detach(),
-            chosen_logps=logp_w.detach(),
-            rejected_logps=logp_l.detach(),
-            chosen_rewards=chosen_rewards,
-            rejected_rewards=rejected_rewards,
-            accuracy=_mean_or_zero((margin > 0).to(margin.dtype)),
-            margin=_mean_or_zero(margin),
-        )
-        return objective, metrics
+        return objective, spo_metrics(preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards)
 
     def _mean_kl(
         self, logits: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None

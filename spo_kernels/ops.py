@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo_kernels import head
 from spo_kernels.reference import accumulate_dtype
 
 library = torch.library.Library("spo_kernels", "DEF")
@@ -152,3 +153,251 @@ class KlLossOverwrite(torch.autograd.Function):
 
 _autograd("token_stats_fwd", _token_stats_backward, _token_stats_setup)
 _autograd("kl_loss_fwd", _kl_loss_backward, _kl_loss_setup)
+
+
+# The head: hidden states and a weight in place of logits. These ops are tile loops over the ops above (`head`), the same
+# for every device. Rows are ``[N]``; a head is hidden ``[N, H]``, weight ``[V, H]``, bias ``[V]`` or None.
+
+HEAD_ARGS = "Tensor hidden, Tensor weight, Tensor? bias"
+_REF_HEAD_ARGS = "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
+OPTION_ARGS = "float temperature, float? softcap, float logit_scale, SymInt? chunk_size"
+NEEDS_ARGS = "bool need_hidden, bool need_weight, bool need_bias"
+
+HEAD_SCHEMAS = {
+    # With uniform, the KL is that to the uniform distribution over the vocabulary.
+    "linear_token_stats_fwd": f"({HEAD_ARGS}, Tensor? labels, {_REF_HEAD_ARGS}, Tensor? mask, int ignore_index, bool uniform, "
+    f"{OPTION_ARGS}) -> (Tensor logps, Tensor kl, Tensor stats)",
+    "linear_token_stats_bwd": f"(Tensor? dlogps, Tensor? dkl, {HEAD_ARGS}, Tensor? labels, {_REF_HEAD_ARGS}, Tensor? mask, "
+    f"Tensor kl, Tensor stats, int ignore_index, bool uniform, {NEEDS_ARGS}, {OPTION_ARGS}) "
+    "-> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+    "linear_kl_loss_fwd": f"({HEAD_ARGS}, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, Tensor row_weight, "
+    f"{NEEDS_ARGS}, {OPTION_ARGS}) -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
+}
+
+for _name, _schema in HEAD_SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def head_op(name: str) -> Any:
+    """Decorator: what an op over a head does on any device, outside autocast, whose casts its caller has made."""
+
+    def register(function: Any) -> Any:
+        def on_any_device(*args: Any) -> Any:
+            device = next(arg.device for arg in args if isinstance(arg, Tensor))
+            with torch.autocast(device.type, enabled=False):
+                return function(*args)
+
+        library.impl(name, on_any_device, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], *, wide: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake dhidden, dweight, dbias: ``[0]`` where not wanted, in the accumulation dtype if wide."""
+    wanted = (needs[0], needs[1], needs[2] and bias is not None)
+    dtype = accumulate_dtype(hidden.dtype) if wide else hidden.dtype
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dhidden, dweight, dbias = (
+        hidden.new_empty(shape if want else (0,), dtype=dtype) for shape, want in zip(shapes, wanted, strict=True)
+    )
+    return dhidden, dweight, dbias
+
+
+def _kept(labels: Tensor | None, mask: Tensor | None, ignore_index: int) -> Tensor | None:
+    return mask if labels is None else labels != ignore_index
+
+
+def _ref_head(ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None) -> head.Head | None:
+    return None if ref_hidden is None or ref_weight is None else head.Head(ref_hidden, ref_weight, ref_bias)
+
+
+@head_op("linear_token_stats_fwd")
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    uniform: bool,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if labels is not None:
+        head.check_labels(labels, weight.shape[0], ignore_index)
+    return head.token_stats_fwd(
+        head.Head(hidden, weight, bias),
+        labels,
+        _ref_head(ref_hidden, ref_weight, ref_bias),
+        _kept(labels, mask, ignore_index),
+        uniform,
+        head.LogitOptions(temperature, softcap, logit_scale),
+        chunk_size,
+    )
+
+
+@_fake("linear_token_stats_fwd")
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    uniform: bool,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
+    with_kl = uniform or ref_hidden is not None
+    logps = hidden.new_empty(rows if labels is not None else 0, dtype=dtype)
+    kl = hidden.new_empty(rows if with_kl else 0, dtype=dtype)
+    return logps, kl, hidden.new_empty((4 if with_kl else 2, rows), dtype=dtype)
+
+
+@head_op("linear_token_stats_bwd")
+def _(
+    dlogps: Tensor | None,
+    dkl: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    kl: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+    uniform: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return head.token_stats_bwd(
+        dlogps,
+        dkl,
+        head.Head(hidden, weight, bias),
+        labels,
+        _ref_head(ref_hidden, ref_weight, ref_bias),
+        _kept(labels, mask, ignore_index),
+        kl,
+        stats,
+        uniform,
+        head.Needs(need_hidden, need_weight, need_bias),
+        head.LogitOptions(temperature, softcap, logit_scale),
+        chunk_size,
+    )
+
+
+@_fake("linear_token_stats_bwd")
+def _(
+    dlogps: Tensor | None, dkl: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(hidden, weight, bias, args[-7:-4], wide=False)
+
+
+@head_op("linear_kl_loss_fwd")
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    row_weight: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return head.kl_loss_fwd(
+        head.Head(hidden, weight, bias),
+        head.Head(ref_hidden, ref_weight, ref_bias),
+        row_weight,
+        head.Needs(need_hidden, need_weight, need_bias),
+        head.LogitOptions(temperature, softcap, logit_scale),
+        chunk_size,
+    )
+
+
+@_fake("linear_kl_loss_fwd")
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = hidden.new_empty((), dtype=accumulate_dtype(hidden.dtype))
+    return loss, *empty_gradients(hidden, weight, bias, args[-7:-4], wide=True)
+
+
+def _linear_token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.ignore_index, ctx.uniform, ctx.temperature, ctx.softcap, ctx.logit_scale, ctx.chunk_size = inputs
+    _, kl, stats = output
+    ctx.mark_non_differentiable(stats, *(out for out in output[:2] if out.numel() == 0))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, kl, stats)
+
+
+def _linear_token_stats_backward(
+    ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _: Any
+) -> tuple[Tensor | None, ...]:
+    others = (None,) * 11
+    if dlogps is None and dkl is None:
+        return (None, None, None, *others)
+    _refuse_double_backward()
+    needs = ctx.needs_input_grad[:3]
+    gradients = torch.ops.spo_kernels.linear_token_stats_bwd(
+        dlogps,
+        dkl,
+        *ctx.saved_tensors,
+        ctx.ignore_index,
+        ctx.uniform,
+        *needs,
+        ctx.temperature,
+        ctx.softcap,
+        ctx.logit_scale,
+        ctx.chunk_size,
+    )
+    return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *others)
+
+
+def setup_unit_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """For an op ``(hidden, weight, bias, ...) -> (loss, ..., dhidden, dweight, dbias)``."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
+    ctx.save_for_backward(*output[-3:])
+
+
+def scale_unit_gradients(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """The gradients that the forward computed, times the upstream scalar; once, for they are scaled where they lie."""
+    if dloss is None:
+        return (None,) * ctx.inputs
+    _refuse_double_backward()
+    gradients: list[Tensor | None] = []
+    for gradient, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True):
+        if need:
+            rows = gradient if gradient.dim() > 1 else gradient[None]
+            torch.ops.spo_kernels.scale_(rows, dloss)
+            _written(gradient)
+        gradients.append(gradient.to(ctx.dtype) if need else None)
+    return (*gradients, *(None,) * (ctx.inputs - 3))
+
+
+_autograd("linear_token_stats_fwd", _linear_token_stats_backward, _linear_token_stats_setup)
+_autograd("linear_kl_loss_fwd", scale_unit_gradients, setup_unit_gradients)

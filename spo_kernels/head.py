@@ -1,0 +1,524 @@
+"""The head by tiles: row statistics and gradients from hidden states and a weight, without the logits of all rows.
+
+    z = softcap(logit_scale (h W^T + b)) / temperature,    softcap(x) = softcap tanh(x / softcap), or x without one
+
+A tile is some rows by some columns of z, in one scratch buffer that every tile reuses: a matrix product fills it, a row
+op works on it in place, the matrix products of the backward consume it. Statistics of a row's blocks of columns combine
+by the chain rule over "which block, then which token in it" (`_merge`). Accumulation is in float32, float64 for float64.
+
+Unlike a row op's, a row's result may depend on the other rows in the last bits: a matrix product sums in an order that
+depends on its shape.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spo_kernels.reference import accumulate_dtype
+
+# Rows x columns of a tile that is recomputed: near the peak of matrix products (below 512 rows or 1024 columns a fifth
+# is lost), small enough to stay in cache between the product and the row op.
+_TILE_ROWS, _TILE_BYTES, _LEAST_COLUMNS = 4096, 16 << 20, 1024
+# Rows of a tile as wide as the vocabulary, which the gradients within the forward need: 64 MiB, but never below 512.
+_WIDE_TILE_BYTES, _LEAST_WIDE_ROWS = 64 << 20, 512
+# Columns beside a tile's own. The first holds -inf, for labels that lie in another block: there the row op may put the
+# 1 of (1[v = y] - p). The rest keeps rows 64 bytes apart from one another's alignment.
+_SPARE_COLUMNS = 16
+
+Rows = slice | Tensor  # of the hidden states: a range, or the indices of those that were kept
+
+
+class LogitOptions(NamedTuple):
+    """How logits come from ``h W^T + b``; see the module docstring."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+class Head(NamedTuple):
+    """One head and what goes into it."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class RowStats(NamedTuple):
+    """What is known of some rows over a part of the vocabulary."""
+
+    stats: Tensor  # [2, n], or [4, n] with a reference: shift and logsum of the policy, then of the reference
+    kl: Tensor  # [n] KL between the distributions restricted to the part; [0] without a reference
+
+
+@functools.cache
+def native_products(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether matrix products of a half-precision dtype are to run in it rather than in float32.
+
+    A CPU without such instructions is 4 to 5 times slower at them than at float32, one with them (AMX) faster by as
+    much: measured once, by products of a tile's proportions. Native products round the logits to the dtype, as
+    `torch.nn.functional.linear` does.
+    """
+    if device_type != "cpu":
+        return True
+
+    def seconds(operand: torch.dtype) -> float:
+        hidden, weight = torch.ones(256, 512, dtype=operand), torch.ones(1024, 512, dtype=operand)
+        times = []
+        for _ in range(4):  # the first warms up
+            start = time.perf_counter()
+            torch.mm(hidden, weight.t())
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(dtype) < seconds(torch.float32)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """Dtype of the tiles and of the operands of their products."""
+    if hidden.dtype in (torch.bfloat16, torch.float16) and not native_products(hidden.device.type, hidden.dtype):
+        return torch.float32
+    return hidden.dtype
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """``total += scale a b``, where total may have a wider dtype than the operands, or a narrower one if it is zero."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, alpha=scale)
+    else:
+        total.add_(torch.mm(a, b), alpha=scale)
+
+
+class _Tile:
+    """Logits of one head, a tile at a time in one buffer."""
+
+    def __init__(self, head: Head, options: LogitOptions, rows: int, columns: int) -> None:
+        self._head = head
+        self._options = options
+        self._dtype = _product_dtype(head.hidden)
+        self._buffer = head.hidden.new_empty(rows, columns + _SPARE_COLUMNS, dtype=self._dtype)
+        self.scale = options.logit_scale / options.temperature  # dz / d(h W^T + b), apart from the softcap's slope
+        self._slope: Tensor | None = None
+
+    def select(self, rows: Rows) -> None:
+        self.hidden = self._head.hidden[rows].to(self._dtype)
+
+    def fill(self, begin: int, end: int, *, slope: bool = False) -> Tensor:
+        """Logits ``[n, end - begin + 1]`` of the selected rows, the last column -inf; keeps what `products` needs."""
+        self.weight = self._head.weight[begin:end].to(self._dtype)
+        tile = self._buffer[: self.hidden.shape[0], : end - begin + 1]
+        logits, softcap = tile[:, :-1], self._options.softcap
+        factor = self.scale if softcap is None else self._options.logit_scale / softcap
+        if self._head.bias is None:
+            torch.addmm(logits, self.hidden, self.weight.t(), beta=0, alpha=factor, out=logits)
+        else:
+            bias = self._head.bias[begin:end].to(self._dtype)
+            torch.addmm(bias, self.hidden, self.weight.t(), beta=factor, alpha=factor, out=logits)
+        if softcap is not None:
+            logits.tanh_()
+            self._slope = 1 - logits.square() if slope else None
+            logits.mul_(softcap / self._options.temperature)
+        tile[:, -1] = -torch.inf
+        return tile
+
+    def sloped(self, tile: Tensor) -> Tensor:
+        """From the gradient of the logits, in place, that of ``scale (h W^T + b)``; without the spare column."""
+        dlogits = tile[:, :-1]
+        return dlogits if self._slope is None else dlogits.mul_(self._slope)
+
+
+class _UniformTile:
+    """Logits of the uniform distribution, in place of a reference's: the KL to it is log V minus the entropy."""
+
+    def __init__(self, hidden: Tensor, columns: int) -> None:
+        self._row = hidden.new_zeros(1, columns + 1, dtype=_product_dtype(hidden))
+
+    def select(self, rows: Rows) -> None:
+        self._count = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
+
+    def fill(self, begin: int, end: int) -> Tensor:
+        self._row.zero_()[:, end - begin] = -torch.inf
+        return self._row[:, : end - begin + 1].expand(self._count, -1)
+
+
+Reference = _Tile | _UniformTile
+
+
+class _Gradients:
+    """Sums over tiles of the gradients of a head, each in the accumulation dtype; ``[0]`` where not wanted."""
+
+    def __init__(self, head: Head, needs: Needs, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        hidden, weight, bias = head
+        self._wide = accumulate_dtype(hidden.dtype)
+        self.hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0, dtype=dtypes[0])
+        self.weight = weight.new_zeros(weight.shape if needs.weight else 0, dtype=dtypes[1])
+        self.bias = weight.new_zeros(weight.shape[0] if needs.bias and bias is not None else 0, dtype=self._wide)
+
+    def select(self, rows: Rows, tile: _Tile) -> None:
+        self._rows = rows
+        self._dhidden = tile.hidden.new_zeros(tile.hidden.shape if self.hidden.numel() else 0, dtype=self._wide)
+
+    def add(self, tile: _Tile, dlogits: Tensor, begin: int, end: int) -> None:
+        """The products of the backward of a tile whose logits have become their gradient."""
+        if self.hidden.numel():
+            _add_product(self._dhidden, dlogits, tile.weight, tile.scale)
+        if self.weight.numel():
+            _add_product(self.weight[begin:end], dlogits.t(), tile.hidden, tile.scale)
+        if self.bias.numel():
+            self.bias[begin:end].add_(dlogits.sum(0, dtype=self._wide), alpha=tile.scale)
+
+    def finish_rows(self) -> None:
+        """The selected rows have had all their columns."""
+        if self.hidden.numel():
+            self.hidden[self._rows] = self._dhidden.to(self.hidden.dtype)
+
+
+def _row_tiles(kept: Tensor | None, rows: int, size: int) -> list[Rows]:
+    """Rows of each tile; kept is a bool mask or None for all. Reads the number of kept rows back to the host."""
+    if kept is not None:
+        index = kept.nonzero()[:, 0]
+        if index.shape[0] < rows:
+            return list(index.split(size)) if index.shape[0] else []
+    return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
+
+
+def _columns(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Columns of a tile of this many rows: blocks of one size, as near as they come to `_TILE_BYTES`."""
+    most = max(_TILE_BYTES // (max(rows, 1) * dtype.itemsize), _LEAST_COLUMNS)
+    blocks = -(-vocabulary // most)
+    even = -(-vocabulary // blocks)
+    return min(-(-even // _SPARE_COLUMNS) * _SPARE_COLUMNS, vocabulary)
+
+
+def _blocks(vocabulary: int, columns: int) -> Iterator[tuple[int, int]]:
+    for begin in range(0, vocabulary, columns):
+        yield begin, min(begin + columns, vocabulary)
+
+
+def _shares(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(shift and logsum [2, n] of two parts together, log of the share of each in the sum)."""
+    # A part of only -inf has logsum -inf and a shift that says nothing.
+    shifts = torch.stack([a[0], b[0]])
+    logsums = torch.stack([a[1], b[1]])
+    shift = torch.where(logsums == -torch.inf, -torch.inf, shifts).amax(0)
+    shift = torch.where(shift == -torch.inf, 0, shift)
+    parts = (shifts - shift) + logsums
+    logsum = torch.logaddexp(parts[0], parts[1])
+    return torch.stack([shift, logsum]), parts[0] - logsum, parts[1] - logsum
+
+
+def _merge(a: RowStats, b: RowStats) -> RowStats:
+    """Two parts of the vocabulary as one: KL(p || q) = KL of the choice of part + its mean of the KL within parts."""
+    stats, log_a, log_b = _shares(a.stats[:2], b.stats[:2])
+    if a.stats.shape[0] == 2:
+        return RowStats(stats, a.kl)
+    ref_stats, ref_log_a, ref_log_b = _shares(a.stats[2:], b.stats[2:])
+    kl = torch.zeros_like(a.kl)
+    for part_kl, log_p, log_q in ((a.kl, log_a, ref_log_a), (b.kl, log_b, ref_log_b)):
+        share = log_p.exp()
+        kl = kl + torch.where(share == 0, 0, share * (part_kl + (log_p - log_q)))
+    return RowStats(torch.cat([stats, ref_stats]), kl)
+
+
+def _local_labels(labels: Tensor, begin: int, end: int) -> Tensor:
+    """Labels within a block of the vocabulary; the spare column for those outside."""
+    local = labels - begin
+    return torch.where((local >= 0) & (local < end - begin), local, end - begin)
+
+
+def _stats_of_rows(
+    rows: Rows, tile: _Tile, reference: Reference | None, labels: Tensor | None, vocabulary: int, columns: int
+) -> tuple[Tensor, RowStats]:
+    """(log-probs of the labels ``[n]``, or ``[0]`` without; statistics) of some rows, block by block."""
+    tile.select(rows)
+    if reference is not None:
+        reference.select(rows)
+    selected = None if labels is None else labels[rows]
+    picked: Tensor | None = None
+    total: RowStats | None = None
+    for begin, end in _blocks(vocabulary, columns):
+        logits = tile.fill(begin, end)
+        ref_logits = None if reference is None else reference.fill(begin, end)
+        local = None if selected is None else _local_labels(selected, begin, end)
+        _, kl, stats = torch.ops.spo_kernels.token_stats_fwd(logits, local, ref_logits, None, -100, False)
+        part = RowStats(stats, kl)
+        total = part if total is None else _merge(total, part)
+        if local is not None:
+            here = logits.gather(1, local[:, None])[:, 0].to(stats.dtype)  # -inf outside the block
+            picked = here if picked is None else torch.where(local == end - begin, picked, here)
+    assert total is not None  # V >= 1
+    if picked is None:
+        return total.stats.new_empty(0), total
+    return (picked - total.stats[0]) - total.stats[1], total
+
+
+def _gradients_of_rows(
+    rows: Rows,
+    tile: _Tile,
+    reference: Reference | None,
+    labels: Tensor | None,
+    upstream: tuple[Tensor | None, Tensor | None],
+    known: RowStats,
+    gradients: _Gradients,
+    vocabulary: int,
+    columns: int,
+) -> None:
+    """Add the gradients of some rows, recomputing their logits block by block; upstream and known are theirs."""
+    dlogps, dkl = upstream
+    tile.select(rows)
+    gradients.select(rows, tile)
+    if reference is not None:
+        reference.select(rows)
+    selected = None if labels is None else labels[rows]
+    for begin, end in _blocks(vocabulary, columns):
+        logits = tile.fill(begin, end, slope=True)
+        ref_logits = None if reference is None else reference.fill(begin, end)
+        local = None if selected is None else _local_labels(selected, begin, end)
+        torch.ops.spo_kernels.token_stats_bwd_(
+            dlogps, dkl, logits, local, ref_logits, None, known.kl, known.stats, -100
+        )
+        gradients.add(tile, tile.sloped(logits), begin, end)
+    gradients.finish_rows()
+
+
+def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    if bad.any():
+        raise RuntimeError(
+            f"labels must be in [0, {vocabulary}) or ignore_index {ignore_index}, got {labels[bad][0].item()}"
+        )
+
+
+def _tile_rows(head: Head, chunk_size: int | None, size: int) -> int:
+    return max(min(size if chunk_size is None else chunk_size, head.hidden.shape[0]), 1)
+
+
+def _reference_tile(
+    head: Head, ref_head: Head | None, uniform: bool, options: LogitOptions, rows: int, columns: int
+) -> Reference | None:
+    if uniform:
+        return _UniformTile(head.hidden, columns)
+    return None if ref_head is None else _Tile(ref_head, options, rows, columns)
+
+
+def token_stats_fwd(
+    head: Head,
+    labels: Tensor | None,
+    ref_head: Head | None,
+    kept: Tensor | None,
+    uniform: bool,
+    options: LogitOptions,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(logps, kl, stats)`` as `reference.token_stats_fwd` has them, 0 on rows that are not kept.
+
+    labels ``[N]`` are in range wherever kept; the KL is that to ref_head, or to the uniform distribution.
+    """
+    rows, vocabulary = head.hidden.shape[0], head.weight.shape[0]
+    dtype = accumulate_dtype(head.hidden.dtype)
+    with_kl = uniform or ref_head is not None
+    logps = head.hidden.new_zeros(rows if labels is not None else 0, dtype=dtype)
+    kl = head.hidden.new_zeros(rows if with_kl else 0, dtype=dtype)
+    stats = head.hidden.new_zeros(4 if with_kl else 2, rows, dtype=dtype)
+    size = _tile_rows(head, chunk_size, _TILE_ROWS)
+    columns = _columns(size, vocabulary, _product_dtype(head.hidden))
+    tile = _Tile(head, options, size, columns)
+    reference = _reference_tile(head, ref_head, uniform, options, size, columns)
+    for selected in _row_tiles(kept, rows, size):
+        tile_logps, tile_stats = _stats_of_rows(selected, tile, reference, labels, vocabulary, columns)
+        stats[:, selected] = tile_stats.stats
+        if labels is not None:
+            logps[selected] = tile_logps
+        if with_kl:
+            kl[selected] = tile_stats.kl
+    return logps, kl, stats
+
+
+def token_stats_bwd(
+    dlogps: Tensor | None,
+    dkl: Tensor | None,
+    head: Head,
+    labels: Tensor | None,
+    ref_head: Head | None,
+    kept: Tensor | None,
+    kl: Tensor,
+    stats: Tensor,
+    uniform: bool,
+    needs: Needs,
+    options: LogitOptions,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dhidden, dweight, dbias)``, each ``[0]`` where not wanted, in the dtypes of what they belong to."""
+    rows, vocabulary = head.hidden.shape[0], head.weight.shape[0]
+    size = _tile_rows(head, chunk_size, _TILE_ROWS)
+    columns = _columns(size, vocabulary, _product_dtype(head.hidden))
+    tile = _Tile(head, options, size, columns)
+    with_kl = dkl is not None
+    reference = _reference_tile(head, ref_head, uniform, options, size, columns) if with_kl else None
+    tiles = _row_tiles(kept, rows, size)
+    # A single tile of rows finishes each block of the weight at once, which then needs no wider sum beside it.
+    sum_dtype = head.weight.dtype if len(tiles) <= 1 else accumulate_dtype(head.weight.dtype)
+    gradients = _Gradients(head, needs, (head.hidden.dtype, sum_dtype))
+    for selected in tiles:
+        known = RowStats(stats[: 4 if with_kl else 2, selected], kl[selected] if with_kl else kl[:0])
+        upstream = (
+            None if dlogps is None else dlogps[selected],
+            None if dkl is None else dkl[selected],
+        )
+        wanted = None if dlogps is None else labels
+        _gradients_of_rows(selected, tile, reference, wanted, upstream, known, gradients, vocabulary, columns)
+    dbias = gradients.bias if head.bias is None else gradients.bias.to(head.bias.dtype)
+    return gradients.hidden, gradients.weight.to(head.weight.dtype), dbias
+
+
+def kl_loss_fwd(
+    head: Head,
+    ref_head: Head,
+    row_weight: Tensor,
+    needs: Needs,
+    options: LogitOptions,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(sum_i row_weight_i KL_i, dhidden, dweight, dbias)``, from one product of each head.
+
+    Tiles are as wide as the vocabulary. The gradients are in the accumulation dtype, ``[0]`` where not wanted.
+    """
+    vocabulary = head.weight.shape[0]
+    wide = accumulate_dtype(head.hidden.dtype)
+    size = _wide_tile_rows(head, chunk_size, buffers=2)
+    tile, reference = _Tile(head, options, size, vocabulary), _Tile(ref_head, options, size, vocabulary)
+    gradients = _Gradients(head, needs, (wide, wide))
+    loss = head.hidden.new_zeros((), dtype=wide)
+    for selected in _row_tiles(row_weight != 0, head.hidden.shape[0], size):
+        tile.select(selected)
+        reference.select(selected)
+        gradients.select(selected, tile)
+        logits = tile.fill(0, vocabulary, slope=True)
+        ref_logits = reference.fill(0, vocabulary)
+        loss += torch.ops.spo_kernels.kl_loss_fwd_(logits, ref_logits, row_weight[selected])
+        gradients.add(tile, tile.sloped(logits), 0, vocabulary)
+        gradients.finish_rows()
+    return loss, gradients.hidden, gradients.weight, gradients.bias
+
+
+def _wide_tile_rows(head: Head, chunk_size: int | None, buffers: int = 1) -> int:
+    row_bytes = head.weight.shape[0] * _product_dtype(head.hidden).itemsize
+    return _tile_rows(head, chunk_size, max(_WIDE_TILE_BYTES // row_bytes, _LEAST_WIDE_ROWS) // buffers)
+
+
+# (first pair, end, sums of log-probs of the chosen [p], of the rejected [p]) -> gradients of the objective by them
+PairCoefficients = Callable[[int, int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def pair_gradients(
+    head: Head,
+    labels: Tensor,
+    sequence: Tensor,
+    pairs: int,
+    coefficients: PairCoefficients,
+    needs: Needs,
+    options: LogitOptions,
+    ignore_index: int,
+    chunk_size: int | None,
+    strict: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(sums [2P], dhidden, dweight, dbias)`` of an objective whose gradient by a pair's log-probs needs only them.
+
+    sequence ``[N]`` says which of the 2P sequences a row belongs to; s and s + P are a pair. Rows of as many pairs as
+    fit make a tile, which is as wide as the vocabulary. A pair with more rows is recomputed in narrower ones, or
+    refused if strict. The gradients are in the accumulation dtype, ``[0]`` where not wanted.
+    """
+    vocabulary = head.weight.shape[0]
+    wide = accumulate_dtype(head.hidden.dtype)
+    size = _wide_tile_rows(head, chunk_size)
+    kept = (labels != ignore_index).nonzero()[:, 0]
+    pair_of_row = sequence[kept] % max(pairs, 1)
+    order = kept[pair_of_row.argsort(stable=True)]
+    lengths: list[int] = torch.bincount(pair_of_row, minlength=pairs).tolist()
+    if strict and lengths and max(lengths) > size:
+        raise ValueError(
+            f"chunk_size must be at least the {max(lengths)} rows of the longest pair for gradients within the "
+            f"forward, got {size}; the route that recomputes takes any"
+        )
+    sums = head.hidden.new_zeros(2 * pairs, dtype=wide)
+    gradients = _Gradients(head, needs, (wide, wide))
+    widest = max((length for length in lengths if length <= size), default=0)
+    tile = _Tile(head, options, size if widest else 1, vocabulary if widest else 1)
+    for first, end, rows in _pair_groups(order, lengths, size):
+        of_row = sequence[rows]
+
+        def upstream(logps: Tensor, first: int = first, end: int = end, of_row: Tensor = of_row) -> Tensor:
+            sums.index_add_(0, of_row, logps)
+            chosen, rejected = coefficients(first, end, sums[first:end], sums[pairs + first : pairs + end])
+            of_sequence = torch.zeros_like(sums)
+            of_sequence[first:end], of_sequence[pairs + first : pairs + end] = chosen, rejected
+            return of_sequence[of_row]
+
+        if rows.shape[0] <= size:
+            _gradients_of_tile(rows, tile, labels, upstream, gradients, vocabulary)
+        else:
+            _gradients_of_long_pair(rows, head, labels, upstream, gradients, options, chunk_size)
+    return sums, gradients.hidden, gradients.weight, gradients.bias
+
+
+def _pair_groups(order: Tensor, lengths: list[int], size: int) -> Iterator[tuple[int, int, Tensor]]:
+    """(first pair, end, their rows) of consecutive pairs with at most `size` rows together, or of one with more."""
+    first = start = stop = 0
+    for pair, length in enumerate(lengths):
+        if stop + length - start > size and pair > first:
+            yield first, pair, order[start:stop]
+            first, start = pair, stop
+        stop += length
+    if lengths:
+        yield first, len(lengths), order[start:stop]
+
+
+def _gradients_of_tile(
+    rows: Tensor,
+    tile: _Tile,
+    labels: Tensor,
+    upstream: Callable[[Tensor], Tensor],
+    gradients: _Gradients,
+    vocabulary: int,
+) -> None:
+    tile.select(rows)
+    gradients.select(rows, tile)
+    logits = tile.fill(0, vocabulary, slope=True)
+    logps, kl, stats = torch.ops.spo_kernels.token_stats_fwd(logits, labels[rows], None, None, -100, False)
+    dlogps = upstream(logps)
+    torch.ops.spo_kernels.token_stats_bwd_(dlogps, None, logits, labels[rows], None, None, kl, stats, -100)
+    gradients.add(tile, tile.sloped(logits), 0, vocabulary)
+    gradients.finish_rows()
+
+
+def _gradients_of_long_pair(
+    rows: Tensor,
+    head: Head,
+    labels: Tensor,
+    upstream: Callable[[Tensor], Tensor],
+    gradients: _Gradients,
+    options: LogitOptions,
+    chunk_size: int | None,
+) -> None:
+    vocabulary = head.weight.shape[0]
+    size = min(_tile_rows(head, chunk_size, _TILE_ROWS), rows.shape[0])
+    columns = _columns(size, vocabulary, _product_dtype(head.hidden))
+    tile = _Tile(head, options, size, columns)
+    parts = [(part, *_stats_of_rows(part, tile, None, labels, vocabulary, columns)) for part in rows.split(size)]
+    dlogps = upstream(torch.cat([logps for _, logps, _ in parts])).split(size)
+    for (part, _, known), given in zip(parts, dlogps, strict=True):
+        _gradients_of_rows(part, tile, None, labels, (given, None), known, gradients, vocabulary, columns)

@@ -1,0 +1,280 @@
+"""The public functions from hidden states and the head's weight: `spo_kernels.functional` without the logits.
+
+A head is hidden ``[..., H]``, weight ``[V, H]`` and, if it has one, bias ``[V]``, all of one dtype: float32, bfloat16,
+float16 or float64. Its logits are
+
+    softcap(logit_scale (hidden weight^T + bias)) / temperature,    softcap(x) = softcap tanh(x / softcap)
+
+and never exist but for a tile of some rows by some columns. Rows that are not wanted are dropped before the matrix
+product, which reads their number back to the host. The forward is one matrix product, the backward three (one to have
+the logits again); a weight or hidden states without gradient save theirs. Outputs are float32 (float64 for float64), in
+nats; gradients have the dtype of what they belong to and are accumulated in float32 across tiles. Under autocast
+hidden, weight and bias are cast as `torch.nn.functional.linear` would cast them.
+
+Options of every function:
+    temperature: > 0; divides the logits last.
+    softcap: > 0 or None, as Gemma 2 caps its logits.
+    logit_scale: not 0; multiplies the logits first, as Cohere does.
+    chunk_size: most rows of a tile, >= 1; None chooses rows and columns by bytes. More than there are rows is all.
+
+Errors are those of `spo_kernels.functional`: ValueError where a shape, dtype, device or option is wrong, RuntimeError for
+a label out of range.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from spo_kernels.functional import LOGITS_DTYPES, check_rows, describe, sum_sequences
+from spo_kernels.head import Head, LogitOptions
+
+
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_entropy: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logps` of a head's logits: ``log softmax(logits)[label]`` of each row.
+
+    Args:
+        hidden: ``[..., H]``.
+        weight: ``[V, H]``, in any layout (tied to an embedding, or a transposed view).
+        labels: ``[...]`` int64, aligned with hidden; rows of ``ignore_index`` are dropped before the matrix product.
+        bias: ``[V]`` or None.
+        chunk_size, temperature, softcap, logit_scale: see the module.
+        return_entropy: also the entropy of each row's distribution, ``log V - KL(p || uniform)``, from the same pass.
+            Its gradient flows too.
+
+    Returns:
+        ``labels.shape``; 0 where ignored. With return_entropy ``(logps, entropy)``.
+    """
+    options = checked_options(temperature, softcap, logit_scale, chunk_size)
+    head = checked_head(*autocast_head(hidden, weight, bias))
+    check_rows(labels, "labels", torch.int64, hidden, "hidden")
+    logps, kl, _ = torch.ops.spo_kernels.linear_token_stats_fwd(
+        *as_rows(head),
+        labels.reshape(-1),
+        *(None,) * 4,
+        ignore_index,
+        return_entropy,
+        *options,
+        chunk_size,
+    )
+    logps = logps.view(labels.shape)
+    if not return_entropy:
+        return logps
+    entropy = math.log(weight.shape[0]) - kl.view(labels.shape)
+    return logps, torch.where(labels != ignore_index, entropy, 0)
+
+
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    average: bool = False,
+    chunk_size: int | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """`sequence_logps` of a head's logits: the sum of `linear_token_logps` over each sequence's unignored tokens.
+
+    Args:
+        hidden: ``[B, T, H]``; packed with ``cu_seqlens``: ``[N, H]`` or ``[1, N, H]``.
+        weight: ``[V, H]``.
+        labels: ``[B, T]``, or ``[N]`` or ``[1, N]``, int64, aligned with hidden.
+        bias: ``[V]`` or None.
+        cu_seqlens: ``[B + 1]`` int32 or int64, on the device of hidden: sequence s is rows ``cu_seqlens[s]`` to
+            ``cu_seqlens[s + 1]``, from 0 to N.
+        average: divide by the number of unignored tokens; a sequence without any gives 0.
+        chunk_size, temperature, softcap, logit_scale: see the module.
+
+    Returns:
+        ``[B]``.
+    """
+    logps = linear_token_logps(
+        hidden,
+        weight,
+        labels,
+        bias,
+        ignore_index=ignore_index,
+        chunk_size=chunk_size,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )
+    sums = sum_sequences(logps, cu_seqlens, "labels", "hidden")
+    if not average:
+        return sums
+    counts = sum_sequences((labels != ignore_index).to(logps.dtype), cu_seqlens, "labels", "hidden")
+    return sums / counts.clamp(min=1)
+
+
+def linear_token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    *,
+    chunk_size: int | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """`token_kl` of two heads' logits: exact KL(policy || reference) of each row (SPO, Appendix B).
+
+    The gradient flows to the policy's head only. Equal heads give exactly 0.
+
+    Args:
+        hidden: policy, ``[..., H]``.
+        weight: ``[V, H]``.
+        ref_hidden: reference, ``[..., H']`` with the leading dimensions of hidden, without gradient, in its dtype.
+        ref_weight: ``[V, H']``, without gradient; the same vocabulary.
+        mask: ``[...]`` bool; rows of False are dropped before the matrix products.
+        bias, ref_bias: ``[V]`` or None.
+        chunk_size, temperature, softcap, logit_scale: see the module; they hold for both heads.
+
+    Returns:
+        ``hidden.shape[:-1]``; 0 where masked.
+    """
+    options = checked_options(temperature, softcap, logit_scale, chunk_size)
+    head, ref_head = checked_heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    if mask is not None:
+        check_rows(mask, "mask", torch.bool, hidden, "hidden")
+    _, kl, _ = torch.ops.spo_kernels.linear_token_stats_fwd(
+        *as_rows(head),
+        None,
+        *as_rows(ref_head),
+        None if mask is None else mask.reshape(-1),
+        -100,
+        False,
+        *options,
+        chunk_size,
+    )
+    return kl.view(hidden.shape[:-1])
+
+
+def checked_heads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+) -> tuple[Head, Head]:
+    """The policy's and the reference's head, cast under autocast, with one vocabulary and the same rows."""
+    head = checked_head(*autocast_head(hidden, weight, bias))
+    for name, tensor in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} must not require grad: the gradient flows to the policy only (use .detach())")
+    ref_head = checked_head(*autocast_head(ref_hidden, ref_weight, ref_bias), "ref_")
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        wanted = ", ".join(map(str, (*hidden.shape[:-1], "H'")))
+        raise ValueError(f"ref_hidden must be [{wanted}] like hidden, got {list(ref_hidden.shape)}")
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(f"ref_weight must have V = {weight.shape[0]} rows like weight, got {ref_weight.shape[0]}")
+    if ref_head.hidden.dtype != head.hidden.dtype:
+        raise ValueError(f"ref_hidden must be {head.hidden.dtype} like hidden, got {ref_hidden.dtype}")
+    if ref_hidden.device != hidden.device:
+        raise ValueError(f"ref_hidden must be on {hidden.device} like hidden, got {ref_hidden.device}")
+    return head, ref_head
+
+
+def as_rows(head: Head) -> Head:
+    """hidden as ``[N, H]``."""
+    return head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1]))
+
+
+def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    device_type = hidden.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)
+
+
+def checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> Head:
+    if hidden.dim() < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"{prefix}hidden must be [..., H] with H >= 1, got {list(hidden.shape)}")
+    if hidden.dtype not in LOGITS_DTYPES:
+        raise ValueError(f"{prefix}hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+    width = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != width:
+        raise ValueError(f"{prefix}weight must be [V, {width}] with V >= 1, got {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{prefix}bias must be [{weight.shape[0]}], got {describe(bias)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(f"{prefix}{name} must be {hidden.dtype} like {prefix}hidden, got {tensor.dtype}")
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{prefix}{name} must be on {hidden.device} like {prefix}hidden, got {tensor.device}")
+    return Head(hidden, weight, bias)
+
+
+def checked_options(
+    temperature: float, softcap: float | None, logit_scale: float, chunk_size: int | None
+) -> LogitOptions:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be > 0 and finite, or None, got {softcap}")
+    if logit_scale == 0 or not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a whole number of rows >= 1, or None, got {chunk_size!r}")
+    return LogitOptions(float(temperature), None if softcap is None else float(softcap), float(logit_scale))

@@ -1,0 +1,395 @@
+"""SPO's objective from hidden states and the head's weight: `spo_kernels.losses` over `spo_kernels.linear`.
+
+Two routes lead to the same loss and gradients. "recompute" is `linear_sequence_logps`, `spo_loss` and autograd: one
+matrix product forward, three backward. "recompute_free" has three in all: where a pair's gradient by its own log-probs
+depends on nothing but them, it is known as soon as the pair's rows have passed, and their logits are still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spo_kernels import head, ops
+from spo_kernels.functional import check_rows, output_dtype, sequence_of_rows, sum_sequences
+from spo_kernels.linear import (
+    as_rows,
+    autocast_head,
+    checked_head,
+    checked_heads,
+    checked_options,
+    linear_sequence_logps,
+    linear_token_kl,
+)
+from spo_kernels.losses import (
+    SoftImportance,
+    SPOMetrics,
+    check_like,
+    check_number,
+    checked_importance,
+    mean_or_zero,
+    pair_error,
+    pair_preference,
+    spo_loss,
+    spo_metrics,
+)
+
+ROUTES = ("auto", "recompute", "recompute_free")
+
+ops.library.define(
+    f"linear_spo_loss_fwd({ops.HEAD_ARGS}, Tensor labels, Tensor sequence, Tensor counts, Tensor? pair_weight, "
+    "Tensor? normalizer, float gamma, float alpha, bool center, bool average, float nll_weight, int ignore_index, "
+    f"bool strict, {ops.NEEDS_ARGS}, {ops.OPTION_ARGS}) "
+    "-> (Tensor loss, Tensor sums, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@ops.head_op("linear_spo_loss_fwd")
+def _(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [N]
+    sequence: Tensor,  # [N], of the 2P
+    counts: Tensor,  # [2P] unignored rows of each sequence, floating, >= 1
+    pair_weight: Tensor | None,  # [P]
+    normalizer: Tensor | None,  # [], of soft importance with gamma; None for uniform weights
+    gamma: float,
+    alpha: float,
+    center: bool,
+    average: bool,
+    nll_weight: float,
+    ignore_index: int,
+    strict: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_size: int | None,
+) -> tuple[Tensor, ...]:
+    pairs = counts.shape[0] // 2
+    head.check_labels(labels, weight.shape[0], ignore_index)
+    importance = None if normalizer is None else SoftImportance(gamma, normalizer)
+    losses = counts.new_zeros(pairs)
+    divisor = counts if average else torch.ones_like(counts)
+    nll_share = nll_weight / _chosen_rows(labels, sequence, pairs, ignore_index)
+
+    def coefficients(first: int, end: int, sums_w: Tensor, sums_l: Tensor) -> tuple[Tensor, Tensor]:
+        divisor_w, divisor_l = divisor[first:end], divisor[pairs + first : pairs + end]
+        logp_w, logp_l = sums_w / divisor_w, sums_l / divisor_l
+        mu = torch.ones_like(logp_w)
+        if pair_weight is not None:
+            mu = pair_weight[first:end]
+        elif importance is not None:
+            mu = importance(logp_w, logp_l)
+        margin = logp_w - logp_l
+        losses[first:end] = mu * pair_preference(margin, alpha, center)
+        slope = mu * pair_error(margin, alpha) / pairs
+        return -slope / divisor_w - nll_share, slope / divisor_l
+
+    sums, *gradients = head.pair_gradients(
+        head.Head(hidden, weight, bias),
+        labels,
+        sequence,
+        pairs,
+        coefficients,
+        head.Needs(need_hidden, need_weight, need_bias),
+        head.LogitOptions(temperature, softcap, logit_scale),
+        ignore_index,
+        chunk_size,
+        strict,
+    )
+    loss = mean_or_zero(losses) - (nll_share * sums[:pairs].sum() if nll_weight else 0)
+    return loss, sums, *gradients
+
+
+@torch.library.register_fake("spo_kernels::linear_spo_loss_fwd", lib=ops.library)
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, sequence: Tensor, counts: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    gradients = ops.empty_gradients(hidden, weight, bias, args[-7:-4], wide=True)
+    return counts.new_empty(()), torch.empty_like(counts), *gradients
+
+
+torch.library.register_autograd(
+    "spo_kernels::linear_spo_loss_fwd",
+    ops.scale_unit_gradients,
+    setup_context=ops.setup_unit_gradients,
+    lib=ops.library,
+)
+
+
+def _chosen_rows(labels: Tensor, sequence: Tensor, pairs: int, ignore_index: int) -> Tensor:
+    """Number of unignored rows of all chosen sequences, [], at least 1."""
+    return ((labels != ignore_index) & (sequence < pairs)).sum().clamp(min=1)
+
+
+class LinearSPOLoss(nn.Module):
+    """`SPOLoss` from hidden states and the head's weight, without the logits; optionally with an NLL term.
+
+    Args:
+        alpha: softness, >= 0; see `spo_loss`.
+        beta: weight of the KL, >= 0. If it is not 0, `forward` needs the kl_ arguments.
+        weight: importance of pairs: None for uniform weights, a number gamma for `SoftImportance(gamma)`, or a
+            `SoftImportance` (or any callable from two [P] to [P]), whose state then belongs to this module.
+        center: leave out eq. 8's constant log(2)/alpha.
+        average: take the mean of token log-probs in place of their sum for L_w and L_l.
+        nll_weight: >= 0; adds that much of the mean negative log-prob over all tokens of chosen responses.
+        ignore_index: label of rows that are no part of a response.
+        chunk_size, temperature, softcap, logit_scale: see `spo_kernels.linear`.
+        route: "recompute" or "recompute_free" (see the module), the same loss and gradients to rounding, or "auto".
+            "recompute_free" computes gradients in the forward, keeps them in float32, and can run one backward, which
+            multiplies them by the upstream scalar on the device. It needs pair weights that a pair determines: uniform,
+            `pair_weight`, or a `SoftImportance` whose normalizer is a number or a Tensor ("batch" and "ema" know it
+            only after the last pair); and tiles that hold every pair, chosen and rejected rows. "auto" takes it where
+            the weights allow it, and recomputes the pairs that are too long. The KL's coefficient is always known.
+            Without gradients neither computes any.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        beta: float = 0.0,
+        weight: float | Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        center: bool = False,
+        average: bool = False,
+        nll_weight: float = 0.0,
+        ignore_index: int = -100,
+        chunk_size: int | None = None,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        route: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_number("alpha", alpha)
+        check_number("beta", beta)
+        check_number("nll_weight", nll_weight)
+        if route not in ROUTES:
+            raise ValueError(f"route must be one of {', '.join(ROUTES)}, got {route!r}")
+        self.alpha = alpha
+        self.beta = beta
+        self.weight = checked_importance(weight)
+        self.center = center
+        self.average = average
+        self.nll_weight = nll_weight
+        self.ignore_index = ignore_index
+        self.chunk_size = chunk_size
+        self.options = checked_options(temperature, softcap, logit_scale, chunk_size)
+        self.route = route
+
+    def extra_repr(self) -> str:
+        return (
+            f"alpha={self.alpha}, beta={self.beta}, center={self.center}, average={self.average}, "
+            f"nll_weight={self.nll_weight}, route={self.route!r}"
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        pair_weight: Tensor | None = None,
+        kl_hidden: Tensor | None = None,
+        kl_ref_hidden: Tensor | None = None,
+        kl_ref_weight: Tensor | None = None,
+        kl_ref_bias: Tensor | None = None,
+        kl_mask: Tensor | None = None,
+        kl_cu_seqlens: Tensor | None = None,
+        reference_chosen_logps: Tensor | None = None,
+        reference_rejected_logps: Tensor | None = None,
+    ) -> tuple[Tensor, SPOMetrics]:
+        """The objective and its metrics.
+
+        Args:
+            hidden: [2P, T, H], chosen responses in rows [0:P], rejected ones of the same pairs in [P:2P]; packed,
+                [N, H] with `cu_seqlens`. Aligned with labels: nothing is shifted.
+            weight: [V, H], the head's.
+            labels: [2P, T] or [N] int64; `ignore_index` outside responses.
+            bias: [V] or None, the head's.
+            cu_seqlens: [2P + 1], start of each sequence in the packed rows, and N.
+            pair_weight: mu [P], in place of the module's weight; no gradient flows to it.
+            kl_hidden: [S, T', H], the policy on sequences sampled from it; packed, [N', H] with `kl_cu_seqlens`.
+            kl_ref_hidden: the reference's hidden states of the same rows, [.., H'], without gradient.
+            kl_ref_weight: [V, H'], the reference's head, without gradient.
+            kl_ref_bias: [V] or None.
+            kl_mask: [S, T'] or [N'] bool, True for the rows that predict a token of the sampled response, its
+                end-of-sequence token included; None for all rows.
+            kl_cu_seqlens: [S + 1]; the mean over S is all that depends on it.
+            reference_chosen_logps: [P], for the rewards only.
+            reference_rejected_logps: [P], for the rewards only.
+
+        Returns:
+            (objective [], `SPOMetrics`), float32 (float64 for float64 hidden states). With P = 0 the preference part is
+            0; the NLL term is part of the objective and of no metric.
+
+        Raises:
+            ValueError: an odd number of sequences; beta without the kl_ arguments or the reverse; route
+                "recompute_free" with weights that only the whole batch determines, or with a pair longer than a tile;
+                and what `linear_sequence_logps`, `linear_token_kl` and `spo_loss` raise.
+        """
+        policy = checked_head(*autocast_head(hidden, weight, bias))
+        check_rows(labels, "labels", torch.int64, hidden, "hidden")
+        valid = (labels != self.ignore_index).to(output_dtype(hidden))
+        counts = sum_sequences(valid, cu_seqlens, "labels", "hidden")
+        pairs, odd = divmod(counts.shape[0], 2)
+        if odd:
+            raise ValueError(f"hidden must hold P chosen and then P rejected sequences, got {counts.shape[0]} in all")
+        at_once = self._gradients_at_once(pair_weight) and _needs_gradients(policy)
+        unit: Tensor | None = None
+        if at_once:
+            unit, sums = self._loss_and_sums(policy, labels, cu_seqlens, counts, pair_weight)
+        else:
+            sums = linear_sequence_logps(
+                policy.hidden,
+                policy.weight,
+                labels,
+                policy.bias,
+                ignore_index=self.ignore_index,
+                cu_seqlens=cu_seqlens,
+                chunk_size=self.chunk_size,
+                **self.options._asdict(),
+            )
+        logps = sums / counts.clamp(min=1) if self.average else sums
+        logp_w, logp_l = logps[:pairs], logps[pairs:]
+        losses, chosen_rewards, rejected_rewards = spo_loss(
+            logp_w,
+            logp_l,
+            reference_chosen_logps,
+            reference_rejected_logps,
+            alpha=self.alpha,
+            weight=self.weight if pair_weight is None else pair_weight,
+            center=self.center,
+        )
+        preference = objective = mean_or_zero(losses)
+        if unit is not None:
+            objective = unit
+        elif self.nll_weight:
+            objective = preference - self.nll_weight * sums[:pairs].sum() / counts[:pairs].sum().clamp(min=1)
+        kl = self._mean_kl(kl_hidden, policy, (kl_ref_hidden, kl_ref_weight, kl_ref_bias), kl_mask, kl_cu_seqlens)
+        if kl is not None:
+            objective = objective + self.beta * kl
+        return objective, spo_metrics(preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards)
+
+    def _gradients_at_once(self, pair_weight: Tensor | None) -> bool:
+        """Whether the route is the one without recomputation, for these pair weights."""
+        if self.route == "recompute":
+            return False
+        by_pair = (
+            pair_weight is not None
+            or self.weight is None
+            or (isinstance(self.weight, SoftImportance) and not isinstance(self.weight.normalizer, str))
+        )
+        if self.route == "recompute_free" and not by_pair:
+            raise ValueError(
+                'route "recompute_free" needs pair weights that a pair determines: weight None, pair_weight, or a '
+                f"SoftImportance whose normalizer is a number or a Tensor, got weight {self.weight}"
+            )
+        return by_pair
+
+    def _loss_and_sums(
+        self, policy: head.Head, labels: Tensor, cu_seqlens: Tensor | None, counts: Tensor, pair_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(preference loss and NLL [], summed log-probs [2P] without gradient), the gradient computed with them."""
+        if cu_seqlens is None:
+            sequence = torch.arange(counts.shape[0], device=labels.device).repeat_interleave(labels.shape[1])
+        else:
+            sequence = sequence_of_rows(cu_seqlens, labels.flatten(), "hidden")
+        importance = self.weight if pair_weight is None else None
+        normalizer = None
+        if importance is not None:
+            normalizer = torch.as_tensor(importance.normalizer, dtype=counts.dtype, device=counts.device)
+        if pair_weight is not None:
+            check_like("pair_weight", pair_weight, "counts", counts[: counts.shape[0] // 2], same_dtype=False)
+            pair_weight = pair_weight.detach().to(counts.dtype)
+        loss, sums, *_ = torch.ops.spo_kernels.linear_spo_loss_fwd(
+            *as_rows(policy),
+            labels.reshape(-1),
+            sequence,
+            counts.clamp(min=1),
+            pair_weight,
+            normalizer,
+            0.0 if importance is None else importance.gamma,
+            self.alpha,
+            self.center,
+            self.average,
+            self.nll_weight,
+            self.ignore_index,
+            self.route == "recompute_free",
+            *_needs(policy),
+            *self.options,
+            self.chunk_size,
+        )
+        return loss, sums
+
+    def _mean_kl(
+        self,
+        hidden: Tensor | None,
+        policy: head.Head,
+        reference: tuple[Tensor | None, Tensor | None, Tensor | None],
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor | None:
+        """Mean over sampled sequences of the token KL summed over each (Appendix B); None at beta = 0."""
+        ref_hidden, ref_weight, ref_bias = reference
+        given = {"kl_hidden": hidden, "kl_ref_hidden": ref_hidden, "kl_ref_weight": ref_weight}
+        if self.beta == 0:
+            for name, tensor in given.items():
+                if tensor is not None:
+                    raise ValueError(f"{name} must be None where beta is 0: it would have no effect; give beta > 0")
+            return None
+        for name, tensor in given.items():
+            if tensor is None:
+                raise ValueError(f"{name} must be given where beta is not 0, got None with beta = {self.beta}")
+        assert hidden is not None and ref_hidden is not None and ref_weight is not None
+        if cu_seqlens is None and hidden.dim() != 3:
+            raise ValueError(f"kl_hidden must be [S, T, H], or [N, H] with kl_cu_seqlens, got {list(hidden.shape)}")
+        sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        if sequences < 1:
+            raise ValueError(f"kl_hidden must hold at least one sequence, got {list(hidden.shape)}")
+        sampled, ref_head = checked_heads(hidden, policy.weight, policy.bias, ref_hidden, ref_weight, ref_bias)
+        if self.route == "recompute" or not _needs_gradients(sampled):
+            kl = linear_token_kl(
+                sampled.hidden,
+                sampled.weight,
+                ref_head.hidden,
+                ref_head.weight,
+                mask,
+                sampled.bias,
+                ref_head.bias,
+                chunk_size=self.chunk_size,
+                **self.options._asdict(),
+            )
+            return kl.sum() / sequences
+        if mask is None:
+            row_weight = hidden.new_ones(hidden.shape[:-1], dtype=output_dtype(hidden))
+        else:
+            check_rows(mask, "kl_mask", torch.bool, hidden, "kl_hidden")
+            row_weight = mask.to(output_dtype(hidden))
+        loss, *_ = torch.ops.spo_kernels.linear_kl_loss_fwd(
+            *as_rows(sampled),
+            *as_rows(ref_head),
+            row_weight.reshape(-1) / sequences,
+            *_needs(sampled),
+            *self.options,
+            self.chunk_size,
+        )
+        return loss
+
+
+def _needs(policy: head.Head) -> head.Needs:
+    return head.Needs(*(tensor is not None and tensor.requires_grad for tensor in policy))
+
+
+def _needs_gradients(policy: head.Head) -> bool:
+    return torch.is_grad_enabled() and any(_needs(policy))
