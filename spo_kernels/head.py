@@ -4,7 +4,7 @@
 
 A tile is some rows by some columns of z, in one scratch buffer that every tile reuses: a matrix product fills it, a row
 op works on it in place, the matrix products of the backward consume it. Statistics of a row's blocks of columns combine
-by the chain rule over "which block, then which token in it" (`_merge`). Accumulation is in float32, float64 for float64.
+by the chain rule over "which block, then which token in it" (`_merge`). Sums are float32, or float64.
 
 Unlike a row op's, a row's result may depend on the other rows in the last bits: a matrix product sums in an order that
 depends on its shape.
@@ -27,8 +27,10 @@ from spo_kernels.reference import accumulate_dtype
 _TILE_ROWS, _TILE_BYTES, _LEAST_COLUMNS = 4096, 16 << 20, 1024
 # Rows of a tile as wide as the vocabulary, which the gradients within the forward need: 64 MiB, but never below 512.
 _WIDE_TILE_BYTES, _LEAST_WIDE_ROWS = 64 << 20, 512
+# Columns of the weight, and of the gradient of the logits, that are cast at a time.
+_CAST_COLUMNS = 4096
 # Columns beside a tile's own. The first holds -inf, for labels that lie in another block: there the row op may put the
-# 1 of (1[v = y] - p). The rest keeps rows 64 bytes apart from one another's alignment.
+# 1 of (1[v = y] - p). The rest keeps every row's start aligned.
 _SPARE_COLUMNS = 16
 
 Rows = slice | Tensor  # of the hidden states: a range, or the indices of those that were kept
@@ -67,30 +69,30 @@ class RowStats(NamedTuple):
 
 @functools.cache
 def native_products(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether matrix products of a half-precision dtype are to run in it rather than in float32.
+    """Whether the products of a backward run in a half-precision dtype faster than in float32.
 
-    A CPU without such instructions is 4 to 5 times slower at them than at float32, one with them (AMX) faster by as
-    much: measured once, by products of a tile's proportions. Native products round the logits to the dtype, as
-    `torch.nn.functional.linear` does.
+    CPUs differ by an order of magnitude: without instructions for a dtype its products are 4 to 30 times slower than
+    float32's, with them 2 or more times faster. Measured once, on the product with the least favourable layout.
     """
     if device_type != "cpu":
         return True
 
     def seconds(operand: torch.dtype) -> float:
-        hidden, weight = torch.ones(256, 512, dtype=operand), torch.ones(1024, 512, dtype=operand)
+        dlogits, hidden = torch.ones(256, 1024, dtype=operand), torch.ones(256, 512, dtype=operand)
         times = []
         for _ in range(4):  # the first warms up
             start = time.perf_counter()
-            torch.mm(hidden, weight.t())
+            torch.mm(dlogits.t(), hidden)
             times.append(time.perf_counter() - start)
         return min(times)
 
     return seconds(dtype) < seconds(torch.float32)
 
 
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """Dtype of the tiles and of the operands of their products."""
-    if hidden.dtype in (torch.bfloat16, torch.float16) and not native_products(hidden.device.type, hidden.dtype):
+def _logits_dtype(hidden: Tensor) -> torch.dtype:
+    """Dtype of the tiles. On CPUs float32 even for half precision, whose products would come out rounded to it; on
+    GPUs, where float32 products are slow, that of the hidden states, as `torch.nn.functional.linear` has it."""
+    if hidden.device.type == "cpu" and hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.float32
     return hidden.dtype
 
@@ -109,25 +111,31 @@ class _Tile:
     def __init__(self, head: Head, options: LogitOptions, rows: int, columns: int) -> None:
         self._head = head
         self._options = options
-        self._dtype = _product_dtype(head.hidden)
+        self._dtype = _logits_dtype(head.hidden)
         self._buffer = head.hidden.new_empty(rows, columns + _SPARE_COLUMNS, dtype=self._dtype)
         self.scale = options.logit_scale / options.temperature  # dz / d(h W^T + b), apart from the softcap's slope
         self._slope: Tensor | None = None
 
     def select(self, rows: Rows) -> None:
-        self.hidden = self._head.hidden[rows].to(self._dtype)
+        self._rows = self._head.hidden[rows]
+        self._hidden = self._rows.to(self._dtype)
+
+    def rows_like(self, dtype: torch.dtype) -> Tensor:
+        """Zeros ``[n, H]`` for the selected rows."""
+        return torch.zeros_like(self._rows, dtype=dtype)
 
     def fill(self, begin: int, end: int, *, slope: bool = False) -> Tensor:
-        """Logits ``[n, end - begin + 1]`` of the selected rows, the last column -inf; keeps what `products` needs."""
-        self.weight = self._head.weight[begin:end].to(self._dtype)
-        tile = self._buffer[: self.hidden.shape[0], : end - begin + 1]
+        """Logits ``[n, end - begin + 1]`` of the selected rows, the last column -inf; with what `dlogits` needs."""
+        tile = self._buffer[: self._hidden.shape[0], : end - begin + 1]
         logits, softcap = tile[:, :-1], self._options.softcap
         factor = self.scale if softcap is None else self._options.logit_scale / softcap
-        if self._head.bias is None:
-            torch.addmm(logits, self.hidden, self.weight.t(), beta=0, alpha=factor, out=logits)
-        else:
-            bias = self._head.bias[begin:end].to(self._dtype)
-            torch.addmm(bias, self.hidden, self.weight.t(), beta=factor, alpha=factor, out=logits)
+        for b, e in self._blocks(begin, end):
+            weight, out = self._head.weight[b:e].to(self._dtype), logits[:, b - begin : e - begin]
+            if self._head.bias is None:
+                torch.addmm(out, self._hidden, weight.t(), beta=0, alpha=factor, out=out)
+            else:
+                bias = self._head.bias[b:e].to(self._dtype)
+                torch.addmm(bias, self._hidden, weight.t(), beta=factor, alpha=factor, out=out)
         if softcap is not None:
             logits.tanh_()
             self._slope = 1 - logits.square() if slope else None
@@ -135,17 +143,29 @@ class _Tile:
         tile[:, -1] = -torch.inf
         return tile
 
-    def sloped(self, tile: Tensor) -> Tensor:
-        """From the gradient of the logits, in place, that of ``scale (h W^T + b)``; without the spare column."""
-        dlogits = tile[:, :-1]
-        return dlogits if self._slope is None else dlogits.mul_(self._slope)
+    def dlogits(self, tile: Tensor) -> Tensor:
+        """What is to be multiplied by `scale` in the products of the backward, from the gradient of a filled tile."""
+        return tile[:, :-1] if self._slope is None else tile[:, :-1].mul_(self._slope)
+
+    def operands(self, dlogits: Tensor, begin: int, end: int) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+        """(begin, end, dlogits, weight, hidden) of blocks of columns, in the dtype of the products of the backward."""
+        native = self._dtype != self._rows.dtype and native_products(self._rows.device.type, self._rows.dtype)
+        dtype, hidden = (self._rows.dtype, self._rows) if native else (self._dtype, self._hidden)
+        for b, e in self._blocks(begin, end):
+            yield b, e, dlogits[:, b - begin : e - begin].to(dtype), self._head.weight[b:e].to(dtype), hidden
+
+    def _blocks(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """All columns at once, or blocks of them where something must be cast, so that the copies stay small."""
+        size = end - begin if self._dtype == self._rows.dtype else _CAST_COLUMNS
+        for b in range(begin, end, size):
+            yield b, min(b + size, end)
 
 
 class _UniformTile:
     """Logits of the uniform distribution, in place of a reference's: the KL to it is log V minus the entropy."""
 
     def __init__(self, hidden: Tensor, columns: int) -> None:
-        self._row = hidden.new_zeros(1, columns + 1, dtype=_product_dtype(hidden))
+        self._row = hidden.new_zeros(1, columns + 1, dtype=_logits_dtype(hidden))
 
     def select(self, rows: Rows) -> None:
         self._count = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
@@ -170,20 +190,22 @@ class _Gradients:
 
     def select(self, rows: Rows, tile: _Tile) -> None:
         self._rows = rows
-        self._dhidden = tile.hidden.new_zeros(tile.hidden.shape if self.hidden.numel() else 0, dtype=self._wide)
+        self._dhidden = tile.rows_like(self._wide) if self.hidden.numel() else None
 
-    def add(self, tile: _Tile, dlogits: Tensor, begin: int, end: int) -> None:
+    def add(self, tile: _Tile, filled: Tensor, begin: int, end: int) -> None:
         """The products of the backward of a tile whose logits have become their gradient."""
-        if self.hidden.numel():
-            _add_product(self._dhidden, dlogits, tile.weight, tile.scale)
-        if self.weight.numel():
-            _add_product(self.weight[begin:end], dlogits.t(), tile.hidden, tile.scale)
+        dlogits = tile.dlogits(filled)
+        for b, e, part, weight, hidden in tile.operands(dlogits, begin, end):
+            if self._dhidden is not None:
+                _add_product(self._dhidden, part, weight, tile.scale)
+            if self.weight.numel():
+                _add_product(self.weight[b:e], part.t(), hidden, tile.scale)
         if self.bias.numel():
             self.bias[begin:end].add_(dlogits.sum(0, dtype=self._wide), alpha=tile.scale)
 
     def finish_rows(self) -> None:
         """The selected rows have had all their columns."""
-        if self.hidden.numel():
+        if self._dhidden is not None:
             self.hidden[self._rows] = self._dhidden.to(self.hidden.dtype)
 
 
@@ -291,7 +313,7 @@ def _gradients_of_rows(
         torch.ops.spo_kernels.token_stats_bwd_(
             dlogps, dkl, logits, local, ref_logits, None, known.kl, known.stats, -100
         )
-        gradients.add(tile, tile.sloped(logits), begin, end)
+        gradients.add(tile, logits, begin, end)
     gradients.finish_rows()
 
 
@@ -335,7 +357,7 @@ def token_stats_fwd(
     kl = head.hidden.new_zeros(rows if with_kl else 0, dtype=dtype)
     stats = head.hidden.new_zeros(4 if with_kl else 2, rows, dtype=dtype)
     size = _tile_rows(head, chunk_size, _TILE_ROWS)
-    columns = _columns(size, vocabulary, _product_dtype(head.hidden))
+    columns = _columns(size, vocabulary, _logits_dtype(head.hidden))
     tile = _Tile(head, options, size, columns)
     reference = _reference_tile(head, ref_head, uniform, options, size, columns)
     for selected in _row_tiles(kept, rows, size):
@@ -365,7 +387,7 @@ def token_stats_bwd(
     """``(dhidden, dweight, dbias)``, each ``[0]`` where not wanted, in the dtypes of what they belong to."""
     rows, vocabulary = head.hidden.shape[0], head.weight.shape[0]
     size = _tile_rows(head, chunk_size, _TILE_ROWS)
-    columns = _columns(size, vocabulary, _product_dtype(head.hidden))
+    columns = _columns(size, vocabulary, _logits_dtype(head.hidden))
     tile = _Tile(head, options, size, columns)
     with_kl = dkl is not None
     reference = _reference_tile(head, ref_head, uniform, options, size, columns) if with_kl else None
@@ -410,13 +432,13 @@ def kl_loss_fwd(
         logits = tile.fill(0, vocabulary, slope=True)
         ref_logits = reference.fill(0, vocabulary)
         loss += torch.ops.spo_kernels.kl_loss_fwd_(logits, ref_logits, row_weight[selected])
-        gradients.add(tile, tile.sloped(logits), 0, vocabulary)
+        gradients.add(tile, logits, 0, vocabulary)
         gradients.finish_rows()
     return loss, gradients.hidden, gradients.weight, gradients.bias
 
 
 def _wide_tile_rows(head: Head, chunk_size: int | None, buffers: int = 1) -> int:
-    row_bytes = head.weight.shape[0] * _product_dtype(head.hidden).itemsize
+    row_bytes = head.weight.shape[0] * _logits_dtype(head.hidden).itemsize
     return _tile_rows(head, chunk_size, max(_WIDE_TILE_BYTES // row_bytes, _LEAST_WIDE_ROWS) // buffers)
 
 
@@ -501,7 +523,7 @@ def _gradients_of_tile(
     logps, kl, stats = torch.ops.spo_kernels.token_stats_fwd(logits, labels[rows], None, None, -100, False)
     dlogps = upstream(logps)
     torch.ops.spo_kernels.token_stats_bwd_(dlogps, None, logits, labels[rows], None, None, kl, stats, -100)
-    gradients.add(tile, tile.sloped(logits), 0, vocabulary)
+    gradients.add(tile, logits, 0, vocabulary)
     gradients.finish_rows()
 
 
@@ -516,7 +538,7 @@ def _gradients_of_long_pair(
 ) -> None:
     vocabulary = head.weight.shape[0]
     size = min(_tile_rows(head, chunk_size, _TILE_ROWS), rows.shape[0])
-    columns = _columns(size, vocabulary, _product_dtype(head.hidden))
+    columns = _columns(size, vocabulary, _logits_dtype(head.hidden))
     tile = _Tile(head, options, size, columns)
     parts = [(part, *_stats_of_rows(part, tile, None, labels, vocabulary, columns)) for part in rows.split(size)]
     dlogps = upstream(torch.cat([logps for _, logps, _ in parts])).split(size)

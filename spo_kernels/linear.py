@@ -17,8 +17,8 @@ Options of every function:
     logit_scale: not 0; multiplies the logits first, as Cohere does.
     chunk_size: most rows of a tile, >= 1; None chooses rows and columns by bytes. More than there are rows is all.
 
-Errors are those of `spo_kernels.functional`: ValueError where a shape, dtype, device or option is wrong, RuntimeError for
-a label out of range.
+Errors are those of `spo_kernels.functional`: ValueError where a shape, dtype, device or option is wrong, RuntimeError
+for a label out of range.
 """
 
 from __future__ import annotations

@@ -155,8 +155,8 @@ _autograd("token_stats_fwd", _token_stats_backward, _token_stats_setup)
 _autograd("kl_loss_fwd", _kl_loss_backward, _kl_loss_setup)
 
 
-# The head: hidden states and a weight in place of logits. These ops are tile loops over the ops above (`head`), the same
-# for every device. Rows are ``[N]``; a head is hidden ``[N, H]``, weight ``[V, H]``, bias ``[V]`` or None.
+# The head: hidden states and a weight in place of logits. These ops are tile loops over the ops above (`head`), the
+# same for every device. Rows are ``[N]``; a head is hidden ``[N, H]``, weight ``[V, H]``, bias ``[V]`` or None.
 
 HEAD_ARGS = "Tensor hidden, Tensor weight, Tensor? bias"
 _REF_HEAD_ARGS = "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
@@ -165,10 +165,10 @@ NEEDS_ARGS = "bool need_hidden, bool need_weight, bool need_bias"
 
 HEAD_SCHEMAS = {
     # With uniform, the KL is that to the uniform distribution over the vocabulary.
-    "linear_token_stats_fwd": f"({HEAD_ARGS}, Tensor? labels, {_REF_HEAD_ARGS}, Tensor? mask, int ignore_index, bool uniform, "
-    f"{OPTION_ARGS}) -> (Tensor logps, Tensor kl, Tensor stats)",
-    "linear_token_stats_bwd": f"(Tensor? dlogps, Tensor? dkl, {HEAD_ARGS}, Tensor? labels, {_REF_HEAD_ARGS}, Tensor? mask, "
-    f"Tensor kl, Tensor stats, int ignore_index, bool uniform, {NEEDS_ARGS}, {OPTION_ARGS}) "
+    "linear_token_stats_fwd": f"({HEAD_ARGS}, Tensor? labels, {_REF_HEAD_ARGS}, Tensor? mask, int ignore_index, "
+    f"bool uniform, {OPTION_ARGS}) -> (Tensor logps, Tensor kl, Tensor stats)",
+    "linear_token_stats_bwd": f"(Tensor? dlogps, Tensor? dkl, {HEAD_ARGS}, Tensor? labels, {_REF_HEAD_ARGS}, "
+    f"Tensor? mask, Tensor kl, Tensor stats, int ignore_index, bool uniform, {NEEDS_ARGS}, {OPTION_ARGS}) "
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)",
     "linear_kl_loss_fwd": f"({HEAD_ARGS}, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, Tensor row_weight, "
     f"{NEEDS_ARGS}, {OPTION_ARGS}) -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
