@@ -277,15 +277,15 @@ def _stats_of_rows(
         ref_logits = None if reference is None else reference.fill(begin, end)
         local = None if selected is None else _local_labels(selected, begin, end)
         _, kl, stats = torch.ops.spo_kernels.token_stats_fwd(logits, local, ref_logits, None, -100, False)
-        part = RowStats(stats, kl)
+        part = RowStats(stats.double(), kl.double())  # so that the number of blocks leaves no trace
         total = part if total is None else _merge(total, part)
         if local is not None:
-            here = logits.gather(1, local[:, None])[:, 0].to(stats.dtype)  # -inf outside the block
+            here = logits.gather(1, local[:, None])[:, 0].double()  # -inf outside the block
             picked = here if picked is None else torch.where(local == end - begin, picked, here)
     assert total is not None  # V >= 1
-    if picked is None:
-        return total.stats.new_empty(0), total
-    return (picked - total.stats[0]) - total.stats[1], total
+    logps = total.stats.new_empty(0) if picked is None else (picked - total.stats[0]) - total.stats[1]
+    dtype = accumulate_dtype(logits.dtype)
+    return logps.to(dtype), RowStats(total.stats.to(dtype), total.kl.to(dtype))
 
 
 def _gradients_of_rows(
@@ -478,8 +478,8 @@ def pair_gradients(
         )
     sums = head.hidden.new_zeros(2 * pairs, dtype=wide)
     gradients = _Gradients(head, needs, (wide, wide))
-    widest = max((length for length in lengths if length <= size), default=0)
-    tile = _Tile(head, options, size if widest else 1, vocabulary if widest else 1)
+    fits = any(0 < length <= size for length in lengths)
+    tile = _Tile(head, options, size, vocabulary) if fits else None
     for first, end, rows in _pair_groups(order, lengths, size):
         of_row = sequence[rows]
 
@@ -490,7 +490,9 @@ def pair_gradients(
             of_sequence[first:end], of_sequence[pairs + first : pairs + end] = chosen, rejected
             return of_sequence[of_row]
 
-        if rows.shape[0] <= size:
+        if rows.shape[0] == 0:
+            upstream(sums[:0])
+        elif tile is not None and rows.shape[0] <= size:
             _gradients_of_tile(rows, tile, labels, upstream, gradients, vocabulary)
         else:
             _gradients_of_long_pair(rows, head, labels, upstream, gradients, options, chunk_size)

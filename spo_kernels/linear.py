@@ -238,7 +238,7 @@ def as_rows(head: Head) -> Head:
 
 def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     device_type = hidden.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device_type)
 
@@ -273,7 +273,7 @@ def checked_options(
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be > 0 and finite, or None, got {softcap}")
-    if logit_scale == 0 or not math.isfinite(logit_scale):
+    if not 0 < abs(logit_scale) < math.inf:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
     if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a whole number of rows >= 1, or None, got {chunk_size!r}")

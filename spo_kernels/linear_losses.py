@@ -55,7 +55,7 @@ def _(
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [N]
     sequence: Tensor,  # [N], of the 2P
-    counts: Tensor,  # [2P] unignored rows of each sequence, floating, >= 1
+    counts: Tensor,  # [2P] unignored rows of each sequence, floating
     pair_weight: Tensor | None,  # [P]
     normalizer: Tensor | None,  # [], of soft importance with gamma; None for uniform weights
     gamma: float,
@@ -77,8 +77,8 @@ def _(
     head.check_labels(labels, weight.shape[0], ignore_index)
     importance = None if normalizer is None else SoftImportance(gamma, normalizer)
     losses = counts.new_zeros(pairs)
-    divisor = counts if average else torch.ones_like(counts)
-    nll_share = nll_weight / _chosen_rows(labels, sequence, pairs, ignore_index)
+    divisor = counts.clamp(min=1) if average else torch.ones_like(counts)
+    nll_share = nll_weight / counts[:pairs].sum().clamp(min=1)
 
     def coefficients(first: int, end: int, sums_w: Tensor, sums_l: Tensor) -> tuple[Tensor, Tensor]:
         divisor_w, divisor_l = divisor[first:end], divisor[pairs + first : pairs + end]
@@ -123,11 +123,6 @@ torch.library.register_autograd(
     setup_context=ops.setup_unit_gradients,
     lib=ops.library,
 )
-
-
-def _chosen_rows(labels: Tensor, sequence: Tensor, pairs: int, ignore_index: int) -> Tensor:
-    """Number of unignored rows of all chosen sequences, [], at least 1."""
-    return ((labels != ignore_index) & (sequence < pairs)).sum().clamp(min=1)
 
 
 class LinearSPOLoss(nn.Module):
@@ -242,8 +237,8 @@ class LinearSPOLoss(nn.Module):
         check_rows(labels, "labels", torch.int64, hidden, "hidden")
         valid = (labels != self.ignore_index).to(output_dtype(hidden))
         counts = sum_sequences(valid, cu_seqlens, "labels", "hidden")
-        pairs, odd = divmod(counts.shape[0], 2)
-        if odd:
+        pairs = counts.shape[0] // 2  # the compiler has no divmod of a dynamic size
+        if counts.shape[0] % 2:
             raise ValueError(f"hidden must hold P chosen and then P rejected sequences, got {counts.shape[0]} in all")
         at_once = self._gradients_at_once(pair_weight) and _needs_gradients(policy)
         unit: Tensor | None = None
@@ -310,13 +305,13 @@ class LinearSPOLoss(nn.Module):
         if importance is not None:
             normalizer = torch.as_tensor(importance.normalizer, dtype=counts.dtype, device=counts.device)
         if pair_weight is not None:
-            check_like("pair_weight", pair_weight, "counts", counts[: counts.shape[0] // 2], same_dtype=False)
+            check_like("pair_weight", pair_weight, "the pairs", counts[: counts.shape[0] // 2], same_dtype=False)
             pair_weight = pair_weight.detach().to(counts.dtype)
         loss, sums, *_ = torch.ops.spo_kernels.linear_spo_loss_fwd(
             *as_rows(policy),
             labels.reshape(-1),
             sequence,
-            counts.clamp(min=1),
+            counts,
             pair_weight,
             normalizer,
             0.0 if importance is None else importance.gamma,

@@ -347,8 +347,11 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[
 
 def _linear_token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.ignore_index, ctx.uniform, ctx.temperature, ctx.softcap, ctx.logit_scale, ctx.chunk_size = inputs
-    _, kl, stats = output
-    ctx.mark_non_differentiable(stats, *(out for out in output[:2] if out.numel() == 0))
+    logps, kl, stats = output
+    labels, ref_hidden = inputs[3:5]
+    not_asked = [logps] if labels is None else []
+    not_asked += [kl] if ref_hidden is None and not ctx.uniform else []
+    ctx.mark_non_differentiable(stats, *not_asked)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, kl, stats)
 
