@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ROOT, bars, floors, gpu, report, step
+from benchmarks import ROOT, bars, floors, gpu, head, report, step
 from benchmarks.ops import DEFAULT_CASES, WORKLOADS, Case, Workload
 from benchmarks.providers import DEFAULT_PROVIDERS, PROVIDERS
 from benchmarks.run import CaseRunner, Settings, failures_of_ours, set_simd_level
@@ -86,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
         description="An SPO training step of a small transformer, forward to optimizer, ours against eager PyTorch.",
     )
     step.add_arguments(steps, _count)
+
+    heads = commands.add_parser(
+        "head",
+        parents=[common],
+        help="time the head: the pair loss from hidden states and weight",
+        description="SPO's pair loss and its gradients from hidden states and a weight, against eager PyTorch.",
+    )
+    head.add_arguments(heads, _count)
 
     bar = commands.add_parser(
         "bars",
@@ -246,7 +254,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         settings, simd = _settings(options)
         environment = report.environment(arguments, options.device, simd)
-        run = {"ops": run_ops, "bars": bars.run_bars, "step": step.run_step, "gpu": gpu.run_gpu}[options.command]
+        run = {
+            "ops": run_ops,
+            "bars": bars.run_bars,
+            "step": step.run_step,
+            "head": head.run_head,
+            "gpu": gpu.run_gpu,
+        }[options.command]
         return run(options, environment, settings)
     except (ValueError, OSError) as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
