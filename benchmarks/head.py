@@ -1,8 +1,8 @@
 """The head: SPO's pair loss from hidden states and a weight, forward and backward, ours against logits in memory.
 
 Everyone computes the same scalar of the same 2P sequences (eq. 8 with uniform weights) and its gradients by hidden
-states and weight, with one exception that says so: PyTorch's chunked linear cross-entropy has no per-token result, so it
-gets a plain sum of log-probs, the same matrix products without pairs.
+states and weight, with one exception that says so: PyTorch's chunked linear cross-entropy has no per-token result, so
+it gets a plain sum of log-probs, the same matrix products without pairs.
 
 Work is counted in units of one matrix product of all rows, 2 N H V operations: three for who keeps the logits or has
 the gradients in the forward, four for who recomputes. The share of the peak is the time these products take at the
@@ -248,10 +248,8 @@ def _run_dtype(options: argparse.Namespace, settings: Settings, name: str) -> li
 
 def _product_dtypes(provider: Provider, dtype: torch.dtype, device: torch.device) -> list[torch.dtype]:
     """In which dtype each unit of a provider's work runs."""
-    if not provider.ours or device.type != "cpu" or dtype == torch.float32:
-        return [dtype] * provider.units
-    backward = dtype if native_products("cpu", dtype) else torch.float32
-    return [torch.float32] * (provider.units - 2) + [backward] * 2
+    native = not provider.ours or dtype == torch.float32 or native_products(device.type, dtype)
+    return [dtype if native else torch.float32] * provider.units
 
 
 def run_head(options: argparse.Namespace, environment: report.Environment, settings: Settings) -> int:

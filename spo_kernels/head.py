@@ -27,8 +27,10 @@ from spo_kernels.reference import accumulate_dtype
 _TILE_ROWS, _TILE_BYTES, _LEAST_COLUMNS = 4096, 16 << 20, 1024
 # Rows of a tile as wide as the vocabulary, which the gradients within the forward need: 64 MiB, but never below 512.
 _WIDE_TILE_BYTES, _LEAST_WIDE_ROWS = 64 << 20, 512
-# Columns of the weight, and of the gradient of the logits, that are cast at a time.
+# Columns of the weight that are cast at a time, where the products run in another dtype.
 _CAST_COLUMNS = 4096
+# How much faster native products must be.
+_NATIVE_MARGIN = 1.25
 # Columns beside a tile's own. The first holds -inf, for labels that lie in another block: there the row op may put the
 # 1 of (1[v = y] - p). The rest keeps every row's start aligned.
 _SPARE_COLUMNS = 16
@@ -69,10 +71,12 @@ class RowStats(NamedTuple):
 
 @functools.cache
 def native_products(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether the products of a backward run in a half-precision dtype faster than in float32.
+    """Whether matrix products of a half-precision dtype are to run in it rather than in float32.
 
-    CPUs differ by an order of magnitude: without instructions for a dtype its products are 4 to 30 times slower than
-    float32's, with them 2 or more times faster. Measured once, on the product with the least favourable layout.
+    CPUs differ by an order of magnitude: without instructions for a dtype its products take 4 to 30 times as long as
+    float32's, with them (AMX, avx512_bf16) half or less. Measured once, on the product with the least favourable
+    layout, and with a margin: native products round the logits to the dtype, so the choice should not change from one
+    process to the next.
     """
     if device_type != "cpu":
         return True
@@ -86,15 +90,16 @@ def native_products(device_type: str, dtype: torch.dtype) -> bool:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    return seconds(dtype) < seconds(torch.float32)
+    return _NATIVE_MARGIN * seconds(dtype) < seconds(torch.float32)
 
 
-def _logits_dtype(hidden: Tensor) -> torch.dtype:
-    """Dtype of the tiles. On CPUs float32 even for half precision, whose products would come out rounded to it; on
-    GPUs, where float32 products are slow, that of the hidden states, as `torch.nn.functional.linear` has it."""
-    if hidden.device.type == "cpu" and hidden.dtype in (torch.bfloat16, torch.float16):
-        return torch.float32
-    return hidden.dtype
+def _product_dtype(hidden: Tensor, options: LogitOptions) -> torch.dtype:
+    """Dtype of the tiles and of the operands of their products: that of the hidden states, or float32."""
+    if hidden.dtype not in (torch.bfloat16, torch.float16):
+        return hidden.dtype
+    # A softcap's tanh and product would each round again.
+    native = options.softcap is None and native_products(hidden.device.type, hidden.dtype)
+    return hidden.dtype if native else torch.float32
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
@@ -111,18 +116,17 @@ class _Tile:
     def __init__(self, head: Head, options: LogitOptions, rows: int, columns: int) -> None:
         self._head = head
         self._options = options
-        self._dtype = _logits_dtype(head.hidden)
+        self._dtype = _product_dtype(head.hidden, options)
         self._buffer = head.hidden.new_empty(rows, columns + _SPARE_COLUMNS, dtype=self._dtype)
         self.scale = options.logit_scale / options.temperature  # dz / d(h W^T + b), apart from the softcap's slope
         self._slope: Tensor | None = None
 
     def select(self, rows: Rows) -> None:
-        self._rows = self._head.hidden[rows]
-        self._hidden = self._rows.to(self._dtype)
+        self._hidden = self._head.hidden[rows].to(self._dtype)
 
     def rows_like(self, dtype: torch.dtype) -> Tensor:
         """Zeros ``[n, H]`` for the selected rows."""
-        return torch.zeros_like(self._rows, dtype=dtype)
+        return torch.zeros_like(self._hidden, dtype=dtype)
 
     def fill(self, begin: int, end: int, *, slope: bool = False) -> Tensor:
         """Logits ``[n, end - begin + 1]`` of the selected rows, the last column -inf; with what `dlogits` needs."""
@@ -148,15 +152,13 @@ class _Tile:
         return tile[:, :-1] if self._slope is None else tile[:, :-1].mul_(self._slope)
 
     def operands(self, dlogits: Tensor, begin: int, end: int) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
-        """(begin, end, dlogits, weight, hidden) of blocks of columns, in the dtype of the products of the backward."""
-        native = self._dtype != self._rows.dtype and native_products(self._rows.device.type, self._rows.dtype)
-        dtype, hidden = (self._rows.dtype, self._rows) if native else (self._dtype, self._hidden)
+        """(begin, end, dlogits, weight, hidden) of the products of the backward."""
         for b, e in self._blocks(begin, end):
-            yield b, e, dlogits[:, b - begin : e - begin].to(dtype), self._head.weight[b:e].to(dtype), hidden
+            yield b, e, dlogits[:, b - begin : e - begin], self._head.weight[b:e].to(self._dtype), self._hidden
 
     def _blocks(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """All columns at once, or blocks of them where something must be cast, so that the copies stay small."""
-        size = end - begin if self._dtype == self._rows.dtype else _CAST_COLUMNS
+        size = end - begin if self._dtype == self._head.weight.dtype else _CAST_COLUMNS
         for b in range(begin, end, size):
             yield b, min(b + size, end)
 
@@ -164,8 +166,8 @@ class _Tile:
 class _UniformTile:
     """Logits of the uniform distribution, in place of a reference's: the KL to it is log V minus the entropy."""
 
-    def __init__(self, hidden: Tensor, columns: int) -> None:
-        self._row = hidden.new_zeros(1, columns + 1, dtype=_logits_dtype(hidden))
+    def __init__(self, hidden: Tensor, columns: int, dtype: torch.dtype) -> None:
+        self._row = hidden.new_zeros(1, columns + 1, dtype=dtype)
 
     def select(self, rows: Rows) -> None:
         self._count = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
@@ -333,7 +335,7 @@ def _reference_tile(
     head: Head, ref_head: Head | None, uniform: bool, options: LogitOptions, rows: int, columns: int
 ) -> Reference | None:
     if uniform:
-        return _UniformTile(head.hidden, columns)
+        return _UniformTile(head.hidden, columns, _product_dtype(head.hidden, options))
     return None if ref_head is None else _Tile(ref_head, options, rows, columns)
 
 
@@ -357,7 +359,7 @@ def token_stats_fwd(
     kl = head.hidden.new_zeros(rows if with_kl else 0, dtype=dtype)
     stats = head.hidden.new_zeros(4 if with_kl else 2, rows, dtype=dtype)
     size = _tile_rows(head, chunk_size, _TILE_ROWS)
-    columns = _columns(size, vocabulary, _logits_dtype(head.hidden))
+    columns = _columns(size, vocabulary, _product_dtype(head.hidden, options))
     tile = _Tile(head, options, size, columns)
     reference = _reference_tile(head, ref_head, uniform, options, size, columns)
     for selected in _row_tiles(kept, rows, size):
@@ -387,7 +389,7 @@ def token_stats_bwd(
     """``(dhidden, dweight, dbias)``, each ``[0]`` where not wanted, in the dtypes of what they belong to."""
     rows, vocabulary = head.hidden.shape[0], head.weight.shape[0]
     size = _tile_rows(head, chunk_size, _TILE_ROWS)
-    columns = _columns(size, vocabulary, _logits_dtype(head.hidden))
+    columns = _columns(size, vocabulary, _product_dtype(head.hidden, options))
     tile = _Tile(head, options, size, columns)
     with_kl = dkl is not None
     reference = _reference_tile(head, ref_head, uniform, options, size, columns) if with_kl else None
@@ -421,7 +423,7 @@ def kl_loss_fwd(
     """
     vocabulary = head.weight.shape[0]
     wide = accumulate_dtype(head.hidden.dtype)
-    size = _wide_tile_rows(head, chunk_size, buffers=2)
+    size = _wide_tile_rows(head, options, chunk_size, buffers=2)
     tile, reference = _Tile(head, options, size, vocabulary), _Tile(ref_head, options, size, vocabulary)
     gradients = _Gradients(head, needs, (wide, wide))
     loss = head.hidden.new_zeros((), dtype=wide)
@@ -437,8 +439,8 @@ def kl_loss_fwd(
     return loss, gradients.hidden, gradients.weight, gradients.bias
 
 
-def _wide_tile_rows(head: Head, chunk_size: int | None, buffers: int = 1) -> int:
-    row_bytes = head.weight.shape[0] * _logits_dtype(head.hidden).itemsize
+def _wide_tile_rows(head: Head, options: LogitOptions, chunk_size: int | None, buffers: int = 1) -> int:
+    row_bytes = head.weight.shape[0] * _product_dtype(head.hidden, options).itemsize
     return _tile_rows(head, chunk_size, max(_WIDE_TILE_BYTES // row_bytes, _LEAST_WIDE_ROWS) // buffers)
 
 
@@ -466,7 +468,7 @@ def pair_gradients(
     """
     vocabulary = head.weight.shape[0]
     wide = accumulate_dtype(head.hidden.dtype)
-    size = _wide_tile_rows(head, chunk_size)
+    size = _wide_tile_rows(head, options, chunk_size)
     kept = (labels != ignore_index).nonzero()[:, 0]
     pair_of_row = sequence[kept] % max(pairs, 1)
     order = kept[pair_of_row.argsort(stable=True)]
@@ -476,7 +478,8 @@ def pair_gradients(
             f"chunk_size must be at least the {max(lengths)} rows of the longest pair for gradients within the "
             f"forward, got {size}; the route that recomputes takes any"
         )
-    sums = head.hidden.new_zeros(2 * pairs, dtype=wide)
+    # In float64: D is a small difference of long sums.
+    sums = head.hidden.new_zeros(2 * pairs, dtype=torch.float64)
     gradients = _Gradients(head, needs, (wide, wide))
     fits = any(0 < length <= size for length in lengths)
     tile = _Tile(head, options, size, vocabulary) if fits else None
@@ -484,11 +487,11 @@ def pair_gradients(
         of_row = sequence[rows]
 
         def upstream(logps: Tensor, first: int = first, end: int = end, of_row: Tensor = of_row) -> Tensor:
-            sums.index_add_(0, of_row, logps)
+            sums.index_add_(0, of_row, logps.double())
             chosen, rejected = coefficients(first, end, sums[first:end], sums[pairs + first : pairs + end])
             of_sequence = torch.zeros_like(sums)
             of_sequence[first:end], of_sequence[pairs + first : pairs + end] = chosen, rejected
-            return of_sequence[of_row]
+            return of_sequence[of_row].to(wide)
 
         if rows.shape[0] == 0:
             upstream(sums[:0])
@@ -496,7 +499,7 @@ def pair_gradients(
             _gradients_of_tile(rows, tile, labels, upstream, gradients, vocabulary)
         else:
             _gradients_of_long_pair(rows, head, labels, upstream, gradients, options, chunk_size)
-    return sums, gradients.hidden, gradients.weight, gradients.bias
+    return sums.to(wide), gradients.hidden, gradients.weight, gradients.bias
 
 
 def _pair_groups(order: Tensor, lengths: list[int], size: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -540,7 +543,7 @@ def _gradients_of_long_pair(
 ) -> None:
     vocabulary = head.weight.shape[0]
     size = min(_tile_rows(head, chunk_size, _TILE_ROWS), rows.shape[0])
-    columns = _columns(size, vocabulary, _logits_dtype(head.hidden))
+    columns = _columns(size, vocabulary, _product_dtype(head.hidden, options))
     tile = _Tile(head, options, size, columns)
     parts = [(part, *_stats_of_rows(part, tile, None, labels, vocabulary, columns)) for part in rows.split(size)]
     dlogps = upstream(torch.cat([logps for _, logps, _ in parts])).split(size)
