@@ -27,7 +27,7 @@ from spo_kernels.reference import accumulate_dtype
 _TILE_ROWS, _TILE_BYTES, _LEAST_COLUMNS = 4096, 16 << 20, 1024
 # Rows of a tile as wide as the vocabulary, which the gradients within the forward need: 64 MiB, but never below 512.
 _WIDE_TILE_BYTES, _LEAST_WIDE_ROWS = 64 << 20, 512
-# Columns of the weight that are cast at a time, where the products run in another dtype.
+# Columns whose weight, or whose products, are cast at a time where half precision is involved.
 _CAST_COLUMNS = 4096
 # How much faster native products must be.
 _NATIVE_MARGIN = 1.25
@@ -157,8 +157,9 @@ class _Tile:
             yield b, e, dlogits[:, b - begin : e - begin], self._head.weight[b:e].to(self._dtype), self._hidden
 
     def _blocks(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """All columns at once, or blocks of them where something must be cast, so that the copies stay small."""
-        size = end - begin if self._dtype == self._head.weight.dtype else _CAST_COLUMNS
+        """All columns at once, or blocks of them where operands or results must be cast, so that copies stay small."""
+        one_dtype = self._head.weight.dtype == self._dtype == accumulate_dtype(self._dtype)
+        size = end - begin if one_dtype else _CAST_COLUMNS
         for b in range(begin, end, size):
             yield b, min(b + size, end)
 

@@ -131,6 +131,19 @@ def test_step_agrees_with_float64_and_writes_its_page(tmp_path: Path) -> None:
     assert "| ours_inplace |" in only(tmp_path, "step-*.md").read_text()
 
 
+def test_head_agrees_with_float64_and_writes_its_page(tmp_path: Path) -> None:
+    sizes = ["--pairs", "2", "--tokens", "8", "--hidden", "32", "--vocabulary", "200", "--dtypes", "float32"]
+    providers = ["--providers", "recompute_free", "recompute", "eager"]
+    assert cli.main(["head", *TINY, *sizes, *providers, "--out", str(tmp_path)]) == 0
+    rows = {row["provider"]: row for row in read(only(tmp_path, "head-*.csv"))}
+    assert list(rows) == providers[1:]
+    for row in rows.values():
+        assert row["status"] == "ok"
+        assert float(row["error_loss"]) < 1e-5
+        assert 0 < float(row["error_weight"]) < 1e-4
+    assert "| recompute_free |" in only(tmp_path, "head-*.md").read_text()
+
+
 def test_bars_are_all_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bars", *TINY, "--runs", "1", "--shapes", "16x150", "--providers", "ours", "ours_inplace", "eager"]
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
