@@ -141,10 +141,11 @@ class LinearSPOLoss(nn.Module):
         route: "recompute" or "recompute_free" (see the module), the same loss and gradients to rounding, or "auto".
             "recompute_free" computes gradients in the forward, keeps them in float32, and can run one backward, which
             multiplies them by the upstream scalar on the device. It needs pair weights that a pair determines: uniform,
-            `pair_weight`, or a `SoftImportance` whose normalizer is a number or a Tensor ("batch" and "ema" know it
-            only after the last pair); and tiles that hold every pair, chosen and rejected rows. "auto" takes it where
-            the weights allow it, and recomputes the pairs that are too long. The KL's coefficient is always known.
-            Without gradients neither computes any.
+            `pair_weight`, or a `SoftImportance` whose normalizer is a number or a Tensor ("batch" and "ema" know theirs
+            only after the last pair; for a running average that lags by a step pass its `running_mean` as normalizer
+            and update it with `SPOMetrics.chosen_logps` and `rejected_logps`); and tiles that hold every pair, chosen
+            and rejected rows. "auto" takes it where the weights allow it, and recomputes the pairs that are too long.
+            The KL's coefficient is always known. Without gradients no route computes any.
     """
 
     def __init__(

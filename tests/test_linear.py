@@ -489,6 +489,8 @@ def test_peak_memory_does_not_grow_with_the_rows(route: str, monkeypatch: pytest
         x = Inputs(2 * pairs, 32, h=8, v=8192, dtype=torch.float32)
         hidden, weight = x.hidden.requires_grad_(), x.weight.requires_grad_()
         peaks.append(peak_bytes(lambda h=hidden, w=weight, y=x.labels: loss(h, w, y)[0].backward()))
+        stored = peak_bytes(lambda h=hidden, w=weight: F.linear(h, w))
+        assert stored >= x.labels.numel() * 8192 * 4  # the instrument sees logits where there are some
     logits = 64 * 32 * 8192 * 4
     assert peaks[1] < logits / 10
     assert peaks[1] < peaks[0] + 1.5e6  # hidden states, their gradient, a few numbers a row
