@@ -25,6 +25,7 @@ _KEPT_LINES = 400  # of a step's output, from its end
 class Step(NamedTuple):
     title: str
     command: list[str]
+    folder: Path = ROOT  # to start in
 
 
 class Outcome(NamedTuple):
@@ -41,13 +42,16 @@ class Outcome(NamedTuple):
 def steps(device: str, out: Path, quick: bool) -> Iterator[Step]:
     """What a report consists of. quick: small enough to try all of it on a CPU."""
     python = [sys.executable, "-m"]
-    yield Step("Environment", [*python, "spo_kernels.env"])
+    # All but the benchmarks start elsewhere: Python would import the source tree before the installed package.
+    yield Step("Environment", [*python, "spo_kernels.env"], out)
     for tool in ("nvidia-smi", "rocm-smi"):
         if device != "cpu" and shutil.which(tool):
             yield Step("Device", [tool])
     # On a CPU nothing that is marked would run: the file that also runs there stands in.
-    yield Step("Tests", [*python, "pytest", *(["-m", "gpu", "tests"] if device != "cpu" else ["tests/test_gpu.py"])])
-    yield Step("Selfcheck", [*python, "spo_kernels.selfcheck", "--device", device, *(["--rows", "8"] if quick else [])])
+    chosen = ["-m", "gpu", str(ROOT / "tests")] if device != "cpu" else [str(ROOT / "tests/test_gpu.py")]
+    yield Step("Tests", [*python, "pytest", *chosen], out)
+    rows = ["--rows", "8"] if quick else []
+    yield Step("Selfcheck", [*python, "spo_kernels.selfcheck", "--device", device, *rows], out)
     common = ["--device", device, "--out", str(out), *(["--repeats", "1"] if quick else [])]
     ops = [*python, "benchmarks", "ops", *common]
     if quick:
@@ -64,7 +68,12 @@ def run(step: Step) -> Outcome:
     status: int | None
     try:
         done = subprocess.run(
-            step.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_STEP_SECONDS
+            step.command,
+            cwd=step.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_STEP_SECONDS,
         )
         status, output = done.returncode, done.stdout
     except subprocess.TimeoutExpired as expired:
@@ -75,7 +84,7 @@ def run(step: Step) -> Outcome:
 
 
 def run_gpu(options: argparse.Namespace, environment: report.Environment, settings: Settings) -> int:
-    out = options.out.resolve()  # the steps run at the root of the repository
+    out = options.out.resolve()  # the steps start in other folders
     page = report.output_path(out, "gpu", ".md")
     outcomes: list[Outcome] = []
     for step in steps(str(options.device), out, options.quick):
