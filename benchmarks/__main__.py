@@ -212,7 +212,7 @@ def _measured(options: argparse.Namespace) -> tuple[list[report.Record], list[Pa
     """(rows of the ops CSVs, pages) of the files named, or of the newest of each kind under --out."""
     files = options.files
     if not files:
-        kinds = ("ops-*.csv", "step-*.md", "bars-*.md")
+        kinds = ("ops-*.csv", "step-*.md", "head-*.md", "bars-*.md")
         files = [found[-1] for kind in kinds if (found := sorted(options.out.glob(kind)))]
     tables, pages = ([file for file in files if file.suffix == suffix] for suffix in (".csv", ".md"))
     records = [record for table in tables for record in report.read_csv(table)]

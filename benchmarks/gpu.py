@@ -60,6 +60,20 @@ def steps(device: str, out: Path, quick: bool) -> Iterator[Step]:
         yield Step("Ops", ops)
         yield Step("Ops at the size of a training step", [*ops, "--shapes", "8192x128256", "--dtypes", "bfloat16"])
     small = ["--pairs", "1", "--tokens", "8", "--vocabulary", "130", "--hidden", "64", "--layers", "1"]
+    narrow = [
+        "--pairs",
+        "1",
+        "--tokens",
+        "8",
+        "--vocabulary",
+        "130",
+        "--hidden",
+        "64",
+        "--providers",
+        "recompute",
+        "eager",
+    ]
+    yield Step("Head", [*python, "benchmarks", "head", *common, *(narrow if quick else [])])
     yield Step("Training step", [*python, "benchmarks", "step", *common, *(small if quick else [])])
 
 

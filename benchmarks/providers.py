@@ -81,9 +81,9 @@ def liger_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return -loss(logits, labels)
 
 
-def quack_token_logps(logits: Tensor, labels: Tensor, inplace: bool = False) -> Tensor:
+def quack_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     cross_entropy = importlib.import_module("quack.cross_entropy").cross_entropy
-    return -cross_entropy(logits, labels, reduction="none", inplace_backward=inplace)
+    return -cross_entropy(logits, labels, reduction="none", inplace_backward=True)
 
 
 _EAGER: dict[str, Function] = {
@@ -155,7 +155,7 @@ PROVIDERS: dict[str, Provider] = {
         missing=partial(_no_gpu_or_not_installed, "liger_kernel"),
     ),
     "quack": Provider(
-        {"token_logps": partial(quack_token_logps, inplace=True)},
+        {"token_logps": quack_token_logps},
         dtypes=(torch.float32, *_HALF),
         inplace=True,
         missing=partial(_no_gpu_or_not_installed, "quack"),

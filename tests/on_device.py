@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,69 +12,47 @@ from spo_kernels.backends import Backend
 
 
 class OnDevice:
-    """Copies whole storages, so that a slice keeps strides, offset and neighbours, and copies back what was written to.
+    """The functions of a backend. What they get is copied there and, since they may write to it, copied back.
 
-    Results are on the CPU; one that was asked for in place is the caller's own tensor, as from any backend.
+    Whole storages are: a slice keeps its strides, offset and neighbours, and two views of one tensor stay that. Results
+    are on the CPU; one in place is the caller's own tensor, as from any backend.
     """
 
     def __init__(self, backend: Backend, device: str) -> None:
         self._backend = backend
         self._device = device
 
-    def token_stats_fwd(
-        self, logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, ignore_index: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        there = (self._there(x) for x in (logits, labels, ref_logits, mask))
-        logps, kl, stats = self._backend.token_stats_fwd(*there, ignore_index)
-        return logps.cpu(), kl.cpu(), stats.cpu()
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._backend, name)
 
-    def token_stats_bwd(
-        self,
-        dlogps: Tensor | None,
-        dkl: Tensor | None,
-        logits: Tensor,
-        labels: Tensor | None,
-        ref_logits: Tensor | None,
-        mask: Tensor | None,
-        kl: Tensor,
-        stats: Tensor,
-        ignore_index: int,
-        inplace: bool,
-    ) -> Tensor:
-        first = (self._there(dlogps), self._there(dkl))
-        own = self._there(logits)
-        rest = (self._there(x) for x in (labels, ref_logits, mask, kl, stats))
-        dlogits = self._backend.token_stats_bwd(*first, own, *rest, ignore_index, inplace)
-        return self._back(logits, own, dlogits, inplace)
+        def call(*args: Any) -> Any:
+            here = {_address(arg): arg for arg in args if isinstance(arg, Tensor)}
+            there = {address: _elements(arg).to(self._device, copy=True) for address, arg in here.items()}
 
-    def kl_loss_fwd(
-        self, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool
-    ) -> tuple[Tensor, Tensor]:
-        own = self._there(logits)
-        loss, dlogits = self._backend.kl_loss_fwd(own, self._there(ref_logits), self._there(row_weight), inplace)
-        return loss.cpu(), self._back(logits, own, dlogits, inplace)
+            def carried(arg: Any) -> Any:
+                if not isinstance(arg, Tensor):
+                    return arg
+                return there[_address(arg)].as_strided(arg.shape, arg.stride(), arg.storage_offset())
 
-    def scale_(self, tensor: Tensor, scale: Tensor) -> None:
-        own = self._there(tensor)
-        self._backend.scale_(own, self._there(scale))
-        self._back(tensor, own, own, True)
+            moved = [carried(arg) for arg in args]
+            results = function(*moved)
+            for address, arg in here.items():
+                _elements(arg).copy_(there[address])
 
-    def _there(self, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        storage = _storage(tensor).to(self._device, copy=True)
-        return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            def back(result: Any) -> Any:
+                if not isinstance(result, Tensor):
+                    return result
+                return next((arg for arg, copy in zip(args, moved, strict=True) if copy is result), result.cpu())
 
-    def _back(self, here: Tensor, own: Tensor, result: Tensor, inplace: bool) -> Tensor:
-        """The result on the CPU; after an operation in place, everything around it is copied back as well."""
-        if not inplace:
-            assert result.untyped_storage().data_ptr() != own.untyped_storage().data_ptr() or not own.numel()
-            return result.cpu()
-        assert result.data_ptr() == own.data_ptr()
-        _storage(here).copy_(_storage(own))
-        return here
+            return tuple(map(back, results)) if isinstance(results, tuple) else back(results)
+
+        return call
 
 
-def _storage(tensor: Tensor) -> Tensor:
+def _address(tensor: Tensor) -> tuple[int, torch.dtype]:
+    return tensor.untyped_storage().data_ptr(), tensor.dtype
+
+
+def _elements(tensor: Tensor) -> Tensor:
     """All elements of a tensor's memory, in a row."""
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())

@@ -69,7 +69,7 @@ def gradient(run: Callable[..., Tensor], inputs: dict[str, Tensor]) -> tuple[Ten
 
 def assert_near(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 1e-2)
-    torch.testing.assert_close(actual[0], expected[0], rtol=max(tolerance, 1e-12), atol=tolerance)
+    torch.testing.assert_close(actual[0], expected[0], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(actual[1], expected[1], rtol=tolerance, atol=tolerance * expected[1].abs().max().item())
 
 

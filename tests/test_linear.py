@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import HALF_DTYPES, IGNORE, assert_close, assert_same
+from oracle import ACTIVE, HALF_DTYPES, IGNORE, assert_close, assert_same
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -477,6 +477,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 # N x V and everything else far apart: 2048 x 8192 float32 logits are 64 MiB, hidden states and weight 0.5 MiB or less.
+@pytest.mark.skipif(ACTIVE == "reference", reason="plain torch makes temporaries of its own, several a tile")
 @pytest.mark.parametrize("route", ["recompute", "recompute_free"])
 def test_peak_memory_does_not_grow_with_the_rows(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "_TILE_ROWS", 256)

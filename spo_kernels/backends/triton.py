@@ -78,7 +78,10 @@ def _rows(logits: Tensor, name: str) -> _Rows:
 
 
 def _aligned(*tensors: Tensor | None) -> bool:
-    """Whether Triton knows of every row that it consists of whole vectors: it asks for multiples of 16."""
+    """Whether Triton knows of every row that it consists of whole vectors: it asks for multiples of 16.
+
+    Sums are then grouped otherwise: a row's last bits differ between a tensor that is aligned and one that is not.
+    """
     sizes = [size for x in tensors if x is not None for size in (x.data_ptr(), x.shape[-1], *x.stride()[:-1])]
     return all(size % 16 == 0 for size in sizes)
 
