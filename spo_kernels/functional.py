@@ -5,6 +5,12 @@ read where it lies, never copied). Dtypes: float32, bfloat16, float16 or float64
 float64 for float64 logits. Log-probabilities and KL are in nats. Gradients have the logits' dtype. Labels arrive
 aligned with the logits: only `get_batch_logps` shifts.
 
+A vocabulary may be split over the processes of a ``process_group``, as Megatron's parallel output layer splits it: each
+has the logits ``[..., V_r]`` of its own columns, in the order of ranks, and the same labels (of the whole
+vocabulary), masks and upstream gradients as the others. Every process gets the same result, bit for bit, and the
+gradient of its own logits. The forward is one all-gather of a few numbers a row; the backward has no communication. All
+processes must call.
+
 Every function raises ValueError where a shape, dtype or device is wrong, naming the argument, what it must be and what
 came; a label outside ``[0, V)`` that is not ``ignore_index`` is a RuntimeError (a device-side assertion on a GPU). NaN
 logits give NaN for their own row and touch no other.
@@ -12,15 +18,30 @@ logits give NaN for their own row and touch no other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from spo_kernels import ops
+from spo_kernels.vocabulary import checked_shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def token_logps(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, inplace_backward: bool = False) -> Tensor:
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_shards: Sequence[int] | None = None,
+) -> Tensor:
     """Log-probability of each label: ``log softmax(logits)[label]``, in one pass and without storing a softmax.
 
     Args:
@@ -30,6 +51,8 @@ def token_logps(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, inp
             is needed. Use it when nothing else needs the logits: autograd raises if something else, or a second
             backward, does. Logits that are a leaf, or whose elements share memory, are refused. Under
             ``torch.compile`` the result is the same and memory is left to the compiler.
+        process_group: the group that holds the vocabulary, or None: this process has all of it. See the module.
+        vocab_shards: columns of each process, in the order of ranks; None: all have as many as this one.
 
     Returns:
         ``labels.shape``, float32 (float64 for float64 logits); 0 where ignored.
@@ -39,8 +62,8 @@ def token_logps(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, inp
     if inplace_backward:
         _check_inplace(logits, "inplace_backward")
     rows = _as_rows(logits)
-    logps, _, _ = torch.ops.spo_kernels.token_stats_fwd(
-        rows, _like_rows(labels, rows), None, None, ignore_index, inplace_backward
+    logps, _, _ = _token_stats(
+        rows, _like_rows(labels, rows), None, None, ignore_index, inplace_backward, process_group, vocab_shards
     )
     return logps.view(labels.shape)
 
@@ -53,6 +76,8 @@ def sequence_logps(
     cu_seqlens: Tensor | None = None,
     average: bool = False,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_shards: Sequence[int] | None = None,
 ) -> Tensor:
     """Log-probability of each sequence: the sum of `token_logps` over its unignored tokens.
 
@@ -62,19 +87,32 @@ def sequence_logps(
         cu_seqlens: ``[B + 1]`` int32 or int64, on the logits' device: sequence s is rows ``cu_seqlens[s]`` to
             ``cu_seqlens[s + 1]``, from 0 to N.
         average: divide by the number of unignored tokens; a sequence without any gives 0.
-        inplace_backward: see `token_logps`.
+        inplace_backward, process_group, vocab_shards: see `token_logps`.
 
     Returns:
         ``[B]``, float32 (float64 for float64 logits).
     """
-    logps = token_logps(logits, labels, ignore_index=ignore_index, inplace_backward=inplace_backward)
+    logps = token_logps(
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+        process_group=process_group,
+        vocab_shards=vocab_shards,
+    )
     counts = (labels != ignore_index).to(logps.dtype) if average else None
     sums = sum_sequences(logps, cu_seqlens, "labels")
     return sums if counts is None else sums / sum_sequences(counts, cu_seqlens, "labels").clamp(min=1)
 
 
 def token_kl(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None, *, inplace_backward: bool = False
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_shards: Sequence[int] | None = None,
 ) -> Tensor:
     """Exact KL(policy || reference) of each token's distribution over the whole vocabulary (SPO, Appendix B).
 
@@ -86,7 +124,7 @@ def token_kl(
         logits: policy logits ``[..., V]``.
         ref_logits: reference logits of the same shape, without gradient; the dtype may differ.
         mask: ``[...]`` bool, False on rows that are not wanted.
-        inplace_backward: see `token_logps`.
+        inplace_backward, process_group, vocab_shards: see `token_logps`. Both logits are the same columns.
 
     Returns:
         ``logits.shape[:-1]``, float32 (float64 for float64 logits); 0 where masked.
@@ -98,8 +136,8 @@ def token_kl(
     if inplace_backward:
         _check_inplace(logits, "inplace_backward")
     rows = _as_rows(logits)
-    _, kl, _ = torch.ops.spo_kernels.token_stats_fwd(
-        rows, None, _as_rows(ref_logits), _like_rows(mask, rows), -100, inplace_backward
+    _, kl, _ = _token_stats(
+        rows, None, _as_rows(ref_logits), _like_rows(mask, rows), -100, inplace_backward, process_group, vocab_shards
     )
     return kl.view(logits.shape[:-1])
 
@@ -112,6 +150,8 @@ def token_logps_kl(
     *,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_shards: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_logps` and `token_kl` of the same logits in one pass, forward and backward.
 
@@ -128,8 +168,15 @@ def token_logps_kl(
     if inplace_backward:
         _check_inplace(logits, "inplace_backward")
     rows = _as_rows(logits)
-    logps, kl, _ = torch.ops.spo_kernels.token_stats_fwd(
-        rows, _like_rows(labels, rows), _as_rows(ref_logits), _like_rows(mask, rows), ignore_index, inplace_backward
+    logps, kl, _ = _token_stats(
+        rows,
+        _like_rows(labels, rows),
+        _as_rows(ref_logits),
+        _like_rows(mask, rows),
+        ignore_index,
+        inplace_backward,
+        process_group,
+        vocab_shards,
     )
     return logps.view(labels.shape), kl.view(labels.shape)
 
@@ -141,6 +188,8 @@ def kl_loss(
     *,
     row_weight: Tensor | None = None,
     overwrite_logits: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_shards: Sequence[int] | None = None,
 ) -> Tensor:
     """``sum_i row_weight_i KL_i``, computing the gradient in the forward, while each row is still in cache.
 
@@ -154,6 +203,8 @@ def kl_loss(
         overwrite_logits: the stored gradient takes the logits' memory: their values are gone when this returns, and
             autograd raises if something else needs them. The same logits are refused as by ``inplace_backward``, and
             it says nothing without gradients or under ``torch.compile``, where the logits stay.
+        process_group, vocab_shards: see `token_logps`. The gradient then has to wait for the other columns: this is
+            ``(row_weight * token_kl(...)).sum()``, and overwrite_logits its ``inplace_backward``.
 
     Returns:
         0-d, float32 (float64 for float64 logits).
@@ -174,8 +225,15 @@ def kl_loss(
         weight = mask.to(output_dtype(logits)) if weight is None else torch.where(mask, weight, 0)
     if weight is not None:
         weight = weight.detach().to(output_dtype(logits))
-    if not (torch.is_grad_enabled() and logits.requires_grad):
-        kl = token_kl(logits, ref_logits, None if weight is None else weight != 0)
+    if process_group is not None or vocab_shards is not None or not (torch.is_grad_enabled() and logits.requires_grad):
+        kl = token_kl(
+            logits,
+            ref_logits,
+            None if weight is None else weight != 0,
+            inplace_backward=overwrite_logits,
+            process_group=process_group,
+            vocab_shards=vocab_shards,
+        )
         return kl.sum() if weight is None else (kl * weight).sum()
 
     rows, ref_rows = _as_rows(logits), _as_rows(ref_logits)
@@ -201,6 +259,24 @@ def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = Fal
     # Shifting labels rather than slicing logits: the gradient then needs no padding pass over [B, T, V].
     shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
     return sequence_logps(logits, shifted, average=average_log_prob)
+
+
+def _token_stats(
+    logits: Tensor,
+    labels: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    inplace_backward: bool,
+    process_group: ProcessGroup | None,
+    vocab_shards: Sequence[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    start, size, group = checked_shard(process_group, vocab_shards, logits.shape[-1])
+    if group is None:
+        return torch.ops.spo_kernels.token_stats_fwd(logits, labels, ref_logits, mask, ignore_index, inplace_backward)
+    return torch.ops.spo_kernels.sharded_token_stats_fwd(
+        logits, labels, ref_logits, mask, ignore_index, inplace_backward, start, size, group
+    )
 
 
 def output_dtype(logits: Tensor) -> torch.dtype:

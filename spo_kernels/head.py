@@ -3,8 +3,8 @@
     z = softcap(logit_scale (h W^T + b)) / temperature,    softcap(x) = softcap tanh(x / softcap), or x without one
 
 A tile is some rows by some columns of z, in one scratch buffer that every tile reuses: a matrix product fills it, a row
-op works on it in place, the matrix products of the backward consume it. Statistics of a row's blocks of columns combine
-by the chain rule over "which block, then which token in it" (`_merge`). Sums are float32, or float64.
+op works on it in place, the matrix products of the backward consume it. Statistics of a row's blocks of columns, and of
+the shards of a vocabulary that is split over processes, combine as `vocabulary` says. Sums are float32, or float64.
 
 Unlike a row op's, a row's result may depend on the other rows in the last bits: a matrix product sums in an order that
 depends on its shape.
@@ -20,7 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spo_kernels import vocabulary
 from spo_kernels.reference import accumulate_dtype
+from spo_kernels.vocabulary import Part, Shard
 
 # Rows x columns of a tile that is recomputed: near the peak of matrix products (below 512 rows or 1024 columns a fifth
 # is lost), small enough to stay in cache between the product and the row op.
@@ -31,9 +33,8 @@ _WIDE_TILE_BYTES, _LEAST_WIDE_ROWS = 64 << 20, 512
 _CAST_COLUMNS = 4096
 # How much faster native products must be.
 _NATIVE_MARGIN = 1.25
-# Columns beside a tile's own. The first holds -inf, for labels that lie in another block: there the row op may put the
-# 1 of (1[v = y] - p). The rest keeps every row's start aligned.
-_SPARE_COLUMNS = 16
+# Blocks have a multiple of this many columns, so that every row of a tile starts aligned.
+_ALIGNED_COLUMNS = 16
 
 Rows = slice | Tensor  # of the hidden states: a range, or the indices of those that were kept
 
@@ -52,6 +53,7 @@ class Head(NamedTuple):
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
+    shard: Shard | None = None  # where weight and bias are a part of a vocabulary held by several processes
 
 
 class Needs(NamedTuple):
@@ -60,13 +62,6 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
-
-
-class RowStats(NamedTuple):
-    """What is known of some rows over a part of the vocabulary."""
-
-    stats: Tensor  # [2, n], or [4, n] with a reference: shift and logsum of the policy, then of the reference
-    kl: Tensor  # [n] KL between the distributions restricted to the part; [0] without a reference
 
 
 @functools.cache
@@ -117,9 +112,12 @@ class _Tile:
         self._head = head
         self._options = options
         self._dtype = _product_dtype(head.hidden, options)
-        self._buffer = head.hidden.new_empty(rows, columns + _SPARE_COLUMNS, dtype=self._dtype)
+        self._buffer = head.hidden.new_empty(rows, columns, dtype=self._dtype)
         self.scale = options.logit_scale / options.temperature  # dz / d(h W^T + b), apart from the softcap's slope
         self._slope: Tensor | None = None
+        self.shard = head.shard
+        self.columns_in_all = head.weight.shape[0]
+        self.wide = accumulate_dtype(head.hidden.dtype)
 
     def select(self, rows: Rows) -> None:
         self._hidden = self._head.hidden[rows].to(self._dtype)
@@ -129,9 +127,9 @@ class _Tile:
         return torch.zeros_like(self._hidden, dtype=dtype)
 
     def fill(self, begin: int, end: int, *, slope: bool = False) -> Tensor:
-        """Logits ``[n, end - begin + 1]`` of the selected rows, the last column -inf; with what `dlogits` needs."""
-        tile = self._buffer[: self._hidden.shape[0], : end - begin + 1]
-        logits, softcap = tile[:, :-1], self._options.softcap
+        """Logits ``[n, end - begin]`` of the selected rows; with slope also what `dlogits` needs."""
+        logits = self._buffer[: self._hidden.shape[0], : end - begin]
+        softcap = self._options.softcap
         factor = self.scale if softcap is None else self._options.logit_scale / softcap
         for b, e in self._blocks(begin, end):
             weight, out = self._head.weight[b:e].to(self._dtype), logits[:, b - begin : e - begin]
@@ -144,12 +142,16 @@ class _Tile:
             logits.tanh_()
             self._slope = 1 - logits.square() if slope else None
             logits.mul_(softcap / self._options.temperature)
-        tile[:, -1] = -torch.inf
-        return tile
+        return logits
 
-    def dlogits(self, tile: Tensor) -> Tensor:
-        """What is to be multiplied by `scale` in the products of the backward, from the gradient of a filled tile."""
-        return tile[:, :-1] if self._slope is None else tile[:, :-1].mul_(self._slope)
+    def dlogits(self, gradient: Tensor) -> Tensor:
+        """What the products of the backward multiply by `scale`, from the gradient of what `fill` gave."""
+        return gradient if self._slope is None else gradient.mul_(self._slope)
+
+    def local_labels(self, labels: Tensor | None, begin: int, end: int) -> Tensor | None:
+        """Labels of the whole vocabulary as the columns of a block see them."""
+        start = 0 if self.shard is None else self.shard.start
+        return None if labels is None else vocabulary.local_labels(labels, start + begin, end - begin)
 
     def operands(self, dlogits: Tensor, begin: int, end: int) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
         """(begin, end, dlogits, weight, hidden) of the products of the backward."""
@@ -168,14 +170,13 @@ class _UniformTile:
     """Logits of the uniform distribution, in place of a reference's: the KL to it is log V minus the entropy."""
 
     def __init__(self, hidden: Tensor, columns: int, dtype: torch.dtype) -> None:
-        self._row = hidden.new_zeros(1, columns + 1, dtype=dtype)
+        self._row = hidden.new_zeros(1, columns, dtype=dtype)
 
     def select(self, rows: Rows) -> None:
         self._count = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
 
     def fill(self, begin: int, end: int) -> Tensor:
-        self._row.zero_()[:, end - begin] = -torch.inf
-        return self._row[:, : end - begin + 1].expand(self._count, -1)
+        return self._row[:, : end - begin].expand(self._count, -1)
 
 
 Reference = _Tile | _UniformTile
@@ -185,8 +186,9 @@ class _Gradients:
     """Sums over tiles of the gradients of a head, each in the accumulation dtype; ``[0]`` where not wanted."""
 
     def __init__(self, head: Head, needs: Needs, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-        hidden, weight, bias = head
+        hidden, weight, bias, shard = head
         self._wide = accumulate_dtype(hidden.dtype)
+        self._shard = shard
         self.hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0, dtype=dtypes[0])
         self.weight = weight.new_zeros(weight.shape if needs.weight else 0, dtype=dtypes[1])
         self.bias = weight.new_zeros(weight.shape[0] if needs.bias and bias is not None else 0, dtype=self._wide)
@@ -211,6 +213,11 @@ class _Gradients:
         if self._dhidden is not None:
             self.hidden[self._rows] = self._dhidden.to(self.hidden.dtype)
 
+    def finish(self) -> None:
+        """All rows have had theirs: every process adds what its columns say of the hidden states."""
+        if self._shard is not None and self.hidden.numel():
+            self._shard.sum_(self.hidden)
+
 
 def _row_tiles(kept: Tensor | None, rows: int, size: int) -> list[Rows]:
     """Rows of each tile; kept is a bool mask or None for all. Reads the number of kept rows back to the host."""
@@ -221,74 +228,42 @@ def _row_tiles(kept: Tensor | None, rows: int, size: int) -> list[Rows]:
     return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
 
 
-def _columns(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
+def _columns(rows: int, columns_in_all: int, dtype: torch.dtype) -> int:
     """Columns of a tile of this many rows: blocks of one size, as near as they come to `_TILE_BYTES`."""
     most = max(_TILE_BYTES // (max(rows, 1) * dtype.itemsize), _LEAST_COLUMNS)
-    blocks = -(-vocabulary // most)
-    even = -(-vocabulary // blocks)
-    return min(-(-even // _SPARE_COLUMNS) * _SPARE_COLUMNS, vocabulary)
+    blocks = -(-columns_in_all // most)
+    even = -(-columns_in_all // blocks)
+    return min(-(-even // _ALIGNED_COLUMNS) * _ALIGNED_COLUMNS, columns_in_all)
 
 
-def _blocks(vocabulary: int, columns: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, vocabulary, columns):
-        yield begin, min(begin + columns, vocabulary)
-
-
-def _shares(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(shift and logsum [2, n] of two parts together, log of the share of each in the sum)."""
-    # A part of only -inf has logsum -inf and a shift that says nothing.
-    shifts = torch.stack([a[0], b[0]])
-    logsums = torch.stack([a[1], b[1]])
-    shift = torch.where(logsums == -torch.inf, -torch.inf, shifts).amax(0)
-    shift = torch.where(shift == -torch.inf, 0, shift)
-    parts = (shifts - shift) + logsums
-    logsum = torch.logaddexp(parts[0], parts[1])
-    return torch.stack([shift, logsum]), parts[0] - logsum, parts[1] - logsum
-
-
-def _merge(a: RowStats, b: RowStats) -> RowStats:
-    """Two parts of the vocabulary as one: KL(p || q) = KL of the choice of part + its mean of the KL within parts."""
-    stats, log_a, log_b = _shares(a.stats[:2], b.stats[:2])
-    if a.stats.shape[0] == 2:
-        return RowStats(stats, a.kl)
-    ref_stats, ref_log_a, ref_log_b = _shares(a.stats[2:], b.stats[2:])
-    kl = torch.zeros_like(a.kl)
-    for part_kl, log_p, log_q in ((a.kl, log_a, ref_log_a), (b.kl, log_b, ref_log_b)):
-        share = log_p.exp()
-        kl = kl + torch.where(share == 0, 0, share * (part_kl + (log_p - log_q)))
-    return RowStats(torch.cat([stats, ref_stats]), kl)
-
-
-def _local_labels(labels: Tensor, begin: int, end: int) -> Tensor:
-    """Labels within a block of the vocabulary; the spare column for those outside."""
-    local = labels - begin
-    return torch.where((local >= 0) & (local < end - begin), local, end - begin)
+def _blocks(columns_in_all: int, columns: int) -> Iterator[tuple[int, int]]:
+    for begin in range(0, columns_in_all, columns):
+        yield begin, min(begin + columns, columns_in_all)
 
 
 def _stats_of_rows(
-    rows: Rows, tile: _Tile, reference: Reference | None, labels: Tensor | None, vocabulary: int, columns: int
-) -> tuple[Tensor, RowStats]:
-    """(log-probs of the labels ``[n]``, or ``[0]`` without; statistics) of some rows, block by block."""
+    rows: Rows, tile: _Tile, reference: Reference | None, labels: Tensor | None, columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(logps, kl, stats)`` of some rows, block by block, as the row op has them."""
     tile.select(rows)
     if reference is not None:
         reference.select(rows)
     selected = None if labels is None else labels[rows]
-    picked: Tensor | None = None
-    total: RowStats | None = None
-    for begin, end in _blocks(vocabulary, columns):
-        logits = tile.fill(begin, end)
-        ref_logits = None if reference is None else reference.fill(begin, end)
-        local = None if selected is None else _local_labels(selected, begin, end)
-        _, kl, stats = torch.ops.spo_kernels.token_stats_fwd(logits, local, ref_logits, None, -100, False)
-        part = RowStats(stats.double(), kl.double())  # so that the number of blocks leaves no trace
-        total = part if total is None else _merge(total, part)
-        if local is not None:
-            here = logits.gather(1, local[:, None])[:, 0].double()  # -inf outside the block
-            picked = here if picked is None else torch.where(local == end - begin, picked, here)
-    assert total is not None  # V >= 1
-    logps = total.stats.new_empty(0) if picked is None else (picked - total.stats[0]) - total.stats[1]
-    dtype = accumulate_dtype(logits.dtype)
-    return logps.to(dtype), RowStats(total.stats.to(dtype), total.kl.to(dtype))
+    parts = (
+        vocabulary.part_of(
+            tile.fill(begin, end),
+            tile.local_labels(selected, begin, end),
+            None if reference is None else reference.fill(begin, end),
+        )
+        for begin, end in _blocks(tile.columns_in_all, columns)
+    )
+    return _finished(functools.reduce(vocabulary.merge, parts), tile)
+
+
+def _finished(part: Part, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
+    """``(logps, kl, stats)`` from the statistics of all columns of a tile's head."""
+    whole = vocabulary.combine(part, tile.shard, tile.columns_in_all)
+    return whole.logps().to(tile.wide), whole.kl.to(tile.wide), whole.stats.to(tile.wide)
 
 
 def _gradients_of_rows(
@@ -297,35 +272,24 @@ def _gradients_of_rows(
     reference: Reference | None,
     labels: Tensor | None,
     upstream: tuple[Tensor | None, Tensor | None],
-    known: RowStats,
+    known: tuple[Tensor, Tensor],
     gradients: _Gradients,
-    vocabulary: int,
     columns: int,
 ) -> None:
-    """Add the gradients of some rows, recomputing their logits block by block; upstream and known are theirs."""
+    """Add the gradients of some rows, recomputing their logits by blocks; upstream and known, (kl, stats), theirs."""
     dlogps, dkl = upstream
     tile.select(rows)
     gradients.select(rows, tile)
     if reference is not None:
         reference.select(rows)
     selected = None if labels is None else labels[rows]
-    for begin, end in _blocks(vocabulary, columns):
+    for begin, end in _blocks(tile.columns_in_all, columns):
         logits = tile.fill(begin, end, slope=True)
         ref_logits = None if reference is None else reference.fill(begin, end)
-        local = None if selected is None else _local_labels(selected, begin, end)
-        torch.ops.spo_kernels.token_stats_bwd_(
-            dlogps, dkl, logits, local, ref_logits, None, known.kl, known.stats, -100
-        )
+        local = tile.local_labels(selected, begin, end)
+        torch.ops.spo_kernels.token_stats_bwd_(dlogps, dkl, logits, local, ref_logits, None, *known, vocabulary.IGNORED)
         gradients.add(tile, logits, begin, end)
     gradients.finish_rows()
-
-
-def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
-    if bad.any():
-        raise RuntimeError(
-            f"labels must be in [0, {vocabulary}) or ignore_index {ignore_index}, got {labels[bad][0].item()}"
-        )
 
 
 def _tile_rows(head: Head, chunk_size: int | None, size: int) -> int:
@@ -353,23 +317,22 @@ def token_stats_fwd(
 
     labels ``[N]`` are in range wherever kept; the KL is that to ref_head, or to the uniform distribution.
     """
-    rows, vocabulary = head.hidden.shape[0], head.weight.shape[0]
+    rows = head.hidden.shape[0]
     dtype = accumulate_dtype(head.hidden.dtype)
     with_kl = uniform or ref_head is not None
     logps = head.hidden.new_zeros(rows if labels is not None else 0, dtype=dtype)
     kl = head.hidden.new_zeros(rows if with_kl else 0, dtype=dtype)
     stats = head.hidden.new_zeros(4 if with_kl else 2, rows, dtype=dtype)
     size = _tile_rows(head, chunk_size, _TILE_ROWS)
-    columns = _columns(size, vocabulary, _product_dtype(head.hidden, options))
+    columns = _columns(size, head.weight.shape[0], _product_dtype(head.hidden, options))
     tile = _Tile(head, options, size, columns)
     reference = _reference_tile(head, ref_head, uniform, options, size, columns)
     for selected in _row_tiles(kept, rows, size):
-        tile_logps, tile_stats = _stats_of_rows(selected, tile, reference, labels, vocabulary, columns)
-        stats[:, selected] = tile_stats.stats
+        tile_logps, tile_kl, stats[:, selected] = _stats_of_rows(selected, tile, reference, labels, columns)
         if labels is not None:
             logps[selected] = tile_logps
         if with_kl:
-            kl[selected] = tile_stats.kl
+            kl[selected] = tile_kl
     return logps, kl, stats
 
 
@@ -388,26 +351,29 @@ def token_stats_bwd(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dhidden, dweight, dbias)``, each ``[0]`` where not wanted, in the dtypes of what they belong to."""
-    rows, vocabulary = head.hidden.shape[0], head.weight.shape[0]
+    rows = head.hidden.shape[0]
     size = _tile_rows(head, chunk_size, _TILE_ROWS)
-    columns = _columns(size, vocabulary, _product_dtype(head.hidden, options))
+    columns = _columns(size, head.weight.shape[0], _product_dtype(head.hidden, options))
     tile = _Tile(head, options, size, columns)
     with_kl = dkl is not None
     reference = _reference_tile(head, ref_head, uniform, options, size, columns) if with_kl else None
     tiles = _row_tiles(kept, rows, size)
     # A single tile of rows finishes each block of the weight at once, which then needs no wider sum beside it.
     sum_dtype = head.weight.dtype if len(tiles) <= 1 else accumulate_dtype(head.weight.dtype)
-    gradients = _Gradients(head, needs, (head.hidden.dtype, sum_dtype))
+    # What several processes add up stays wide until they have.
+    hidden_dtype = head.hidden.dtype if head.shard is None else tile.wide
+    gradients = _Gradients(head, needs, (hidden_dtype, sum_dtype))
     for selected in tiles:
-        known = RowStats(stats[: 4 if with_kl else 2, selected], kl[selected] if with_kl else kl[:0])
+        known = (kl[selected] if with_kl else kl[:0], stats[: 4 if with_kl else 2, selected])
         upstream = (
             None if dlogps is None else dlogps[selected],
             None if dkl is None else dkl[selected],
         )
         wanted = None if dlogps is None else labels
-        _gradients_of_rows(selected, tile, reference, wanted, upstream, known, gradients, vocabulary, columns)
+        _gradients_of_rows(selected, tile, reference, wanted, upstream, known, gradients, columns)
+    gradients.finish()
     dbias = gradients.bias if head.bias is None else gradients.bias.to(head.bias.dtype)
-    return gradients.hidden, gradients.weight.to(head.weight.dtype), dbias
+    return gradients.hidden.to(head.hidden.dtype), gradients.weight.to(head.weight.dtype), dbias
 
 
 def kl_loss_fwd(
@@ -422,27 +388,38 @@ def kl_loss_fwd(
 
     Tiles are as wide as the vocabulary. The gradients are in the accumulation dtype, ``[0]`` where not wanted.
     """
-    vocabulary = head.weight.shape[0]
+    columns = head.weight.shape[0]
     wide = accumulate_dtype(head.hidden.dtype)
     size = _wide_tile_rows(head, options, chunk_size, buffers=2)
-    tile, reference = _Tile(head, options, size, vocabulary), _Tile(ref_head, options, size, vocabulary)
+    tile, reference = _Tile(head, options, size, columns), _Tile(ref_head, options, size, columns)
     gradients = _Gradients(head, needs, (wide, wide))
     loss = head.hidden.new_zeros((), dtype=wide)
     for selected in _row_tiles(row_weight != 0, head.hidden.shape[0], size):
         tile.select(selected)
         reference.select(selected)
         gradients.select(selected, tile)
-        logits = tile.fill(0, vocabulary, slope=True)
-        ref_logits = reference.fill(0, vocabulary)
-        loss += torch.ops.spo_kernels.kl_loss_fwd_(logits, ref_logits, row_weight[selected])
-        gradients.add(tile, logits, 0, vocabulary)
+        logits = tile.fill(0, columns, slope=True)
+        ref_logits = reference.fill(0, columns)
+        weights = row_weight[selected]
+        if head.shard is None:
+            loss += torch.ops.spo_kernels.kl_loss_fwd_(logits, ref_logits, weights)
+        else:  # the gradient has to wait for the other columns' statistics
+            _, *known = _finished(vocabulary.part_of(logits, None, ref_logits), tile)
+            torch.ops.spo_kernels.token_stats_bwd_(
+                None, weights, logits, None, ref_logits, None, *known, vocabulary.IGNORED
+            )
+            loss += known[0] @ weights
+        gradients.add(tile, logits, 0, columns)
         gradients.finish_rows()
+    gradients.finish()
     return loss, gradients.hidden, gradients.weight, gradients.bias
 
 
 def _wide_tile_rows(head: Head, options: LogitOptions, chunk_size: int | None, buffers: int = 1) -> int:
     row_bytes = head.weight.shape[0] * _product_dtype(head.hidden, options).itemsize
-    return _tile_rows(head, chunk_size, max(_WIDE_TILE_BYTES // row_bytes, _LEAST_WIDE_ROWS) // buffers)
+    rows = _tile_rows(head, chunk_size, max(_WIDE_TILE_BYTES // row_bytes, _LEAST_WIDE_ROWS) // buffers)
+    # Every process must take the same rows at a time, also where shards are uneven.
+    return rows if head.shard is None else head.shard.least(rows, head.hidden.device)
 
 
 # (first pair, end, sums of log-probs of the chosen [p], of the rejected [p]) -> gradients of the objective by them
@@ -467,7 +444,6 @@ def pair_gradients(
     fit make a tile, which is as wide as the vocabulary. A pair with more rows is recomputed in narrower ones, or
     refused if strict. The gradients are in the accumulation dtype, ``[0]`` where not wanted.
     """
-    vocabulary = head.weight.shape[0]
     wide = accumulate_dtype(head.hidden.dtype)
     size = _wide_tile_rows(head, options, chunk_size)
     kept = (labels != ignore_index).nonzero()[:, 0]
@@ -483,7 +459,7 @@ def pair_gradients(
     sums = head.hidden.new_zeros(2 * pairs, dtype=torch.float64)
     gradients = _Gradients(head, needs, (wide, wide))
     fits = any(0 < length <= size for length in lengths)
-    tile = _Tile(head, options, size, vocabulary) if fits else None
+    tile = _Tile(head, options, size, head.weight.shape[0]) if fits else None
     for first, end, rows in _pair_groups(order, lengths, size):
         of_row = sequence[rows]
 
@@ -497,9 +473,10 @@ def pair_gradients(
         if rows.shape[0] == 0:
             upstream(sums[:0])
         elif tile is not None and rows.shape[0] <= size:
-            _gradients_of_tile(rows, tile, labels, upstream, gradients, vocabulary)
+            _gradients_of_tile(rows, tile, labels, upstream, gradients)
         else:
             _gradients_of_long_pair(rows, head, labels, upstream, gradients, options, chunk_size)
+    gradients.finish()
     return sums.to(wide), gradients.hidden, gradients.weight, gradients.bias
 
 
@@ -521,15 +498,15 @@ def _gradients_of_tile(
     labels: Tensor,
     upstream: Callable[[Tensor], Tensor],
     gradients: _Gradients,
-    vocabulary: int,
 ) -> None:
     tile.select(rows)
     gradients.select(rows, tile)
-    logits = tile.fill(0, vocabulary, slope=True)
-    logps, kl, stats = torch.ops.spo_kernels.token_stats_fwd(logits, labels[rows], None, None, -100, False)
+    logits = tile.fill(0, tile.columns_in_all, slope=True)
+    local = tile.local_labels(labels[rows], 0, tile.columns_in_all)
+    logps, *known = _finished(vocabulary.part_of(logits, local, None), tile)
     dlogps = upstream(logps)
-    torch.ops.spo_kernels.token_stats_bwd_(dlogps, None, logits, labels[rows], None, None, kl, stats, -100)
-    gradients.add(tile, logits, 0, vocabulary)
+    torch.ops.spo_kernels.token_stats_bwd_(dlogps, None, logits, local, None, None, *known, vocabulary.IGNORED)
+    gradients.add(tile, logits, 0, tile.columns_in_all)
     gradients.finish_rows()
 
 
@@ -542,11 +519,10 @@ def _gradients_of_long_pair(
     options: LogitOptions,
     chunk_size: int | None,
 ) -> None:
-    vocabulary = head.weight.shape[0]
     size = min(_tile_rows(head, chunk_size, _TILE_ROWS), rows.shape[0])
-    columns = _columns(size, vocabulary, _product_dtype(head.hidden, options))
+    columns = _columns(size, head.weight.shape[0], _product_dtype(head.hidden, options))
     tile = _Tile(head, options, size, columns)
-    parts = [(part, *_stats_of_rows(part, tile, None, labels, vocabulary, columns)) for part in rows.split(size)]
-    dlogps = upstream(torch.cat([logps for _, logps, _ in parts])).split(size)
-    for (part, _, known), given in zip(parts, dlogps, strict=True):
-        _gradients_of_rows(part, tile, None, labels, (given, None), known, gradients, vocabulary, columns)
+    parts = [(part, *_stats_of_rows(part, tile, None, labels, columns)) for part in rows.split(size)]
+    dlogps = upstream(torch.cat([logps for _, logps, _, _ in parts])).split(size)
+    for (part, _, *known), given in zip(parts, dlogps, strict=True):
+        _gradients_of_rows(part, tile, None, labels, (given, None), (known[0], known[1]), gradients, columns)

@@ -11,11 +11,19 @@ the logits again); a weight or hidden states without gradient save theirs. Outpu
 nats; gradients have the dtype of what they belong to and are accumulated in float32 across tiles. Under autocast
 hidden, weight and bias are cast as `torch.nn.functional.linear` would cast them.
 
+With a ``process_group`` weight and bias are the rows that this process holds of a head split over the group, in the
+order of ranks, as Megatron splits it. Shards may be uneven; labels are those of the whole vocabulary; hidden states,
+labels and upstream gradients are the same in every process. So are the results, bit for bit. The forward all-gathers
+a few numbers a row, the backward adds up the gradient of the hidden states, in float32; those of weight and bias stay
+where they are. All processes must call.
+
 Options of every function:
     temperature: > 0; divides the logits last.
     softcap: > 0 or None, as Gemma 2 caps its logits.
     logit_scale: not 0; multiplies the logits first, as Cohere does.
     chunk_size: most rows of a tile, >= 1; None chooses rows and columns by bytes. More than there are rows is all.
+    process_group: the group that holds the vocabulary, or None: this process has all of it.
+    vocab_shards: columns of each process, in the order of ranks; None: all have as many as this one.
 
 Errors are those of `spo_kernels.functional`: ValueError where a shape, dtype, device or option is wrong, RuntimeError
 for a label out of range.
@@ -24,13 +32,18 @@ for a label out of range.
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from spo_kernels.functional import LOGITS_DTYPES, check_rows, describe, sum_sequences
 from spo_kernels.head import Head, LogitOptions
+from spo_kernels.vocabulary import checked_shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @overload
@@ -45,6 +58,8 @@ def linear_token_logps(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    process_group: ProcessGroup | None = None,
+    vocab_shards: Sequence[int] | None = None,
     return_entropy: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -61,6 +76,8 @@ def linear_token_logps(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    process_group: ProcessGroup | None = None,
+    vocab_shards: Sequence[int] | None = None,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -76,6 +93,8 @@ def linear_token_logps(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    process_group: ProcessGroup | None = None,
+    vocab_shards: Sequence[int] | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logps` of a head's logits: ``log softmax(logits)[label]`` of each row.
@@ -85,7 +104,7 @@ def linear_token_logps(
         weight: ``[V, H]``, in any layout (tied to an embedding, or a transposed view).
         labels: ``[...]`` int64, aligned with hidden; rows of ``ignore_index`` are dropped before the matrix product.
         bias: ``[V]`` or None.
-        chunk_size, temperature, softcap, logit_scale: see the module.
+        chunk_size, temperature, softcap, logit_scale, process_group, vocab_shards: see the module.
         return_entropy: also the entropy of each row's distribution, ``log V - KL(p || uniform)``, from the same pass.
             Its gradient flows too.
 
@@ -95,7 +114,7 @@ def linear_token_logps(
     options = checked_options(temperature, softcap, logit_scale, chunk_size)
     head = checked_head(*autocast_head(hidden, weight, bias))
     check_rows(labels, "labels", torch.int64, hidden, "hidden")
-    logps, kl, _ = torch.ops.spo_kernels.linear_token_stats_fwd(
+    logps, kl, stats = torch.ops.spo_kernels.linear_token_stats_fwd(
         *as_rows(head),
         labels.reshape(-1),
         *(None,) * 4,
@@ -103,11 +122,13 @@ def linear_token_logps(
         return_entropy,
         *options,
         chunk_size,
+        *checked_shard(process_group, vocab_shards, weight.shape[0]),
     )
     logps = logps.view(labels.shape)
     if not return_entropy:
         return logps
-    entropy = math.log(weight.shape[0]) - kl.view(labels.shape)
+    # The log-sum-exp of the uniform reference's logits is log V, over all shards.
+    entropy = (stats[2] + stats[3] - kl).view(labels.shape)
     return logps, torch.where(labels != ignore_index, entropy, 0)
 
 
@@ -124,6 +145,8 @@ def linear_sequence_logps(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    process_group: ProcessGroup | None = None,
+    vocab_shards: Sequence[int] | None = None,
 ) -> Tensor:
     """`sequence_logps` of a head's logits: the sum of `linear_token_logps` over each sequence's unignored tokens.
 
@@ -135,7 +158,7 @@ def linear_sequence_logps(
         cu_seqlens: ``[B + 1]`` int32 or int64, on the device of hidden: sequence s is rows ``cu_seqlens[s]`` to
             ``cu_seqlens[s + 1]``, from 0 to N.
         average: divide by the number of unignored tokens; a sequence without any gives 0.
-        chunk_size, temperature, softcap, logit_scale: see the module.
+        chunk_size, temperature, softcap, logit_scale, process_group, vocab_shards: see the module.
 
     Returns:
         ``[B]``.
@@ -150,6 +173,8 @@ def linear_sequence_logps(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
+        process_group=process_group,
+        vocab_shards=vocab_shards,
     )
     sums = sum_sequences(logps, cu_seqlens, "labels", "hidden")
     if not average:
@@ -171,6 +196,8 @@ def linear_token_kl(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    process_group: ProcessGroup | None = None,
+    vocab_shards: Sequence[int] | None = None,
 ) -> Tensor:
     """`token_kl` of two heads' logits: exact KL(policy || reference) of each row (SPO, Appendix B).
 
@@ -183,7 +210,8 @@ def linear_token_kl(
         ref_weight: ``[V, H']``, without gradient; the same vocabulary.
         mask: ``[...]`` bool; rows of False are dropped before the matrix products.
         bias, ref_bias: ``[V]`` or None.
-        chunk_size, temperature, softcap, logit_scale: see the module; they hold for both heads.
+        chunk_size, temperature, softcap, logit_scale, process_group, vocab_shards: see the module; they hold for
+            both heads.
 
     Returns:
         ``hidden.shape[:-1]``; 0 where masked.
@@ -201,6 +229,7 @@ def linear_token_kl(
         False,
         *options,
         chunk_size,
+        *checked_shard(process_group, vocab_shards, weight.shape[0]),
     )
     return kl.view(hidden.shape[:-1])
 
@@ -231,9 +260,9 @@ def checked_heads(
     return head, ref_head
 
 
-def as_rows(head: Head) -> Head:
-    """hidden as ``[N, H]``."""
-    return head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1]))
+def as_rows(head: Head) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A head as the ops take it: hidden as ``[N, H]``, weight, bias."""
+    return head.hidden.reshape(-1, head.hidden.shape[-1]), head.weight, head.bias
 
 
 def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

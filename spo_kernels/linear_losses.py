@@ -7,13 +7,13 @@ depends on nothing but them, it is known as soon as the pair's rows have passed,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from spo_kernels import head, ops
+from spo_kernels import head, ops, vocabulary
 from spo_kernels.functional import check_rows, output_dtype, sequence_of_rows, sum_sequences
 from spo_kernels.linear import (
     as_rows,
@@ -36,6 +36,10 @@ from spo_kernels.losses import (
     spo_loss,
     spo_metrics,
 )
+from spo_kernels.vocabulary import checked_shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ROUTES = ("auto", "recompute", "recompute_free")
 
@@ -72,9 +76,12 @@ def _(
     softcap: float | None,
     logit_scale: float,
     chunk_size: int | None,
+    vocab_start: int,
+    vocab_size: int,
+    process_group: str | None,
 ) -> tuple[Tensor, ...]:
     pairs = counts.shape[0] // 2
-    head.check_labels(labels, weight.shape[0], ignore_index)
+    vocabulary.check_labels(labels, vocab_size, ignore_index)
     importance = None if normalizer is None else SoftImportance(gamma, normalizer)
     losses = counts.new_zeros(pairs)
     divisor = counts.clamp(min=1) if average else torch.ones_like(counts)
@@ -94,7 +101,7 @@ def _(
         return -slope / divisor_w - nll_share, slope / divisor_l
 
     sums, *gradients = head.pair_gradients(
-        head.Head(hidden, weight, bias),
+        head.Head(hidden, weight, bias, ops.shard_of(vocab_start, vocab_size, process_group)),
         labels,
         sequence,
         pairs,
@@ -113,7 +120,7 @@ def _(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, sequence: Tensor, counts: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    gradients = ops.empty_gradients(hidden, weight, bias, args[-7:-4], wide=True)
+    gradients = ops.empty_gradients(hidden, weight, bias, args, wide=True)
     return counts.new_empty(()), torch.empty_like(counts), *gradients
 
 
@@ -138,6 +145,8 @@ class LinearSPOLoss(nn.Module):
         nll_weight: >= 0; adds that much of the mean negative log-prob over all tokens of chosen responses.
         ignore_index: label of rows that are no part of a response.
         chunk_size, temperature, softcap, logit_scale: see `spo_kernels.linear`.
+        process_group, vocab_shards: see `spo_kernels.linear`; the group that holds the vocabulary, of both heads. Pairs
+            split over another group are `SoftImportance`'s.
         route: "recompute" or "recompute_free" (see the module), the same loss and gradients to rounding, or "auto".
             "recompute_free" computes gradients in the forward, keeps them in float32, and can run one backward, which
             multiplies them by the upstream scalar on the device. It needs pair weights that a pair determines: uniform,
@@ -163,6 +172,8 @@ class LinearSPOLoss(nn.Module):
         softcap: float | None = None,
         logit_scale: float = 1.0,
         route: str = "auto",
+        process_group: ProcessGroup | None = None,
+        vocab_shards: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         check_number("alpha", alpha)
@@ -180,6 +191,8 @@ class LinearSPOLoss(nn.Module):
         self.chunk_size = chunk_size
         self.options = checked_options(temperature, softcap, logit_scale, chunk_size)
         self.route = route
+        self.process_group = process_group
+        self.vocab_shards = vocab_shards
 
     def extra_repr(self) -> str:
         return (
@@ -254,6 +267,8 @@ class LinearSPOLoss(nn.Module):
                 ignore_index=self.ignore_index,
                 cu_seqlens=cu_seqlens,
                 chunk_size=self.chunk_size,
+                process_group=self.process_group,
+                vocab_shards=self.vocab_shards,
                 **self.options._asdict(),
             )
         logps = sums / counts.clamp(min=1) if self.average else sums
@@ -325,6 +340,7 @@ class LinearSPOLoss(nn.Module):
             *_needs(policy),
             *self.options,
             self.chunk_size,
+            *checked_shard(self.process_group, self.vocab_shards, policy.weight.shape[0]),
         )
         return loss, sums
 
@@ -364,6 +380,8 @@ class LinearSPOLoss(nn.Module):
                 sampled.bias,
                 ref_head.bias,
                 chunk_size=self.chunk_size,
+                process_group=self.process_group,
+                vocab_shards=self.vocab_shards,
                 **self.options._asdict(),
             )
             return kl.sum() / sequences
@@ -379,12 +397,13 @@ class LinearSPOLoss(nn.Module):
             *_needs(sampled),
             *self.options,
             self.chunk_size,
+            *checked_shard(self.process_group, self.vocab_shards, policy.weight.shape[0]),
         )
         return loss
 
 
 def _needs(policy: head.Head) -> head.Needs:
-    return head.Needs(*(tensor is not None and tensor.requires_grad for tensor in policy))
+    return head.Needs(*(tensor is not None and tensor.requires_grad for tensor in policy[:3]))
 
 
 def _needs_gradients(policy: head.Head) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -461,6 +461,8 @@ class SPOLoss(nn.Module):
         ignore_index: label of rows that are no part of a response.
         inplace_backward: the backward writes dlogits into the memory of `logits` and `kl_logits`: no V-wide allocation,
             and neither may be used afterwards.
+        process_group, vocab_shards: see `spo_kernels.functional`; the group that holds the vocabulary. Pairs split over
+            another group are `SoftImportance`'s.
     """
 
     def __init__(
@@ -473,6 +475,8 @@ class SPOLoss(nn.Module):
         average: bool = False,
         ignore_index: int = -100,
         inplace_backward: bool = False,
+        process_group: ProcessGroup | None = None,
+        vocab_shards: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         check_number("alpha", alpha)
@@ -484,6 +488,8 @@ class SPOLoss(nn.Module):
         self.average = average
         self.ignore_index = ignore_index
         self.inplace_backward = inplace_backward
+        self.process_group = process_group
+        self.vocab_shards = vocab_shards
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, center={self.center}, average={self.average}"
@@ -530,9 +536,11 @@ class SPOLoss(nn.Module):
             cu_seqlens=cu_seqlens,
             average=self.average,
             inplace_backward=self.inplace_backward,
+            process_group=self.process_group,
+            vocab_shards=self.vocab_shards,
         )
-        pairs, odd = divmod(logps.shape[0], 2)
-        if odd:
+        pairs = logps.shape[0] // 2  # the compiler has no divmod of a dynamic size
+        if logps.shape[0] % 2:
             raise ValueError(f"logits must hold P chosen and then P rejected sequences, got {logps.shape[0]} in all")
         logp_w, logp_l = logps[:pairs], logps[pairs:]
         losses, chosen_rewards, rejected_rewards = spo_loss(
@@ -566,4 +574,12 @@ class SPOLoss(nn.Module):
         sequences = logits.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         if sequences < 1:
             raise ValueError(f"kl_logits must hold at least one sequence, got {list(logits.shape)}")
-        return token_kl(logits, ref_logits, mask, inplace_backward=self.inplace_backward).sum() / sequences
+        kl = token_kl(
+            logits,
+            ref_logits,
+            mask,
+            inplace_backward=self.inplace_backward,
+            process_group=self.process_group,
+            vocab_shards=self.vocab_shards,
+        )
+        return kl.sum() / sequences

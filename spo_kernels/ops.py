@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels import head
+from spo_kernels import head, vocabulary
 from spo_kernels.reference import accumulate_dtype
 
 library = torch.library.Library("spo_kernels", "DEF")
@@ -38,19 +38,18 @@ def _fake(name: str) -> Any:
     return torch.library.register_fake(f"spo_kernels::{name}", lib=library)
 
 
-@_fake("token_stats_fwd")
-def _(
-    logits: Tensor,
-    labels: Tensor | None,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    ignore_index: int,
-    inplace_backward: bool,
+def _token_stats_like(
+    logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, rows = accumulate_dtype(logits.dtype), logits.shape[:-1]
     logps = logits.new_empty(rows if labels is not None else (0,), dtype=dtype)
     kl = logits.new_empty(rows if ref_logits is not None else (0,), dtype=dtype)
     return logps, kl, logits.new_empty((2 if ref_logits is None else 4, *rows), dtype=dtype)
+
+
+@_fake("token_stats_fwd")
+def _(logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _token_stats_like(logits, labels, ref_logits)
 
 
 @_fake("token_stats_bwd")
@@ -79,6 +78,52 @@ def _(tensor: Tensor, scale: Tensor) -> None:
     return None
 
 
+# The forward over shards: logits are this process's columns, labels are global. With the statistics of the whole
+# vocabulary known, the gradient of a shard is the row op's own.
+
+library.define(
+    "sharded_token_stats_fwd(Tensor logits, Tensor? labels, Tensor? ref_logits, Tensor? mask, int ignore_index, "
+    "bool inplace_backward, int vocab_start, int vocab_size, str process_group) "
+    "-> (Tensor logps, Tensor kl, Tensor stats)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _sharded_token_stats_fwd(
+    logits: Tensor,
+    labels: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    inplace_backward: bool,
+    vocab_start: int,
+    vocab_size: int,
+    process_group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = logits.shape[:-1], logits.shape[-1]
+    if labels is not None:
+        vocabulary.check_labels(labels, vocab_size, ignore_index)
+    local = None if labels is None else vocabulary.local_labels(labels, vocab_start, columns, ignore_index)
+    part = vocabulary.part_of(logits, local, ref_logits, mask)
+    whole = vocabulary.combine(part, vocabulary.Shard(vocab_start, vocab_size, process_group), columns)
+    logps, kl = whole.logps(), whole.kl
+    # Of rows nobody asked for the parts say nothing.
+    if labels is not None:
+        logps = torch.where(labels.flatten() == ignore_index, 0, logps).view(rows)
+    if ref_logits is not None:
+        kl = (kl if mask is None else torch.where(mask.flatten(), kl, 0)).view(rows)
+    dtype = accumulate_dtype(logits.dtype)
+    return logps.to(dtype), kl.to(dtype), whole.stats.view(-1, *rows).to(dtype)
+
+
+library.impl("sharded_token_stats_fwd", _sharded_token_stats_fwd, "CompositeExplicitAutograd")
+
+
+@_fake("sharded_token_stats_fwd")
+def _(logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _token_stats_like(logits, labels, ref_logits)
+
+
 def _autograd(name: str, backward: Any, setup_context: Any = None) -> None:
     torch.library.register_autograd(f"spo_kernels::{name}", backward, setup_context=setup_context, lib=library)
 
@@ -96,7 +141,9 @@ def _refuse_double_backward() -> None:
 
 
 def _token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, labels, ref_logits, mask, ctx.ignore_index, ctx.inplace_backward = inputs
+    logits, labels, ref_logits, mask, ctx.ignore_index, ctx.inplace_backward, *shard = inputs
+    ctx.vocab_start = shard[0] if shard else None
+    ctx.inputs = len(inputs)
     logps, kl, stats = output
     not_asked = [out for out, source in ((logps, labels), (kl, ref_logits)) if source is None]
     ctx.mark_non_differentiable(stats, *not_asked)
@@ -106,18 +153,22 @@ def _token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if dlogps is None and dkl is None:
-        return (None,) * 6
+        return (None,) * ctx.inputs
     _refuse_double_backward()
-    logits, *rest = ctx.saved_tensors
+    logits, labels, *rest = ctx.saved_tensors
+    ignore_index = ctx.ignore_index
+    if ctx.vocab_start is not None and labels is not None:
+        labels = vocabulary.local_labels(labels, ctx.vocab_start, logits.shape[-1], ignore_index)
+        ignore_index = vocabulary.IGNORED
     # While compiling, memory is the compiler's business: functionalization does not see that a second function saved
     # the same logits (in eager mode the version counter does), and would hand it gradients in their place.
     if ctx.inplace_backward and not torch.compiler.is_compiling():
         dlogits = logits.detach()
-        torch.ops.spo_kernels.token_stats_bwd_(dlogps, dkl, dlogits, *rest, ctx.ignore_index)
+        torch.ops.spo_kernels.token_stats_bwd_(dlogps, dkl, dlogits, labels, *rest, ignore_index)
         _written(dlogits)
     else:
-        dlogits = torch.ops.spo_kernels.token_stats_bwd(dlogps, dkl, logits, *rest, ctx.ignore_index)
-    return dlogits, None, None, None, None, None
+        dlogits = torch.ops.spo_kernels.token_stats_bwd(dlogps, dkl, logits, labels, *rest, ignore_index)
+    return dlogits, *(None,) * (ctx.inputs - 1)
 
 
 def _kl_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -152,6 +203,7 @@ class KlLossOverwrite(torch.autograd.Function):
 
 
 _autograd("token_stats_fwd", _token_stats_backward, _token_stats_setup)
+_autograd("sharded_token_stats_fwd", _token_stats_backward, _token_stats_setup)
 _autograd("kl_loss_fwd", _kl_loss_backward, _kl_loss_setup)
 
 
@@ -160,7 +212,12 @@ _autograd("kl_loss_fwd", _kl_loss_backward, _kl_loss_setup)
 
 HEAD_ARGS = "Tensor hidden, Tensor weight, Tensor? bias"
 _REF_HEAD_ARGS = "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
-OPTION_ARGS = "float temperature, float? softcap, float logit_scale, SymInt? chunk_size"
+# Weight and bias are the columns from vocab_start on of a vocabulary of vocab_size; all of it without a process group.
+OPTION_ARGS = (
+    "float temperature, float? softcap, float logit_scale, SymInt? chunk_size, int vocab_start, "
+    "int vocab_size, str? process_group"
+)
+_OPTIONS = OPTION_ARGS.count(",") + 1
 NEEDS_ARGS = "bool need_hidden, bool need_weight, bool need_bias"
 
 HEAD_SCHEMAS = {
@@ -193,10 +250,18 @@ def head_op(name: str) -> Any:
     return register
 
 
+def shard_of(vocab_start: int, vocab_size: int, process_group: str | None) -> vocabulary.Shard | None:
+    return None if process_group is None else vocabulary.Shard(vocab_start, vocab_size, process_group)
+
+
 def empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], *, wide: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, args: tuple[Any, ...], *, wide: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fake dhidden, dweight, dbias: ``[0]`` where not wanted, in the accumulation dtype if wide."""
+    """Fake dhidden, dweight, dbias: ``[0]`` where not wanted, in the accumulation dtype if wide.
+
+    args are the op's, whose last are `NEEDS_ARGS` and `OPTION_ARGS`.
+    """
+    needs = args[-_OPTIONS - 3 : -_OPTIONS]
     wanted = (needs[0], needs[1], needs[2] and bias is not None)
     dtype = accumulate_dtype(hidden.dtype) if wide else hidden.dtype
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
@@ -230,11 +295,14 @@ def _(
     softcap: float | None,
     logit_scale: float,
     chunk_size: int | None,
+    vocab_start: int,
+    vocab_size: int,
+    process_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if labels is not None:
-        head.check_labels(labels, weight.shape[0], ignore_index)
+        vocabulary.check_labels(labels, vocab_size, ignore_index)
     return head.token_stats_fwd(
-        head.Head(hidden, weight, bias),
+        head.Head(hidden, weight, bias, shard_of(vocab_start, vocab_size, process_group)),
         labels,
         _ref_head(ref_hidden, ref_weight, ref_bias),
         _kept(labels, mask, ignore_index),
@@ -288,11 +356,14 @@ def _(
     softcap: float | None,
     logit_scale: float,
     chunk_size: int | None,
+    vocab_start: int,
+    vocab_size: int,
+    process_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return head.token_stats_bwd(
         dlogps,
         dkl,
-        head.Head(hidden, weight, bias),
+        head.Head(hidden, weight, bias, shard_of(vocab_start, vocab_size, process_group)),
         labels,
         _ref_head(ref_hidden, ref_weight, ref_bias),
         _kept(labels, mask, ignore_index),
@@ -309,7 +380,7 @@ def _(
 def _(
     dlogps: Tensor | None, dkl: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_gradients(hidden, weight, bias, args[-7:-4], wide=False)
+    return empty_gradients(hidden, weight, bias, args, wide=False)
 
 
 @head_op("linear_kl_loss_fwd")
@@ -328,9 +399,12 @@ def _(
     softcap: float | None,
     logit_scale: float,
     chunk_size: int | None,
+    vocab_start: int,
+    vocab_size: int,
+    process_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return head.kl_loss_fwd(
-        head.Head(hidden, weight, bias),
+        head.Head(hidden, weight, bias, shard_of(vocab_start, vocab_size, process_group)),
         head.Head(ref_hidden, ref_weight, ref_bias),
         row_weight,
         head.Needs(need_hidden, need_weight, need_bias),
@@ -342,11 +416,12 @@ def _(
 @_fake("linear_kl_loss_fwd")
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=accumulate_dtype(hidden.dtype))
-    return loss, *empty_gradients(hidden, weight, bias, args[-7:-4], wide=True)
+    return loss, *empty_gradients(hidden, weight, bias, args, wide=True)
 
 
 def _linear_token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.ignore_index, ctx.uniform, ctx.temperature, ctx.softcap, ctx.logit_scale, ctx.chunk_size = inputs
+    tensors, ctx.options = inputs[:8], inputs[10:]
+    ctx.ignore_index, ctx.uniform = inputs[8:10]
     logps, kl, stats = output
     labels, ref_hidden = inputs[3:5]
     not_asked = [logps] if labels is None else []
@@ -359,7 +434,7 @@ def _linear_token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
 def _linear_token_stats_backward(
     ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _: Any
 ) -> tuple[Tensor | None, ...]:
-    others = (None,) * 11
+    others = (None,) * (7 + len(ctx.options))
     if dlogps is None and dkl is None:
         return (None, None, None, *others)
     _refuse_double_backward()
@@ -371,10 +446,7 @@ def _linear_token_stats_backward(
         ctx.ignore_index,
         ctx.uniform,
         *needs,
-        ctx.temperature,
-        ctx.softcap,
-        ctx.logit_scale,
-        ctx.chunk_size,
+        *ctx.options,
     )
     return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *others)
 

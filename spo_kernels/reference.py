@@ -17,6 +17,10 @@ from torch import Tensor
 
 name = "reference"
 
+# Label of a row whose token lies in another part of the vocabulary: the row counts as any other, its log-prob is -inf
+# and its gradient has no 1. Not the least number, which is what a NaN becomes as an integer.
+LABEL_ELSEWHERE = -(2**62)
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of outputs and of accumulation: float64 for float64 logits, float32 for everything else."""
@@ -48,7 +52,8 @@ def token_stats_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each label, token KL, and what the backward needs.
 
-    Args: logits ``[N, V]`` or ``[B, T, V]``; labels the same without V, int64, or None; ref_logits like logits or None;
+    Args: logits ``[N, V]`` or ``[B, T, V]``; labels the same without V, int64
+    (`LABEL_ELSEWHERE` included), or None; ref_logits like logits or None;
     mask like labels, bool, False where the KL is not wanted, or None for all rows.
 
     Returns ``(logps, kl, stats)``: logps and kl have the shape of a row index (``[0]`` when not asked for) and are 0 on
@@ -61,12 +66,13 @@ def token_stats_fwd(
     logps = kl = logits.new_empty(0, dtype=dtype)
     if labels is not None:
         valid = labels != ignore_index
-        in_range = (labels >= 0) & (labels < logits.shape[-1])
-        if not bool((in_range | ~valid).all()):
-            bad = labels[~in_range & valid][0].item()
+        held = (labels >= 0) & (labels < logits.shape[-1])
+        legal = held | ~valid | (labels == LABEL_ELSEWHERE)
+        if not bool(legal.all()):
+            bad = labels[~legal][0].item()
             raise RuntimeError(f"labels must be in [0, {logits.shape[-1]}) or ignore_index {ignore_index}, got {bad}")
-        picked = log_p.gather(-1, torch.where(valid, labels, 0)[..., None])[..., 0]
-        logps = torch.where(valid, picked, 0)
+        picked = log_p.gather(-1, torch.where(held, labels, 0)[..., None])[..., 0]
+        logps = torch.where(valid, torch.where(held, picked, -torch.inf), 0)
     if ref_logits is not None:
         ref_shift, ref_logsum = _log_softmax_stats(ref_logits, dtype)
         stats += [ref_shift, ref_logsum]
@@ -100,7 +106,8 @@ def token_stats_bwd(
     if dlogps is not None and labels is not None:
         valid = labels != ignore_index
         g = torch.where(valid, dlogps.to(p.dtype), 0)[..., None]
-        onehot = torch.zeros_like(p).scatter_(-1, torch.where(valid, labels, 0)[..., None], 1)
+        held = valid & (labels != LABEL_ELSEWHERE)
+        onehot = torch.zeros_like(p).scatter_(-1, torch.where(held, labels, 0)[..., None], held[..., None].to(p.dtype))
         grad += g * (onehot - p)
         used |= valid
     if dkl is not None and ref_logits is not None:

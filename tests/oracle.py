@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -169,6 +169,29 @@ def assert_close(actual: Tensor, true: Tensor, yardstick: Tensor | None, name: s
             f"truth {true.flatten()[worst]:.9g}, error {error.flatten()[worst]:.3g}, "
             f"budget {budget.flatten()[worst]:.3g}"
         )
+
+
+def assert_labels_may_lie_elsewhere(backend: Backend, case: Case) -> None:
+    """Rows whose label is in another part of the vocabulary: those of one more column, where no probability is."""
+    v = case.logits.shape[-1]
+    elsewhere = (torch.arange(case.logits.shape[0]) % 2 == 0) & (case.labels != IGNORE)
+    assert elsewhere.any() and not elsewhere.all()
+    narrow = replace(case, labels=case.labels.where(~elsewhere, reference.LABEL_ELSEWHERE))
+    column = torch.full_like(case.logits[:, :1], -torch.inf)
+    wide = replace(case, logits=torch.cat([case.logits, column], -1), labels=case.labels.where(~elsewhere, v))
+    if case.ref_logits is not None:
+        # Not -inf, of which the yardstick's autograd would make NaN.
+        ref_column = torch.full_like(case.ref_logits[:, :1], torch.finfo(case.ref_logits.dtype).min)
+        wide = replace(wide, ref_logits=torch.cat([case.ref_logits, ref_column], -1))
+    true, yardstick = truth(wide), eager(wide)
+    assert (true.logps[elsewhere] == -torch.inf).all()
+    result = run(backend, narrow)
+    assert_within_budget(
+        result,
+        true._replace(dlogits=true.dlogits[:, :v]),
+        None if yardstick is None else yardstick._replace(dlogits=yardstick.dlogits[:, :v]),
+    )
+    assert_same_bits(run(backend, replace(narrow, logits=case.logits.clone()), inplace=True), result)
 
 
 def assert_same_bits(actual: Result, expected: Result) -> None:

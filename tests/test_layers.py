@@ -48,10 +48,11 @@ def is_within(name: str, package: str) -> bool:
 KERNELS = modules("spo_kernels")
 LOWER = {  # what each module may import of its own package
     "spo_kernels.reference": (),
-    "spo_kernels.head": ("spo_kernels.reference",),
-    "spo_kernels.ops": ("spo_kernels.head", "spo_kernels.reference"),
-    "spo_kernels.functional": ("spo_kernels.ops",),
-    "spo_kernels.linear": ("spo_kernels.functional", "spo_kernels.head"),
+    "spo_kernels.vocabulary": ("spo_kernels.reference",),
+    "spo_kernels.head": ("spo_kernels.reference", "spo_kernels.vocabulary"),
+    "spo_kernels.ops": ("spo_kernels.head", "spo_kernels.reference", "spo_kernels.vocabulary"),
+    "spo_kernels.functional": ("spo_kernels.ops", "spo_kernels.vocabulary"),
+    "spo_kernels.linear": ("spo_kernels.functional", "spo_kernels.head", "spo_kernels.vocabulary"),
     "spo_kernels.losses": ("spo_kernels.functional",),
     "spo_kernels.linear_losses": (
         "spo_kernels.functional",
@@ -59,9 +60,10 @@ LOWER = {  # what each module may import of its own package
         "spo_kernels.linear",
         "spo_kernels.losses",
         "spo_kernels.ops",
+        "spo_kernels.vocabulary",
     ),
     "spo_kernels.backends.cpu": (),
-    "spo_kernels.backends.triton_kernels": (),
+    "spo_kernels.backends.triton_kernels": ("spo_kernels.reference",),
     "spo_kernels.backends.triton": ("spo_kernels.backends.triton_kernels", "spo_kernels.reference"),
     "spo_kernels.backends": ("spo_kernels.backends", "spo_kernels.ops", "spo_kernels.reference"),
 }

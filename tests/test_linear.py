@@ -116,7 +116,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "_TILE_ROWS", 5)
     monkeypatch.setattr(head, "_TILE_BYTES", 1)
     monkeypatch.setattr(head, "_LEAST_COLUMNS", 10)
-    monkeypatch.setattr(head, "_SPARE_COLUMNS", 4)
+    monkeypatch.setattr(head, "_ALIGNED_COLUMNS", 4)
     monkeypatch.setattr(head, "_CAST_COLUMNS", 7)
     monkeypatch.setattr(head, "_WIDE_TILE_BYTES", 1)
     monkeypatch.setattr(head, "_LEAST_WIDE_ROWS", 8)
@@ -866,7 +866,8 @@ def test_compile_dynamic_shapes() -> None:
 def op_arguments(op: str) -> tuple[Any, ...]:
     x = Inputs(12, dtype=torch.float32)
     policy = tuple(tensor.requires_grad_() for tensor in x.policy)
-    options = (1.3, 3.0, 0.6, 5)
+    whole = (0, x.weight.shape[0], None)
+    options = (1.3, 3.0, 0.6, 5, *whole)
     logps = (x.labels, None, None, None, None, IGNORE, True)
     _, kl, stats = OPS.linear_token_stats_fwd(*(tensor.detach() for tensor in policy), *logps, *options)
     sequence = torch.arange(4).repeat_interleave(3)
@@ -908,6 +909,7 @@ def op_arguments(op: str) -> tuple[Any, ...]:
             3.0,
             0.6,
             20,
+            *whole,
         ),
     }[op]
 

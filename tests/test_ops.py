@@ -22,6 +22,7 @@ from oracle import (
     Case,
     Result,
     assert_close,
+    assert_labels_may_lie_elsewhere,
     assert_same,
     assert_same_bits,
     assert_within_budget,
@@ -91,6 +92,13 @@ def test_token_stats_over_rows(backend: Backend, rows: str, mode: str, dtype: to
     # Enough rows for the yardstick's largest error not to be a matter of luck.
     for n, v in ((200, 33), (48, 2051)):
         check(backend, n, v, dtype, mode, rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["logps", "both"])
+def test_labels_that_lie_elsewhere(backend: Backend, mode: str, dtype: torch.dtype) -> None:
+    for n, v in ((12, 1), (48, 33), (12, 1000), (5, 50257)):
+        assert_labels_may_lie_elsewhere(backend, make_case(n, v, dtype, mode=mode))
 
 
 @pytest.mark.parametrize("ref_dtype", FLOAT32_DTYPES, ids=str)

@@ -19,7 +19,7 @@ struct KlStats {
   double kl;
 };
 
-// Upstream gradients of one row. label is -1 where logp is not wanted; then g_logp is 0.
+// Upstream gradients of one row. label is -1 where the row has none here; g_logp is 0 where logp is not wanted.
 struct RowGrad {
   double g_logp, g_kl;
   std::int64_t label;

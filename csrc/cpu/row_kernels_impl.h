@@ -265,7 +265,8 @@ SPO_INLINE void for_grad_blocks(const T* z, T* dz, std::int64_t V, F f) {
 template <class T>
 void grad_logp(const T* z, T* dz, std::int64_t V, const RowStats& stats, const RowGrad& grad) {
   if (__builtin_expect(!in_range(stats), 0)) return scalar::grad_logp(z, dz, V, stats, grad);
-  const double at_label = scalar::label_grad_logp(z, stats, grad);  // before dz, which may be z, is written
+  // Before dz, which may be z, is written.
+  const double at_label = grad.label >= 0 ? scalar::label_grad_logp(z, stats, grad) : 0;
   // -g_logp p = exp(z - shift) (-g_logp exp(-logsum))
   const GradExp<T> exp(static_cast<float>(-grad.g_logp * std::exp(-stats.logsum)));
   const F32 shift(static_cast<float>(stats.shift));
@@ -279,7 +280,7 @@ void grad_logp(const T* z, T* dz, std::int64_t V, const RowStats& stats, const R
       store_group(out + g * kGroup, x);
     }
   });
-  from_double(at_label, dz[grad.label]);
+  if (grad.label >= 0) from_double(at_label, dz[grad.label]);
 }
 
 template <class T, class R>

@@ -85,6 +85,11 @@ void dispatch(DType z, DType r, std::int64_t rows, F f) {
 double kl_for_grad(double kl) { return std::isinf(kl) ? std::numeric_limits<double>::quiet_NaN() : kl; }
 
 template <class T>
+double log_prob_of_label(const T* z, std::int64_t label, const RowStats& stats) {
+  return label == kLabelElsewhere ? -INFINITY : scalar::log_prob(z[label], stats);
+}
+
+template <class T>
 void zero(T* dz, std::int64_t V) {
   std::memset(static_cast<void*>(dz), 0, V * sizeof(T));
 }
@@ -108,7 +113,7 @@ void token_stats_fwd(const TokenStatsFwd& a, std::int64_t begin, std::int64_t en
       }
       stats[i] = static_cast<Acc<T>>(s.policy.shift);
       stats[a.N + i] = static_cast<Acc<T>>(s.policy.logsum);
-      if (a.labels) logps[i] = with_logp ? static_cast<Acc<T>>(scalar::log_prob(z[a.labels[i]], s.policy)) : 0;
+      if (a.labels) logps[i] = with_logp ? static_cast<Acc<T>>(log_prob_of_label(z, a.labels[i], s.policy)) : 0;
       if (a.r.data) {
         stats[2 * a.N + i] = static_cast<Acc<T>>(s.ref.shift);
         stats[3 * a.N + i] = static_cast<Acc<T>>(s.ref.logsum);
@@ -128,7 +133,8 @@ void token_stats_bwd(const TokenStatsBwd& a, std::int64_t begin, std::int64_t en
       const bool with_kl = dkl && a.r.data && (!a.mask || a.mask[i]);
       const T* z = row<T>(a.z, i);
       T* dz = row<T>(a.dz, i);
-      const RowGrad grad{with_logp ? dlogps[i] : 0., with_kl ? dkl[i] : 0., with_logp ? a.labels[i] : -1};
+      const bool with_label = with_logp && a.labels[i] != kLabelElsewhere;
+      const RowGrad grad{with_logp ? dlogps[i] : 0., with_kl ? dkl[i] : 0., with_label ? a.labels[i] : -1};
       const RowStats policy{stats[i], stats[a.N + i]};
       if (with_kl) {
         const double kl = kl_for_grad(static_cast<const Acc<T>*>(a.kl)[i]);
@@ -169,7 +175,7 @@ void scale(const Rows& rows, std::int64_t V, double factor, std::int64_t begin, 
 
 std::int64_t first_bad_label(const std::int64_t* labels, std::int64_t N, std::int64_t V, std::int64_t ignore_index) {
   for (std::int64_t i = 0; i < N; ++i)
-    if (labels[i] != ignore_index && (labels[i] < 0 || labels[i] >= V)) return i;
+    if (labels[i] != ignore_index && labels[i] != kLabelElsewhere && (labels[i] < 0 || labels[i] >= V)) return i;
   return -1;
 }
 

@@ -13,7 +13,7 @@ void token_stats_bwd(const TokenStatsBwd& args, std::int64_t begin, std::int64_t
 void kl_loss_fwd(const KlLossFwd& args, std::int64_t begin, std::int64_t end);
 void scale(const Rows& rows, std::int64_t V, double factor, std::int64_t begin, std::int64_t end);
 
-// Index of the first label that is neither in [0, V) nor ignore_index; -1 if all are legal.
+// Index of the first label that is neither in [0, V) nor ignore_index nor kLabelElsewhere; -1 if all are legal.
 std::int64_t first_bad_label(const std::int64_t* labels, std::int64_t N, std::int64_t V, std::int64_t ignore_index);
 
 }  // namespace spo::cpu

@@ -292,7 +292,8 @@ SPO_DEVICE std::int64_t group_index() {
 }
 
 SPO_DEVICE void check_label(std::int64_t label, std::int64_t V) {
-  assert(label >= 0 && label < V && "spo_kernels: labels must be in [0, V) or ignore_index");
+  assert((label == kLabelElsewhere || (label >= 0 && label < V)) &&
+         "spo_kernels: labels must be in [0, V) or ignore_index");
 }
 
 // The statistics of a row's policy logits, and the log-probability of its label.
@@ -307,7 +308,7 @@ SPO_DEVICE void write_logits_stats(const TokenStatsFwd& a, const Source<T, E>& z
   Acc<T> logp = 0;
   if (label != a.ignore_index) {
     check_label(label, a.V);
-    logp = s.log_prob(z.at(label));
+    logp = label == kLabelElsewhere ? -INFINITY : s.log_prob(z.at(label));
   }
   static_cast<Acc<T>*>(a.logps)[row] = logp;
 }
@@ -552,8 +553,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const bool kl = with_kl && a.dkl && (!a.mask || a.mask[row]);
   if (!logp && !kl) return write_zeros<threads_per_row, E>(out, begin, end, a.V);
 
-  const std::int64_t label = logp ? a.labels[row] : -1;
-  if (logp) check_label(label, a.V);
+  const std::int64_t label = logp && a.labels[row] != kLabelElsewhere ? a.labels[row] : -1;
+  if (logp) check_label(a.labels[row], a.V);
   const auto* stats = static_cast<const A*>(a.stats);
   const RowStats<A> policy(stats[row], stats[a.N + row]);
   const A g_logp = logp ? static_cast<const A*>(a.dlogps)[row] : A{0};

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from spo_kernels.backends import triton_kernels as kernels
-from spo_kernels.reference import accumulate_dtype
+from spo_kernels.reference import LABEL_ELSEWHERE, accumulate_dtype
 
 name = "triton"
 
@@ -94,7 +94,7 @@ def _per_row(values: Tensor | None) -> Tensor | None:
 def _check_labels(labels: Tensor, V: int, ignore_index: int) -> None:
     """RuntimeError for a label out of range, for CPU tensors only: on a GPU the kernel asserts, without a sync."""
     if labels.is_cpu:
-        bad = labels[((labels < 0) | (labels >= V)) & (labels != ignore_index)]
+        bad = labels[((labels < 0) | (labels >= V)) & (labels != ignore_index) & (labels != LABEL_ELSEWHERE)]
         if bad.numel():
             raise RuntimeError(f"labels must be in [0, {V}) or ignore_index {ignore_index}, got {bad[0].item()}")
 

@@ -20,6 +20,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spo_kernels import reference
+
+LABEL_ELSEWHERE = tl.constexpr(reference.LABEL_ELSEWHERE)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_LOW = tl.constexpr(1.9259629911266175e-08)  # what is left of it after rounding to float32
 
@@ -219,10 +222,12 @@ def token_stats_fwd_kernel(
 
     if labels is not None:
         in_range = (label >= 0) & (label < V)
-        tl.device_assert(in_range | ~labelled, "labels must be in [0, V) or ignore_index")
+        elsewhere = label == LABEL_ELSEWHERE
+        tl.device_assert(in_range | elsewhere | ~labelled, "labels must be in [0, V) or ignore_index")
         # In this order: shift + logsum rounded to float32 near 1e4 would cost 5e-4 of the probability.
         picked = tl.load(logits + label, mask=labelled & in_range, other=0.0).to(dtype)
-        tl.store(logps + row, tl.where(labelled, (picked - shift) - logsum, 0.0))
+        logp = tl.where(elsewhere, float("-inf"), (picked - shift) - logsum)
+        tl.store(logps + row, tl.where(labelled, logp, 0.0))
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from oracle import (
     Case,
     Result,
     assert_close,
+    assert_labels_may_lie_elsewhere,
     assert_same,
     assert_same_bits,
     assert_within_budget,
@@ -271,6 +272,12 @@ def test_an_upstream_gradient_of_one_output_only(backend: Backend) -> None:
         yardstick = eager(one)
         assert yardstick is not None
         assert_close(got, truth(one).dlogits, yardstick.dlogits, "dlogits")
+
+
+def test_labels_that_lie_elsewhere(backend: Backend) -> None:
+    for dtype in DTYPES:
+        for mode in ("logps", "both"):
+            assert_labels_may_lie_elsewhere(backend, make_case(8, 1000, dtype, mode=mode))
 
 
 def test_another_ignore_index_may_be_a_token(backend: Backend) -> None:

@@ -1,0 +1,388 @@
+"""A vocabulary split over processes: every function gives what it gives for the whole one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from processes import Processes
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from spo_kernels import (
+    LinearSPOLoss,
+    SPOLoss,
+    functional,
+    head,
+    kl_loss,
+    linear_sequence_logps,
+    linear_token_kl,
+    linear_token_logps,
+    sequence_logps,
+    token_kl,
+    token_logps,
+    token_logps_kl,
+)
+
+V, H = 37, 8
+# Even where one is a divisor of V, uneven, with a single column, in another order than by size.
+SHARDS = [(30, 7), (10, 1, 22, 4)]
+IGNORE = -100
+WORLD = pytest.mark.parametrize("shards", SHARDS, ids=["2", "4"])
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    pool = Processes(4, tmp_path_factory.mktemp("gloo"))
+    yield pool
+    pool.close()
+
+
+def noise(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def own(tensor: Tensor, group: ProcessGroup | None, shards: tuple[int, ...], dim: int) -> Tensor:
+    """This process's columns as a leaf that wants a gradient; all of them without a group."""
+    part = tensor if group is None else tensor.split(shards, dim)[group.rank()]
+    return part.detach().clone().requires_grad_()
+
+
+def split_options(group: ProcessGroup | None, shards: tuple[int, ...]) -> dict[str, Any]:
+    return {} if group is None else {"process_group": group, "vocab_shards": shards}
+
+
+def near(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float64) -> None:
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 2**-7}[dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=1e-10 if dtype == torch.float64 else 2e-6)
+
+
+def same_everywhere(results: list[Tensor]) -> Tensor:
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
+    return results[0]
+
+
+# ---- from logits
+
+
+def row_inputs(dtype: torch.dtype, rows: str) -> dict[str, Tensor]:
+    """[2, 6, V]; every fourth row ignored, every third masked."""
+    logits, ref_logits = 3 * noise(2, 6, V, seed=0), 3 * noise(2, 6, V, seed=1)
+    if rows == "far":
+        logits += 1e4 * torch.arange(12).view(2, 6, 1)
+    if rows == "empty":  # the first process's columns, and for some rows all but the last's, have no probability
+        logits[..., :10] = -torch.inf
+        logits[0, :, :33] = -torch.inf
+    labels = torch.randint(0, V, (2, 6), generator=torch.Generator().manual_seed(2))
+    labels.view(-1)[::4] = IGNORE
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask.view(-1)[1::3] = False
+    return {"logits": logits.to(dtype), "ref_logits": ref_logits.to(dtype), "labels": labels, "mask": mask}
+
+
+Function = Callable[..., tuple[Tensor, ...]]
+ROW_FUNCTIONS: dict[str, Function] = {
+    "token_logps": lambda z, r, labels, mask, **kw: (token_logps(z, labels, **kw),),
+    "inplace": lambda z, r, labels, mask, **kw: (token_logps(z * 1, labels, inplace_backward=True, **kw),),
+    "sequence_logps": lambda z, r, labels, mask, **kw: (sequence_logps(z, labels, average=True, **kw),),
+    "packed": lambda z, r, labels, mask, **kw: (
+        sequence_logps(z.flatten(0, 1), labels.flatten(), cu_seqlens=torch.tensor([0, 5, 5, 12]), **kw),
+    ),
+    "token_kl": lambda z, r, labels, mask, **kw: (token_kl(z, r, mask, **kw),),
+    "token_logps_kl": lambda z, r, labels, mask, **kw: token_logps_kl(z, labels, r, mask, **kw),
+    "kl_loss": lambda z, r, labels, mask, **kw: (
+        kl_loss(
+            z * 1, r, mask, row_weight=torch.linspace(0, 2, 12, dtype=z.dtype).view(2, 6), overwrite_logits=True, **kw
+        ),
+    ),
+    "SPOLoss": lambda z, r, labels, mask, **kw: (
+        SPOLoss(0.1, 0.2, 0.05, **kw)(z, labels, kl_logits=z, kl_ref_logits=r, kl_mask=mask)[0],
+    ),
+}
+
+
+def rows_result(
+    group: ProcessGroup | None, shards: tuple[int, ...], name: str, inputs: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(outputs, gradient of this process's logits), for an upstream gradient that differs from row to row."""
+    logits = own(inputs["logits"], group, shards, -1)
+    ref_logits = own(inputs["ref_logits"], group, shards, -1).detach()
+    outputs = ROW_FUNCTIONS[name](logits, ref_logits, inputs["labels"], inputs["mask"], **split_options(group, shards))
+    flat = torch.cat([out.flatten() for out in outputs])
+    (gradient,) = torch.autograd.grad(flat @ torch.linspace(-1, 2, flat.numel(), dtype=flat.dtype), logits)
+    return flat.detach(), gradient
+
+
+@WORLD
+@pytest.mark.parametrize("name", ROW_FUNCTIONS)
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    [
+        (torch.float64, "noise"),
+        (torch.float64, "far"),
+        (torch.float64, "empty"),
+        (torch.float32, "noise"),
+        (torch.bfloat16, "noise"),
+    ],
+    ids=["float64", "far", "empty", "float32", "bfloat16"],
+)
+def test_functions_of_logits(
+    processes: Processes, dtype: torch.dtype, rows: str, name: str, shards: tuple[int, ...]
+) -> None:
+    inputs = row_inputs(dtype, rows)
+    if rows == "empty":  # a label without probability has a log-prob of -inf, whose loss says nothing
+        inputs["labels"] = inputs["labels"].where(inputs["labels"] == IGNORE, 33 + inputs["labels"] % 4)
+    expected, gradient = rows_result(None, shards, name, inputs)
+    results = processes.run(len(shards), rows_result, shards, name, inputs)
+    near(same_everywhere([out for out, _ in results]), expected, torch.float32 if dtype == torch.bfloat16 else dtype)
+    near(torch.cat([part for _, part in results], -1), gradient, dtype)
+
+
+def equal_logits(group: ProcessGroup, shards: tuple[int, ...]) -> Tensor:
+    logits = own(noise(5, V, seed=3, dtype=torch.float32), group, shards, -1)
+    return token_kl(logits, logits.detach(), process_group=group, vocab_shards=shards).detach()
+
+
+@WORLD
+def test_equal_logits_have_a_kl_of_exactly_zero(processes: Processes, shards: tuple[int, ...]) -> None:
+    for kl in processes.run(len(shards), equal_logits, shards):
+        assert kl.count_nonzero() == 0
+
+
+def even_shards(group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    logits, labels = noise(3, 36, seed=4), torch.tensor([0, 35, 17])
+    return token_logps(own(logits, group, (36 // group.size(),) * group.size(), -1), labels, process_group=group), (
+        token_logps(logits, labels)
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_even_shards_need_no_sizes(processes: Processes, size: int) -> None:
+    for sharded, whole in processes.run(size, even_shards):
+        near(sharded.detach(), whole)
+
+
+def ignore_index_is_a_column(group: ProcessGroup, shards: tuple[int, ...]) -> Tensor:
+    """0 is ignored, though it is column 0 of every shard; label 10 is a column 0 that counts."""
+    logits = own(noise(3, V, seed=5), group, shards, -1)
+    labels = torch.tensor([0, 10, 31])
+    out = token_logps(logits, labels, ignore_index=0, **split_options(group, shards))
+    out.sum().backward()
+    assert logits.grad is not None and logits.grad[0].count_nonzero() == 0
+    return out.detach()
+
+
+@WORLD
+def test_an_ignore_index_that_is_a_column(processes: Processes, shards: tuple[int, ...]) -> None:
+    expected = token_logps(noise(3, V, seed=5), torch.tensor([0, 10, 31]), ignore_index=0)
+    near(same_everywhere(processes.run(len(shards), ignore_index_is_a_column, shards)), expected)
+
+
+def compiled_rows(group: ProcessGroup, shards: tuple[int, ...], inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    torch._dynamo.reset()
+    logits = own(inputs["logits"], group, shards, -1)
+    ref_logits = own(inputs["ref_logits"], group, shards, -1).detach()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def function(z: Tensor) -> Tensor:
+        logps, kl = token_logps_kl(
+            z, inputs["labels"], ref_logits, inputs["mask"], process_group=group, vocab_shards=shards
+        )
+        return torch.cat([logps.flatten(), kl.flatten()])
+
+    out = function(logits)
+    (gradient,) = torch.autograd.grad(out @ torch.linspace(-1, 2, out.numel(), dtype=out.dtype), logits)
+    return out.detach(), gradient
+
+
+@WORLD
+def test_compile(processes: Processes, shards: tuple[int, ...]) -> None:
+    inputs = row_inputs(torch.float64, "noise")
+    expected = rows_result(None, shards, "token_logps_kl", inputs)
+    results = processes.run(len(shards), compiled_rows, shards, inputs)
+    near(same_everywhere([out for out, _ in results]), expected[0])
+    near(torch.cat([part for _, part in results], -1), expected[1])
+
+
+# ---- from hidden states
+
+TILES = {
+    "_TILE_ROWS": 5,
+    "_TILE_BYTES": 1,
+    "_LEAST_COLUMNS": 10,
+    "_ALIGNED_COLUMNS": 4,
+    "_WIDE_TILE_BYTES": 2**11,
+    "_LEAST_WIDE_ROWS": 12,
+}
+OPTIONS = {"temperature": 1.3, "softcap": 3.0, "logit_scale": 0.6}
+
+
+def head_inputs(dtype: torch.dtype, rows: tuple[int, ...] = (4, 6)) -> dict[str, Tensor]:
+    labels = torch.randint(0, V, rows, generator=torch.Generator().manual_seed(6))
+    labels.view(-1)[::4] = IGNORE
+    mask = torch.ones(rows, dtype=torch.bool)
+    mask.view(-1)[1::3] = False
+    return {
+        "hidden": noise(*rows, H, seed=7, dtype=dtype),
+        "weight": noise(V, H, seed=8, dtype=dtype),
+        "bias": noise(V, seed=9, dtype=dtype),
+        "ref_hidden": noise(*rows, H + 3, seed=10, dtype=dtype),
+        "ref_weight": noise(V, H + 3, seed=11, dtype=dtype),
+        "ref_bias": noise(V, seed=12, dtype=dtype),
+        "labels": labels,
+        "mask": mask,
+    }
+
+
+def spo_objective(x: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
+    loss = LinearSPOLoss(0.1, 0.3, nll_weight=0.2, **OPTIONS, **options)
+    given = {f"kl_{name}": x[name] for name in ("hidden", "mask")}
+    given |= {f"kl_{name}": x[name] for name in ("ref_hidden", "ref_weight", "ref_bias")}
+    objective, metrics = loss(x["hidden"], x["weight"], x["labels"], x["bias"], **given)
+    return objective, metrics.chosen_logps
+
+
+HEAD_FUNCTIONS: dict[str, Function] = {
+    "linear_token_logps": lambda x, **kw: linear_token_logps(
+        x["hidden"], x["weight"], x["labels"], x["bias"], return_entropy=True, **OPTIONS, **kw
+    ),
+    "chunks": lambda x, **kw: (
+        linear_token_logps(x["hidden"], x["weight"], x["labels"], x["bias"], chunk_size=5, **kw),
+    ),
+    "linear_sequence_logps": lambda x, **kw: (
+        linear_sequence_logps(x["hidden"], x["weight"], x["labels"], average=True, **kw),
+    ),
+    "linear_token_kl": lambda x, **kw: (
+        linear_token_kl(
+            x["hidden"],
+            x["weight"],
+            x["ref_hidden"],
+            x["ref_weight"],
+            x["mask"],
+            x["bias"],
+            x["ref_bias"],
+            **OPTIONS,
+            **kw,
+        ),
+    ),
+    "recompute": lambda x, **kw: spo_objective(x, route="recompute", **kw),
+    "recompute_free": lambda x, **kw: spo_objective(x, route="recompute_free", **kw),
+    "long_pairs": lambda x, **kw: spo_objective(x, chunk_size=7, **kw),
+}
+
+
+def head_result(
+    group: ProcessGroup | None, shards: tuple[int, ...], name: str, inputs: dict[str, Tensor]
+) -> tuple[Tensor, ...]:
+    """(outputs, gradient of hidden, of this process's weight, of its bias (0 if it has none))."""
+    with pytest.MonkeyPatch.context() as patch:
+        # So small that there are several, and of other sizes in every process.
+        for constant, value in TILES.items():
+            patch.setattr(head, constant, value)
+        x = dict(inputs)
+        x["hidden"] = inputs["hidden"].detach().clone().requires_grad_()
+        for key in ("weight", "bias", "ref_weight", "ref_bias"):
+            x[key] = own(inputs[key], group, shards, 0)
+        x["ref_weight"], x["ref_bias"] = x["ref_weight"].detach(), x["ref_bias"].detach()
+        outputs = HEAD_FUNCTIONS[name](x, **split_options(group, shards))
+        flat = torch.cat([out.flatten() for out in outputs])
+        upstream = torch.linspace(-1, 2, flat.numel(), dtype=flat.dtype)
+        leaves = [x["hidden"], x["weight"], x["bias"]]
+        gradients = torch.autograd.grad(flat @ upstream, leaves, allow_unused=True, materialize_grads=True)
+    return flat.detach(), *gradients
+
+
+@WORLD
+@pytest.mark.parametrize("name", HEAD_FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_functions_of_hidden_states(
+    processes: Processes, dtype: torch.dtype, name: str, shards: tuple[int, ...]
+) -> None:
+    inputs = head_inputs(dtype)
+    expected = head_result(None, shards, name, inputs)
+    results = processes.run(len(shards), head_result, shards, name, inputs)
+    by_kind = list(zip(*results, strict=True))
+    scale = max(float(gradient.abs().max()) for gradient in expected[1:])
+    for want, got in zip(
+        expected[:2], by_kind[:2], strict=True
+    ):  # outputs and the gradient of hidden, whole everywhere
+        near(same_everywhere(list(got)) / scale, want / scale, dtype)
+    for want, got in zip(expected[2:], by_kind[2:], strict=True):
+        near(torch.cat(got) / scale, want / scale, dtype)
+
+
+def half_gradient_of_hidden(group: ProcessGroup | None, shards: tuple[int, ...], inputs: dict[str, Tensor]) -> Tensor:
+    hidden = inputs["hidden"].detach().clone().requires_grad_()
+    weight = own(inputs["weight"], group, shards, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head, "native_products", lambda device_type, dtype: False)
+        linear_token_logps(hidden, weight, inputs["labels"], **split_options(group, shards)).sum().backward()
+    assert hidden.grad is not None
+    return hidden.grad
+
+
+def test_the_gradient_of_half_precision_hidden_states_is_rounded_once(processes: Processes) -> None:
+    """The processes' parts cancel but for 1/64: rounded before they are added, they would be off by 64 * 2**-9."""
+    inputs = head_inputs(torch.bfloat16)
+    inputs["weight"] = 64 + inputs["weight"]
+    truth = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    expected = half_gradient_of_hidden(None, SHARDS[0], truth)
+    (ours, again) = processes.run(2, half_gradient_of_hidden, SHARDS[0], inputs)
+    assert torch.equal(ours, again)
+    torch.testing.assert_close(ours.double(), expected, rtol=2**-8, atol=1e-3)
+
+
+# ---- refusals
+
+
+def refused(group: ProcessGroup, shards: tuple[int, ...], held: tuple[int, ...] | None, label: int, name: str) -> Any:
+    columns = shards[group.rank()]
+    labels = torch.full((3,), label)
+    options = {"process_group": group, "vocab_shards": held}
+    if name == "logits":
+        return token_logps(torch.zeros(3, columns), labels, **options)
+    return linear_token_logps(torch.zeros(3, H), torch.zeros(columns, H), labels, **options)
+
+
+@pytest.mark.parametrize("name", ["logits", "head"])
+@pytest.mark.parametrize(
+    ("shards", "held", "label", "message"),
+    [
+        ((30, 7), None, 0, r"the shards of process_group must be \[0, (60|14)\) .*\[0, 30\), \[7, 14\) by rank"),
+        ((10, 1), (10, 1, 22, 4), 0, r"vocab_shards must have one entry for each of 2 processes, got \[10, 1, 22, 4\]"),
+        ((30, 7), (7, 30), 0, r"vocab_shards must have the (30|7) columns of this process as entry (0|1)"),
+        ((30, 7), (30, 7), 37, r"labels must be in \[0, 37\) or ignore_index -100, got 37"),
+        ((30, 7), (30, 7), -1, r"labels must be in \[0, 37\) or ignore_index -100, got -1"),
+    ],
+    ids=["uneven", "another size", "another order", "label too large", "negative label"],
+)
+def test_bad_shards_are_named_in_every_process(
+    processes: Processes, shards: tuple[int, ...], held: tuple[int, ...] | None, label: int, message: str, name: str
+) -> None:
+    for error in processes.run(len(shards), refused, shards, held, label, name):
+        assert isinstance(error, RuntimeError if "label" in message else ValueError), error
+        with pytest.raises(type(error), match=message):
+            raise error
+
+
+def test_a_group_is_needed_and_must_be_one() -> None:
+    logits, labels = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"vocab_shards needs a process_group, got \(5,\)"):
+        token_logps(logits, labels, vocab_shards=(5,))
+    with pytest.raises(ValueError, match="process_group must be a torch.distributed.ProcessGroup .* got str"):
+        functional.token_kl(logits, logits, process_group="model")  # type: ignore[arg-type]
+
+
+def different_references(group: ProcessGroup) -> Tensor:
+    return linear_token_kl(
+        torch.zeros(3, H), torch.zeros(5, H), torch.zeros(3, H), torch.zeros(6, H), process_group=group
+    )
+
+
+def test_different_vocabularies_of_policy_and_reference(processes: Processes) -> None:
+    for error in processes.run(2, different_references):
+        with pytest.raises(ValueError, match="ref_weight must have V = 5 rows like weight, got 6"):
+            raise error
