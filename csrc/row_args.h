@@ -8,8 +8,8 @@ namespace spo {
 enum class DType { f32, bf16, f16, f64 };
 
 // Label of a row whose token lies in another part of the vocabulary: the row counts as any other, its log-prob is -inf
-// and its gradient has no 1. Not the least number, which is what a NaN becomes as an integer.
-constexpr std::int64_t kLabelElsewhere = -(std::int64_t{1} << 62);
+// and its gradient has no 1. A number that no mistake makes: the least is what a NaN becomes as an integer.
+constexpr std::int64_t kLabelElsewhere = -(std::int64_t{1} << 62) - 1;
 
 // Rows [N, V] of a tensor [B, T, V] (B = 1 for [N, V]) with unit stride along V; strides in elements.
 struct Rows {

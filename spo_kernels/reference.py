@@ -18,8 +18,8 @@ from torch import Tensor
 name = "reference"
 
 # Label of a row whose token lies in another part of the vocabulary: the row counts as any other, its log-prob is -inf
-# and its gradient has no 1. Not the least number, which is what a NaN becomes as an integer.
-LABEL_ELSEWHERE = -(2**62)
+# and its gradient has no 1. A number that no mistake makes: the least is what a NaN becomes as an integer.
+LABEL_ELSEWHERE = -(2**62) - 1
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
