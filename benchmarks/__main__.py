@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ROOT, bars, floors, gpu, head, report, step
+from benchmarks import ROOT, bars, everything, floors, gpu, growth, head, report, step
 from benchmarks.ops import DEFAULT_CASES, WORKLOADS, Case, Workload
 from benchmarks.providers import DEFAULT_PROVIDERS, PROVIDERS
 from benchmarks.run import CaseRunner, Settings, failures_of_ours, set_simd_level
@@ -105,6 +105,23 @@ def _parser() -> argparse.ArgumentParser:
     bar.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="time that ratios compare")
     bar.add_argument("--shapes", type=_shape, nargs="+", metavar="NxV", help="instead of the bars' own shapes")
     bar.add_argument("--providers", choices=PROVIDERS, nargs="+", metavar="NAME", help="leave the others unmeasured")
+
+    grow = commands.add_parser(
+        "growth",
+        parents=[common],
+        help="time and memory against rows, vocabulary and threads, in one figure",
+        description="How time and memory of a row op and of the head grow with rows, vocabulary and threads.",
+    )
+    growth.add_arguments(grow, _count)
+
+    every = commands.add_parser(
+        "all",
+        help="everything on benchmarks/README.md anew: tables and figures",
+        description="Runs ops, step, head, growth and bars in turn and puts what they measured into the page. "
+        "Goes on after a failure and exits with 1; results of commands that ran are kept.",
+    )
+    everything.add_arguments(every)
+    every.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="default: out/benchmarks")
 
     whole = commands.add_parser(
         "gpu",
@@ -212,7 +229,7 @@ def _measured(options: argparse.Namespace) -> tuple[list[report.Record], list[Pa
     """(rows of the ops CSVs, pages) of the files named, or of the newest of each kind under --out."""
     files = options.files
     if not files:
-        kinds = ("ops-*.csv", "step-*.md", "head-*.md", "bars-*.md")
+        kinds = ("ops-*.csv", "step-*.md", "head-*.md", "growth-*.md", "bars-*.md")
         files = [found[-1] for kind in kinds if (found := sorted(options.out.glob(kind)))]
     tables, pages = ([file for file in files if file.suffix == suffix] for suffix in (".csv", ".md"))
     records = [record for table in tables for record in report.read_csv(table)]
@@ -249,6 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command in ("plot", "table"):
             return {"plot": run_plot, "table": run_table}[options.command](options)
+        if options.command == "all":
+            return everything.run_all(options)
         if options.command == "floors":
             print(floors.markdown([Case(shape, DTYPES[options.dtype]) for shape in options.shapes]))
             return 0
@@ -259,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "bars": bars.run_bars,
             "step": step.run_step,
             "head": head.run_head,
+            "growth": growth.run_growth,
             "gpu": gpu.run_gpu,
         }[options.command]
         return run(options, environment, settings)

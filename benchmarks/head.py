@@ -197,7 +197,8 @@ def _peak_entry(dtype: torch.dtype, device: torch.device) -> measure.Entry:
     return measure.Entry(lambda: torch.mm(a, b.t(), out=out))
 
 
-def _run_dtype(options: argparse.Namespace, settings: Settings, name: str) -> list[HeadRow]:
+def run_dtype(options: argparse.Namespace, settings: Settings, name: str) -> list[HeadRow]:
+    """Everyone at the size that options give (`add_arguments`), in one dtype."""
     dtype, device = DTYPES[name], settings.device
     batch = _make_batch(options, dtype, device)
     truths = {True: _truth(_eager, batch), False: _truth(_sum_of_logps, batch)}
@@ -253,7 +254,7 @@ def _product_dtypes(provider: Provider, dtype: torch.dtype, device: torch.device
 
 
 def run_head(options: argparse.Namespace, environment: report.Environment, settings: Settings) -> int:
-    rows = [row for name in options.dtypes for row in _run_dtype(options, settings, name)]
+    rows = [row for name in options.dtypes for row in run_dtype(options, settings, name)]
     writer = report.CsvWriter(report.output_path(options.out, "head"), HeadRow, environment)
     writer.write(rows)
     page = writer.path.with_suffix(".md")

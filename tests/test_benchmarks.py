@@ -17,7 +17,7 @@ from torch import Tensor
 # Last, so that the tree does not shadow the installed package.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import ROOT, bars, gpu, measure, report
+from benchmarks import ROOT, bars, gpu, growth, measure, report
 from benchmarks import __main__ as cli
 from benchmarks.ops import OPS, WORKLOADS, Case
 from benchmarks.providers import DEFAULT_PROVIDERS, PROVIDERS
@@ -440,3 +440,47 @@ def test_every_command_of_the_gpu_report_is_one_that_exists(tmp_path: Path) -> N
                 assert importlib.util.find_spec(module)
                 if module == "benchmarks":
                     cli._parser().parse_args(arguments)
+
+
+def test_growth_measures_every_axis_and_draws_it(tmp_path: Path) -> None:
+    sizes = ["--rows", "4", "8", "--vocabulary", "50", "100", "--hidden", "8", "--threads", "2"]
+    assert cli.main(["growth", *TINY, *sizes, "--out", str(tmp_path)]) == 0
+    rows = read(only(tmp_path, "growth-*.csv"))
+    points = {
+        (row["axis"], row["what"], row["provider"], row["rows"], row["vocabulary"], row["threads"]) for row in rows
+    }
+    lines = [("token_kl", name) for name in ("ours", "ours_inplace", "eager")]
+    lines += [("head", name) for name in ("recompute_free", "recompute", "eager")]
+    sizes = [("rows", "4", "50", "2"), ("rows", "8", "50", "2"), ("vocabulary", "4", "50", "2")]
+    sizes += [("vocabulary", "4", "100", "2"), ("threads", "4", "50", "1"), ("threads", "4", "50", "2")]
+    assert points == {(axis, *line, *rest) for line in lines for axis, *rest in sizes}
+    assert all(row["status"] == "ok" and float(row["wall_ms"]) > 0 for row in rows)
+    page = only(tmp_path, "growth-*.md").read_text()
+    assert "| head recompute_free |" in page and "rows 4 to 8, vocabulary 50 to 100, threads 1 to 2" in page
+    assert only(tmp_path, "growth-*.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_growth_takes_whole_pairs_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["growth", *TINY, "--rows", "4", "7", "--out", str(tmp_path)]) == 2
+    assert "--rows must be multiples of 4, pairs of 2 tokens each, got 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, -1.0])
+def test_exponent_is_the_slope_in_logarithms(power: float) -> None:
+    assert growth.exponent([(n, 3.0 * n**power) for n in (2, 4, 16)]) == pytest.approx(power)
+    assert growth.exponent([(2, 3.0)]) is None
+    assert growth.exponent([(2, 3.0), (4, 0.0)]) is None
+
+
+def test_all_measures_everything_and_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, figure = tmp_path / "page.md", tmp_path / "growth.png"
+    page.write_text(f"before\n{report.RESULTS_BEGIN}\nlast year's\n{report.RESULTS_END}\nafter\n")
+    arguments = ["all", "--quick", "--out", str(tmp_path / "out"), "--page", str(page)]
+    assert cli.main(arguments) == 2  # the figure of the repository is not for tiny sizes
+    assert "--quick needs --page and --figure" in capsys.readouterr().err
+    assert cli.main([*arguments, "--figure", str(figure)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "last year's" not in text
+    for part in ("| token_kl |", "**The head.**", "**How cost grows.**", "ours_inplace", "| token_logps.fwd"):
+        assert part in text, part
+    assert figure.read_bytes().startswith(b"\x89PNG")

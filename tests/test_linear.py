@@ -853,7 +853,8 @@ def test_compile_linear_spo_loss(route: str) -> None:
 def test_compile_dynamic_shapes() -> None:
     def call(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
         logps, entropy = linear_token_logps(hidden * 1, weight, labels, chunk_size=chunk_size, return_entropy=True)
-        return (logps + 0.1 * entropy).sum() + LinearSPOLoss()(hidden, weight, labels)[0]
+        of_logits = SPOLoss()(hidden @ weight.T, labels)[0]
+        return (logps + 0.1 * entropy).sum() + LinearSPOLoss()(hidden, weight, labels)[0] + of_logits
 
     function = compiled(call, dynamic=True)
     for rows, length, chunk_size in ((2, 7, 3), (6, 5, 4)):

@@ -1,0 +1,221 @@
+"""How cost grows: time and memory against rows, vocabulary and threads, of a row op and of the head.
+
+Each point is the code of `ops` and `head` at one size: `token_kl`, forward and backward, and the pair loss
+from hidden states. The exponent of a line is the slope of its points in logarithms, by least squares: 1 is linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import log
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import head, report
+from benchmarks.ops import WORKLOADS, Case
+from benchmarks.run import CaseRunner, Settings
+
+_WORKLOAD = next(workload for workload in WORKLOADS if str(workload) == "token_kl.fwd_bwd")
+_ROW_PROVIDERS = ("ours", "ours_inplace", "eager")
+_HEAD_PROVIDERS = ("recompute_free", "recompute", "eager")
+_TOKENS = 64
+_AXES = {"rows": "rows N", "vocabulary": "vocabulary V", "threads": "threads"}
+
+
+class Size(NamedTuple):
+    """Where a point lies, and along which axis it is compared."""
+
+    axis: str  # one of _AXES
+    rows: int
+    vocabulary: int
+    threads: int
+
+    @property
+    def position(self) -> int:
+        return int(getattr(self, self.axis))
+
+
+@dataclass
+class GrowthRow:
+    """One implementation at one size; forward and backward, float32."""
+
+    axis: str
+    what: str  # token_kl or head
+    provider: str
+    rows: int
+    vocabulary: int
+    threads: int
+    status: str
+    wall_ms: float | None
+    wall_p20_ms: float | None
+    wall_p80_ms: float | None
+    extra_mib: float | None  # peak beyond the inputs; of the head also beyond the gradients
+
+    @property
+    def position(self) -> int:
+        return int(getattr(self, self.axis))
+
+
+def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
+    parser.add_argument("--rows", type=count, nargs="+", default=[512, 1024, 2048, 4096], metavar="N")
+    parser.add_argument("--vocabulary", type=count, nargs="+", default=[16000, 32000, 64000, 128000], metavar="V")
+    parser.add_argument("--hidden", type=count, default=256, help="width H of the head (default: 256)")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="image to write (default: a new one under --out)")
+
+
+def _tokens(options: argparse.Namespace) -> int:
+    """Tokens of a sequence of the head's pairs, the same at all sizes."""
+    return max(min(_TOKENS, min(options.rows) // 2), 1)
+
+
+def _sizes(options: argparse.Namespace, threads: int) -> Iterator[Size]:
+    rows, vocabulary = options.rows, options.vocabulary
+    middle = rows[len(rows) // 2 - 1], vocabulary[len(vocabulary) // 2 - 1]
+    for n in rows:
+        yield Size("rows", n, middle[1], threads)
+    for v in vocabulary:
+        yield Size("vocabulary", middle[0], v, threads)
+    for used in range(1, threads + 1):
+        yield Size("threads", *middle, used)
+
+
+def _measure(size: Size, options: argparse.Namespace, settings: Settings) -> Iterator[GrowthRow]:
+    torch.set_num_threads(size.threads)
+    settings = replace(settings, threads=size.threads)
+    runner = CaseRunner(Case((size.rows, size.vocabulary), torch.float32), settings, _ROW_PROVIDERS)
+    for row in runner.run(_WORKLOAD, 0):
+        yield _row(size, "token_kl", row)
+    del runner
+    sizes = argparse.Namespace(
+        pairs=size.rows // (2 * _tokens(options)),
+        tokens=_tokens(options),
+        hidden=options.hidden,
+        vocabulary=size.vocabulary,
+        providers=_HEAD_PROVIDERS,
+    )
+    for head_row in head.run_dtype(sizes, settings, "float32"):
+        yield _row(size, "head", head_row)
+
+
+def _row(size: Size, what: str, row: Any) -> GrowthRow:
+    times = row.wall_ms, row.wall_p20_ms, row.wall_p80_ms
+    return GrowthRow(
+        size.axis, what, row.provider, size.rows, size.vocabulary, size.threads, row.status, *times, row.extra_mib
+    )
+
+
+def run_growth(options: argparse.Namespace, environment: report.Environment, settings: Settings) -> int:
+    tokens = _tokens(options)
+    if partial := [n for n in options.rows if n % (2 * tokens)]:
+        raise ValueError(f"--rows must be multiples of {2 * tokens}, pairs of {tokens} tokens each, got {partial[0]}")
+    writer = report.CsvWriter(report.output_path(options.out, "growth"), GrowthRow, environment)
+    rows: list[GrowthRow] = []
+    before = torch.get_num_threads()
+    try:
+        for size in _sizes(options, settings.threads):
+            print(f"N {size.rows}, V {size.vocabulary}, {size.threads} threads", flush=True)
+            measured = list(_measure(size, options, settings))
+            writer.write(measured)
+            rows += measured
+    finally:
+        torch.set_num_threads(before)
+    page, image = writer.path.with_suffix(".md"), options.save or writer.path.with_suffix(".png")
+    text = f"**How cost grows.** {report.machine_line(environment)} {_markdown(rows, options.hidden)}"
+    page.write_text(text + "\n")
+    plot(rows, image)
+    print("", text, "", writer.path, page, image, sep="\n")
+    return 1 if any(row.status != "ok" and row.provider != "eager" for row in rows) else 0
+
+
+Line = tuple[str, str]  # what, provider
+
+
+def _lines(rows: list[GrowthRow], axis: str, value: str) -> dict[Line, list[tuple[int, float]]]:
+    """(position, value) of each line along an axis, where measured."""
+    lines: dict[Line, list[tuple[int, float]]] = {}
+    for row in rows:
+        number = getattr(row, value)
+        if row.axis == axis and number is not None:
+            lines.setdefault((row.what, row.provider), []).append((row.position, number))
+    return lines
+
+
+def exponent(points: list[tuple[int, float]]) -> float | None:
+    """Slope of log value over log position; None for less than two positions or a value that is not positive."""
+    if len({position for position, _ in points}) < 2 or min(value for _, value in points) <= 0:
+        return None
+    return statistics.linear_regression([log(x) for x, _ in points], [log(y) for _, y in points]).slope
+
+
+def _markdown(rows: list[GrowthRow], hidden: int) -> str:
+    time = {axis: _lines(rows, axis, "wall_ms") for axis in _AXES}
+    memory = {axis: _lines(rows, axis, "extra_mib") for axis in ("rows", "vocabulary")}
+
+    def slope(points: list[tuple[int, float]] | None) -> str:
+        value = exponent(points) if points else None
+        return "" if value is None else f"{value:.2f}"
+
+    def ends(points: list[tuple[int, float]] | None) -> str:
+        return f"{points[0][1]:.0f} to {points[-1][1]:.0f}" if points else ""
+
+    cells = [
+        [
+            " ".join(line),
+            slope(time["rows"].get(line)),
+            slope(time["vocabulary"].get(line)),
+            slope(time["threads"].get(line)),
+            ends(memory["rows"].get(line)),
+            ends(memory["vocabulary"].get(line)),
+        ]
+        for line in time["rows"]
+    ]
+    header = ["line", "time by N", "by V", "by threads", "peak MiB over N", "over V"]
+    spans = [f"{axis} {min(found)} to {max(found)}" for axis in _AXES if (found := _positions(rows, axis))]
+    return (
+        f"float32, forward and backward, head with H = {hidden}; {', '.join(spans)}. Exponents: 1 is linear, -1 in "
+        f"threads perfect scaling.\n\n{report.markdown_table(header, cells, 1)}"
+    )
+
+
+def _positions(rows: list[GrowthRow], axis: str) -> list[int]:
+    return [row.position for row in rows if row.axis == axis]
+
+
+def plot(rows: list[GrowthRow], path: Path) -> None:
+    """Time over each axis, and memory over rows and vocabulary; dashed: linear through the first point of ours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    colours = {"eager": "#d1495b", "recompute": "#6a994e"}
+    panels = [(axis, "wall_ms", "ms") for axis in _AXES]
+    panels += [(axis, "extra_mib", "peak MiB beyond inputs") for axis in ("rows", "vocabulary")]
+    figure, axes = plt.subplots(2, len(panels), figsize=(3.4 * len(panels), 6.4), layout="constrained", squeeze=False)
+    for what, of_what in zip(("token_kl", "head"), axes, strict=True):
+        for (axis, value, label), panel in zip(panels, of_what, strict=True):
+            for (line_of, provider), points in _lines(rows, axis, value).items():
+                if line_of == what:
+                    positions, values = zip(*points, strict=True)
+                    style = ":" if provider == "ours_inplace" else "-"
+                    colour = colours.get(provider, "#00798c")
+                    panel.plot(positions, values, style, marker="o", markersize=4, color=colour, label=provider)
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log" if value == "wall_ms" else "linear")
+            panel.set_xticks(sorted(set(_positions(rows, axis))))
+            panel.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}")
+            panel.minorticks_off()
+            panel.set_xlabel(_AXES[axis])
+            panel.set_ylabel(label)
+            panel.set_ylim(bottom=0 if value != "wall_ms" else None)
+            panel.grid(alpha=0.3)
+        of_what[0].set_title(f"{what}, forward and backward", loc="left", fontsize=10, fontweight="bold")
+        of_what[0].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
