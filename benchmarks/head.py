@@ -16,6 +16,8 @@ import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +67,20 @@ def _chunked_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         )
 
 
+def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """DPO without a reference is eq. 8 times alpha. Chunks of a pair, gradients in the forward, compiled inside."""
+    dpo = import_module("liger_kernel.chunked_loss").LigerFusedLinearDPOLoss
+    loss: Tensor = dpo(beta=_ALPHA, use_ref_model=False, compute_nll_loss=False)(weight, hidden, labels)[0]
+    return loss / _ALPHA
+
+
+def _cut_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Its implementation for devices without Triton: compiled, with the logits in memory."""
+    linear_cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
+    nll = linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), impl="torch_compile", reduction="none")
+    return _pair_loss(-nll.view(labels.shape))
+
+
 def _ours(route: str) -> Loss:
     loss = spo_kernels.LinearSPOLoss(_ALPHA, route=route)
     return lambda hidden, weight, labels: loss(hidden, weight, labels)[0]
@@ -88,6 +104,8 @@ PROVIDERS: dict[str, Provider] = {
     "cross_entropy": Provider(_cross_entropy, 3),
     "compile": Provider(_eager_float, 3, compiled=True),
     **({"chunked_nll": Provider(_chunked_nll, 3, pairs=False)} if hasattr(F, "linear_cross_entropy") else {}),
+    **({"liger": Provider(_liger, 3)} if find_spec("liger_kernel") else {}),
+    **({"cut_cross_entropy": Provider(_cut_cross_entropy, 3)} if find_spec("cut_cross_entropy") else {}),
 }
 
 

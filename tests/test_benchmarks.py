@@ -17,7 +17,7 @@ from torch import Tensor
 # Last, so that the tree does not shadow the installed package.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import ROOT, bars, gpu, growth, measure, report
+from benchmarks import ROOT, bars, gpu, growth, head, measure, report
 from benchmarks import __main__ as cli
 from benchmarks.ops import OPS, WORKLOADS, Case
 from benchmarks.providers import DEFAULT_PROVIDERS, PROVIDERS
@@ -133,7 +133,8 @@ def test_step_agrees_with_float64_and_writes_its_page(tmp_path: Path) -> None:
 
 def test_head_agrees_with_float64_and_writes_its_page(tmp_path: Path) -> None:
     sizes = ["--pairs", "2", "--tokens", "8", "--hidden", "32", "--vocabulary", "200", "--dtypes", "float32"]
-    providers = ["--providers", "recompute_free", "recompute", "eager"]
+    peers = [name for name in ("liger", "cut_cross_entropy") if name in head.PROVIDERS]  # where they are installed
+    providers = ["--providers", "recompute_free", "recompute", "eager", *peers]
     assert cli.main(["head", *TINY, *sizes, *providers, "--out", str(tmp_path)]) == 0
     rows = {row["provider"]: row for row in read(only(tmp_path, "head-*.csv"))}
     assert list(rows) == providers[1:]
