@@ -273,7 +273,9 @@ def _token_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     start, size, group = checked_shard(process_group, vocab_shards, logits.shape[-1])
     if group is None:
-        return torch.ops.spo_kernels.token_stats_fwd(logits, labels, ref_logits, mask, ignore_index, inplace_backward)
+        differentiate = torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling()
+        stats = ops.TokenStats.apply if differentiate else torch.ops.spo_kernels.token_stats_fwd
+        return stats(logits, labels, ref_logits, mask, ignore_index, inplace_backward)
     return torch.ops.spo_kernels.sharded_token_stats_fwd(
         logits, labels, ref_logits, mask, ignore_index, inplace_backward, start, size, group
     )

@@ -171,6 +171,21 @@ def _token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _
     return dlogits, *(None,) * (ctx.inputs - 1)
 
 
+class TokenStats(torch.autograd.Function):
+    """`token_stats_fwd` with its gradient, for eager mode: calls take half the time of those through torch.library."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():  # past the op's own registration
+            output: tuple[Tensor, Tensor, Tensor] = torch.ops.spo_kernels.token_stats_fwd(*inputs)
+        _token_stats_setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        return _token_stats_backward(ctx, *gradients)
+
+
 def _kl_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     dlogits = output[1]
     ctx.mark_non_differentiable(dlogits)
