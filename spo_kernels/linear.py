@@ -267,7 +267,8 @@ def as_rows(head: Head) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     device_type = hidden.device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    # Not torch.amp.is_autocast_available, which Dynamo of torch 2.10 cannot trace. Other devices may know no autocast.
+    if not (device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device_type)
 

@@ -83,7 +83,7 @@ def _(tensor: Tensor, scale: Tensor) -> None:
 
 library.define(
     "sharded_token_stats_fwd(Tensor logits, Tensor? labels, Tensor? ref_logits, Tensor? mask, int ignore_index, "
-    "bool inplace_backward, int vocab_start, int vocab_size, str process_group) "
+    "bool inplace_backward, SymInt vocab_start, SymInt vocab_size, str process_group) "
     "-> (Tensor logps, Tensor kl, Tensor stats)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -229,8 +229,8 @@ HEAD_ARGS = "Tensor hidden, Tensor weight, Tensor? bias"
 _REF_HEAD_ARGS = "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
 # Weight and bias are the columns from vocab_start on of a vocabulary of vocab_size; all of it without a process group.
 OPTION_ARGS = (
-    "float temperature, float? softcap, float logit_scale, SymInt? chunk_size, int vocab_start, "
-    "int vocab_size, str? process_group"
+    "float temperature, float? softcap, float logit_scale, SymInt? chunk_size, SymInt vocab_start, "
+    "SymInt vocab_size, str? process_group"
 )
 _OPTIONS = OPTION_ARGS.count(",") + 1
 NEEDS_ARGS = "bool need_hidden, bool need_weight, bool need_bias"

@@ -18,6 +18,7 @@ _TIMEOUT = 120  # seconds
 
 
 def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
+    sys.path.append(str(Path(__file__).parents[1]))  # pytest's importlib mode calls the test modules tests.*
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     groups = {size: dist.new_group(list(range(size))) for size in range(1, world + 1)}

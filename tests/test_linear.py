@@ -832,6 +832,24 @@ def test_compile_fullgraph(autocast: bool, name: str) -> None:
         torch.testing.assert_close(actual, expected)
 
 
+def test_dynamic_shapes_compile_once() -> None:
+    x = Inputs(3, 7, dtype=torch.float32)
+    compiles: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiles.append(len(inputs))
+        return graph
+
+    torch._dynamo.reset()
+    call = torch.compile(linear_token_logps, fullgraph=True, dynamic=True, backend=backend)
+    hidden, labels = x.policy[0].detach().flatten(0, 1), x.labels.flatten().clamp(max=9)
+    for rows, columns in ((5, 10), (7, 12), (4, 11)):
+        weight = x.policy[1].detach()[:columns]
+        got = call(hidden[:rows], weight, labels[:rows])
+        torch.testing.assert_close(got, linear_token_logps(hidden[:rows], weight, labels[:rows]))
+    assert len(compiles) == 1
+
+
 @ROUTE
 def test_compile_linear_spo_loss(route: str) -> None:
     x = pair_inputs(dtype=torch.float32)
