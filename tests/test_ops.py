@@ -458,6 +458,63 @@ def test_a_row_does_not_depend_on_its_batch(backend: Backend, v: int, rows: str,
         assert_same_bits(part, whole.map(itemgetter(index)))
 
 
+PART = 16384  # kPart of csrc/cpu/row_kernels.h
+
+
+def rows_of_unlike_parts(dtype: torch.dtype, v: int) -> Case:
+    """[6, v] of several parts: what their sums must not lose when they come together."""
+    case = make_case(6, v, dtype)
+    logits, ref_logits = case.logits, case.ref_logits
+    logits[0, :PART] += 40  # all of the probability in the first part, in the last, and of the reference in another
+    logits[1, -9:] += 40
+    ref_logits[1, :PART] += 90
+    logits[2, PART : 2 * PART] = -INF
+    ref_logits[2, 2 * PART :] = -INF
+    logits[2, 2 * PART :] = -INF
+    logits[3, :-1] = -INF  # a part, and the row with it, of one token
+    logits[4, 5] = 200  # p = 1 in a part whose shift is not the row's in the reference
+    ref_logits[4, -5] = 300
+    ref_logits[5] = logits[5]
+    case.labels[:] = torch.tensor([0, v - 1, 7, v - 1, 5, PART])
+    case.mask[:] = True
+    return case
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_of_a_row(backend: Backend, dtype: torch.dtype) -> None:
+    case = rows_of_unlike_parts(dtype, 2 * PART + 4101)
+    result = run(backend, case)
+    assert_within_budget(result, truth(case), eager(case))
+    assert result.kl[5] == 0
+
+
+def test_a_reference_without_the_policys_heaviest_stretch(backend: Backend) -> None:
+    case = make_case(2, 3 * PART, mode="kl")
+    case.logits[:, 100] += 50
+    case.ref_logits[:, 100] = -INF
+    case.ref_logits[1, -100] += 60  # raises the reference's shift beyond that of the part
+    case.mask[:] = True
+    assert (run(backend, case).kl == INF).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [PART + 1, 2 * PART + 4101])
+def test_a_row_does_not_depend_on_who_shares_it(backend: Backend, v: int, dtype: torch.dtype) -> None:
+    """Bitwise: rows that threads take whole, and rows that they take in parts."""
+    case = rows_of_unlike_parts(dtype, 2 * PART + 4101)
+    case = replace(case, logits=case.logits[:, -v:], ref_logits=case.ref_logits[:, -v:], labels=case.labels % v)
+    weight = torch.rand(6, dtype=reference.accumulate_dtype(dtype))
+    weight[1] = 0
+    torch.set_num_threads(1)
+    whole, loss = run(backend, case), backend.kl_loss_fwd(case.logits, case.ref_logits, weight, False)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert_same_bits(run(backend, case), whole)
+        for got, want in zip(backend.kl_loss_fwd(case.logits, case.ref_logits, weight, False), loss, strict=True):
+            assert_same(got, want, "kl_loss")
+    torch.set_num_threads(2)
+
+
 def denormals_work() -> bool:
     """Whether torch's own arithmetic keeps denormal numbers, on this thread and on its workers."""
     return bool((torch.full((1 << 17,), 1e-40) * 0.5).ne(0).all()) and 1e-310 * 0.5 != 0

@@ -19,16 +19,42 @@ struct KlStats {
   double kl;
 };
 
+// Elements of a row that are summed by themselves. Fixed, so that a row's result is the same, bit for bit, whether one
+// thread sums all its parts or several share them. A multiple of every level's step.
+constexpr std::int64_t kPart = 16384;
+
+// Sums over a part of a row, with zs and rs the logits less the part's shifts.
+struct PartSums {
+  double p, q, gap;  // of exp(zs), exp(rs), exp(zs) (zs - rs)
+};
+struct RowPart {
+  double shift_z, shift_r;
+  PartSums sums;
+  // The stretch that holds most of the part's probability, and the shifts it was summed with: older than the part's
+  // where those were raised after it.
+  struct {
+    std::int64_t begin, size;
+    PartSums sums;
+    double shift_z, shift_r;
+  } heaviest;
+};
+
 // Upstream gradients of one row. label is -1 where the row has none here; g_logp is 0 where logp is not wanted.
 struct RowGrad {
   double g_logp, g_kl;
   std::int64_t label;
 };
 
+// One part, of n elements; of the policy alone only shift_z and sums.p are set.
 template <class T>
-using LogitsStatsFn = RowStats (*)(const T* z, std::int64_t V);
+using LogitsPartFn = RowPart (*)(const T* z, std::int64_t n);
 template <class T, class R>
-using KlStatsFn = KlStats (*)(const T* z, const R* r, std::int64_t V);
+using KlPartFn = RowPart (*)(const T* z, const R* r, std::int64_t n);
+// The row of all its parts.
+template <class T>
+using LogitsStatsFn = RowStats (*)(const T* z, std::int64_t V, const RowPart* parts);
+template <class T, class R>
+using KlStatsFn = KlStats (*)(const T* z, const R* r, std::int64_t V, const RowPart* parts);
 // dz = g_logp (1[v = label] - p)
 template <class T>
 using GradLogpFn = void (*)(const T* z, T* dz, std::int64_t V, const RowStats& stats, const RowGrad& grad);
@@ -40,6 +66,8 @@ using ScaleFn = void (*)(T* x, std::int64_t n, double scale);
 
 template <class T, class R>
 struct RowKernels {
+  LogitsPartFn<T> logits_part;  // null, as kl_part, where rows are not taken in parts
+  KlPartFn<T, R> kl_part;
   LogitsStatsFn<T> logits_stats;
   KlStatsFn<T, R> kl_stats;
   GradLogpFn<T> grad_logp;

@@ -1,8 +1,10 @@
 #include "row_ops.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "row_kernels.h"
 #include "row_scalar.h"
@@ -90,68 +92,137 @@ double log_prob_of_label(const T* z, std::int64_t label, const RowStats& stats) 
 }
 
 template <class T>
-void zero(T* dz, std::int64_t V) {
-  std::memset(static_cast<void*>(dz), 0, V * sizeof(T));
+void zero(T* dz, std::int64_t n) {
+  std::memset(static_cast<void*>(dz), 0, n * sizeof(T));
+}
+
+// f(row, first element, number of elements) of the parts [begin, end).
+template <class F>
+void for_parts(DType dtype, std::int64_t V, std::int64_t begin, std::int64_t end, F f) {
+  const std::int64_t parts = parts_of_row(dtype, V);
+  for (std::int64_t u = begin; u < end; ++u) {
+    const std::int64_t first = u % parts * kPart;
+    f(u / parts, first, parts == 1 ? V : std::min(V - first, kPart));
+  }
+}
+
+template <class T, class R>
+RowStats logits_stats(const RowKernels<T, R>& k, const T* z, std::int64_t V, std::vector<RowPart>& parts) {
+  if (k.logits_part)
+    for (std::int64_t i = 0, v = 0; v < V; ++i, v += kPart) parts[i] = k.logits_part(z + v, std::min(V - v, kPart));
+  return k.logits_stats(z, V, parts.data());
+}
+template <class T, class R>
+KlStats kl_stats(const RowKernels<T, R>& k, const T* z, const R* r, std::int64_t V, std::vector<RowPart>& parts) {
+  if (k.kl_part)
+    for (std::int64_t i = 0, v = 0; v < V; ++i, v += kPart) parts[i] = k.kl_part(z + v, r + v, std::min(V - v, kPart));
+  return k.kl_stats(z, r, V, parts.data());
+}
+
+bool wants_logp(const TokenStatsFwd& a, std::int64_t i) { return a.labels && a.labels[i] != a.ignore_index; }
+bool wants_kl(const TokenStatsFwd& a, std::int64_t i) { return a.r.data && (!a.mask || a.mask[i]); }
+DType ref_dtype(const Rows& r) { return r.data ? r.dtype : DType::f32; }
+
+template <class T>
+void write_token_stats(const TokenStatsFwd& a, std::int64_t i, const KlStats& s) {
+  auto* stats = static_cast<Acc<T>*>(a.stats);
+  stats[i] = static_cast<Acc<T>>(s.policy.shift);
+  stats[a.N + i] = static_cast<Acc<T>>(s.policy.logsum);
+  if (a.labels) {
+    const double logp = wants_logp(a, i) ? log_prob_of_label(row<T>(a.z, i), a.labels[i], s.policy) : 0;
+    static_cast<Acc<T>*>(a.logps)[i] = static_cast<Acc<T>>(logp);
+  }
+  if (a.r.data) {
+    stats[2 * a.N + i] = static_cast<Acc<T>>(s.ref.shift);
+    stats[3 * a.N + i] = static_cast<Acc<T>>(s.ref.logsum);
+    static_cast<Acc<T>*>(a.kl)[i] = static_cast<Acc<T>>(s.kl);
+  }
+}
+
+template <class T>
+double row_weight(const KlLossFwd& a, std::int64_t i) {
+  return a.row_weight ? static_cast<const Acc<T>*>(a.row_weight)[i] : 1.;
 }
 
 }  // namespace
 
+std::int64_t parts_of_row(DType dtype, std::int64_t V) { return dtype == DType::f64 ? 1 : (V + kPart - 1) / kPart; }
+
 void token_stats_fwd(const TokenStatsFwd& a, std::int64_t begin, std::int64_t end) {
-  dispatch(a.z.dtype, a.r.data ? a.r.dtype : DType::f32, end - begin, [&]<class T, class R>(RowKernels<T, R> k) {
-    auto* stats = static_cast<Acc<T>*>(a.stats);
-    auto* logps = static_cast<Acc<T>*>(a.logps);
-    auto* kls = static_cast<Acc<T>*>(a.kl);
+  std::vector<RowPart> parts(parts_of_row(a.z.dtype, a.V));
+  dispatch(a.z.dtype, ref_dtype(a.r), end - begin, [&]<class T, class R>(RowKernels<T, R> k) {
     for (std::int64_t i = begin; i < end; ++i) {
-      const bool with_logp = a.labels && a.labels[i] != a.ignore_index;
-      const bool with_kl = a.r.data && (!a.mask || a.mask[i]);
-      const T* z = row<T>(a.z, i);
       KlStats s{};
-      if (with_kl) {
-        s = k.kl_stats(z, row<R>(a.r, i), a.V);
-      } else if (with_logp) {
-        s.policy = k.logits_stats(z, a.V);
+      if (wants_kl(a, i)) {
+        s = kl_stats(k, row<T>(a.z, i), row<R>(a.r, i), a.V, parts);
+      } else if (wants_logp(a, i)) {
+        s.policy = logits_stats(k, row<T>(a.z, i), a.V, parts);
       }
-      stats[i] = static_cast<Acc<T>>(s.policy.shift);
-      stats[a.N + i] = static_cast<Acc<T>>(s.policy.logsum);
-      if (a.labels) logps[i] = with_logp ? static_cast<Acc<T>>(log_prob_of_label(z, a.labels[i], s.policy)) : 0;
-      if (a.r.data) {
-        stats[2 * a.N + i] = static_cast<Acc<T>>(s.ref.shift);
-        stats[3 * a.N + i] = static_cast<Acc<T>>(s.ref.logsum);
-        kls[i] = static_cast<Acc<T>>(s.kl);
+      write_token_stats<T>(a, i, s);
+    }
+  });
+}
+
+void token_stats_parts(const TokenStatsFwd& a, RowPart* parts, std::int64_t begin, std::int64_t end) {
+  dispatch(a.z.dtype, ref_dtype(a.r), 0, [&]<class T, class R>(RowKernels<T, R> k) {
+    if (!k.logits_part) return;
+    RowPart* part = parts + begin;
+    for_parts(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
+      const T* z = row<T>(a.z, i) + first;
+      if (wants_kl(a, i)) {
+        *part = k.kl_part(z, row<R>(a.r, i) + first, n);
+      } else if (wants_logp(a, i)) {
+        *part = k.logits_part(z, n);
       }
+      ++part;
+    });
+  });
+}
+
+void token_stats_of_parts(const TokenStatsFwd& a, const RowPart* parts) {
+  dispatch(a.z.dtype, ref_dtype(a.r), a.N, [&]<class T, class R>(RowKernels<T, R> k) {
+    for (std::int64_t i = 0; i < a.N; ++i, parts += parts_of_row(a.z.dtype, a.V)) {
+      KlStats s{};
+      if (wants_kl(a, i)) {
+        s = k.kl_stats(row<T>(a.z, i), row<R>(a.r, i), a.V, parts);
+      } else if (wants_logp(a, i)) {
+        s.policy = k.logits_stats(row<T>(a.z, i), a.V, parts);
+      }
+      write_token_stats<T>(a, i, s);
     }
   });
 }
 
 void token_stats_bwd(const TokenStatsBwd& a, std::int64_t begin, std::int64_t end) {
-  dispatch(a.z.dtype, a.r.data ? a.r.dtype : DType::f32, end - begin, [&]<class T, class R>(RowKernels<T, R> k) {
+  dispatch(a.z.dtype, ref_dtype(a.r), end - begin, [&]<class T, class R>(RowKernels<T, R> k) {
     const auto* stats = static_cast<const Acc<T>*>(a.stats);
     const auto* dlogps = static_cast<const Acc<T>*>(a.dlogps);
     const auto* dkl = static_cast<const Acc<T>*>(a.dkl);
-    for (std::int64_t i = begin; i < end; ++i) {
+    for_parts(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
       const bool with_logp = dlogps && a.labels && a.labels[i] != a.ignore_index;
       const bool with_kl = dkl && a.r.data && (!a.mask || a.mask[i]);
-      const T* z = row<T>(a.z, i);
-      T* dz = row<T>(a.dz, i);
-      const bool with_label = with_logp && a.labels[i] != kLabelElsewhere;
-      const RowGrad grad{with_logp ? dlogps[i] : 0., with_kl ? dkl[i] : 0., with_label ? a.labels[i] : -1};
+      const T* z = row<T>(a.z, i) + first;
+      T* dz = row<T>(a.dz, i) + first;
+      const std::int64_t label = with_logp && a.labels[i] != kLabelElsewhere ? a.labels[i] - first : -1;
+      const RowGrad grad{with_logp ? dlogps[i] : 0., with_kl ? dkl[i] : 0., label < n ? label : -1};
       const RowStats policy{stats[i], stats[a.N + i]};
       if (with_kl) {
         const double kl = kl_for_grad(static_cast<const Acc<T>*>(a.kl)[i]);
-        k.grad_kl(z, row<R>(a.r, i), dz, a.V, {policy, {stats[2 * a.N + i], stats[3 * a.N + i]}, kl}, grad);
+        k.grad_kl(z, row<R>(a.r, i) + first, dz, n, {policy, {stats[2 * a.N + i], stats[3 * a.N + i]}, kl}, grad);
       } else if (with_logp) {
-        k.grad_logp(z, dz, a.V, policy, grad);
+        k.grad_logp(z, dz, n, policy, grad);
       } else {
-        zero(dz, a.V);
+        zero(dz, n);
       }
-    }
+    });
   });
 }
 
 void kl_loss_fwd(const KlLossFwd& a, std::int64_t begin, std::int64_t end) {
+  std::vector<RowPart> parts(parts_of_row(a.z.dtype, a.V));
   dispatch(a.z.dtype, a.r.dtype, end - begin, [&]<class T, class R>(RowKernels<T, R> k) {
     for (std::int64_t i = begin; i < end; ++i) {
-      const double weight = a.row_weight ? static_cast<const Acc<T>*>(a.row_weight)[i] : 1.;
+      const double weight = row_weight<T>(a, i);
       const T* z = row<T>(a.z, i);
       T* dz = row<T>(a.dz, i);
       a.weighted_kl[i] = 0;
@@ -159,7 +230,7 @@ void kl_loss_fwd(const KlLossFwd& a, std::int64_t begin, std::int64_t end) {
         zero(dz, a.V);
         continue;
       }
-      KlStats s = k.kl_stats(z, row<R>(a.r, i), a.V);
+      KlStats s = kl_stats(k, z, row<R>(a.r, i), a.V, parts);
       a.weighted_kl[i] = weight * s.kl;
       s.kl = kl_for_grad(s.kl);
       k.grad_kl(z, row<R>(a.r, i), dz, a.V, s, {0, weight, -1});
@@ -167,9 +238,45 @@ void kl_loss_fwd(const KlLossFwd& a, std::int64_t begin, std::int64_t end) {
   });
 }
 
+void kl_loss_parts(const KlLossFwd& a, RowPart* parts, std::int64_t begin, std::int64_t end) {
+  dispatch(a.z.dtype, a.r.dtype, 0, [&]<class T, class R>(RowKernels<T, R> k) {
+    if (!k.kl_part) return;
+    RowPart* part = parts + begin;
+    for_parts(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
+      if (row_weight<T>(a, i) != 0) *part = k.kl_part(row<T>(a.z, i) + first, row<R>(a.r, i) + first, n);
+      ++part;
+    });
+  });
+}
+
+void kl_loss_of_parts(const KlLossFwd& a, const RowPart* parts, KlStats* stats) {
+  dispatch(a.z.dtype, a.r.dtype, a.N, [&]<class T, class R>(RowKernels<T, R> k) {
+    for (std::int64_t i = 0; i < a.N; ++i, parts += parts_of_row(a.z.dtype, a.V)) {
+      const double weight = row_weight<T>(a, i);
+      a.weighted_kl[i] = 0;
+      if (weight == 0) continue;
+      stats[i] = k.kl_stats(row<T>(a.z, i), row<R>(a.r, i), a.V, parts);
+      a.weighted_kl[i] = weight * stats[i].kl;
+      stats[i].kl = kl_for_grad(stats[i].kl);
+    }
+  });
+}
+
+void kl_loss_grad(const KlLossFwd& a, const KlStats* stats, std::int64_t begin, std::int64_t end) {
+  dispatch(a.z.dtype, a.r.dtype, 0, [&]<class T, class R>(RowKernels<T, R> k) {
+    for_parts(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
+      const double weight = row_weight<T>(a, i);
+      T* dz = row<T>(a.dz, i) + first;
+      if (weight == 0) return zero(dz, n);
+      k.grad_kl(row<T>(a.z, i) + first, row<R>(a.r, i) + first, dz, n, stats[i], {0, weight, -1});
+    });
+  });
+}
+
 void scale(const Rows& rows, std::int64_t V, double factor, std::int64_t begin, std::int64_t end) {
   dispatch(rows.dtype, DType::f32, end - begin, [&]<class T, class R>(RowKernels<T, R> k) {
-    for (std::int64_t i = begin; i < end; ++i) k.scale(row<T>(rows, i), V, factor);
+    for_parts(rows.dtype, V, begin, end,
+              [&](std::int64_t i, std::int64_t first, std::int64_t n) { k.scale(row<T>(rows, i) + first, n, factor); });
   });
 }
 

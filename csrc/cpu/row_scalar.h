@@ -70,7 +70,13 @@ static void scale(T* x, std::int64_t n, double factor) {
 }
 
 static inline RowKernels<double, double> kernels() {
-  return {logits_stats<double>, kl_stats<double, double>, grad_logp<double>, grad_kl<double, double>, scale<double>};
+  return {nullptr,
+          nullptr,
+          [](const double* z, std::int64_t V, const RowPart*) { return logits_stats(z, V); },
+          [](const double* z, const double* r, std::int64_t V, const RowPart*) { return kl_stats(z, r, V); },
+          grad_logp<double>,
+          grad_kl<double, double>,
+          scale<double>};
 }
 
 }  // namespace spo::cpu::scalar

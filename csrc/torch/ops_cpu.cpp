@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <tuple>
+#include <vector>
 
 #include "../cpu/row_ops.h"
 #include "arguments.h"
@@ -21,28 +22,61 @@ void check_labels(const Args& args) {
                   args.labels[bad], " in row ", bad);
 }
 
-// work(begin, end) over all rows. Workers draw small ranges from a common counter instead of getting one large range
-// each: ignored rows cost nothing, and they come in runs (prompts, padding).
+constexpr int64_t kGrainBytes = int64_t{64} << 10;  // a thread with less to do costs more than it saves
+
+// work(begin, end) over all items, rows or parts of rows. Workers draw small ranges from a common counter instead of
+// getting one large range each: ignored rows cost nothing, and they come in runs (prompts, padding).
 template <class F>
-void for_rows(int64_t N, int64_t row_bytes, const F& work) {
-  if (N == 0) return;
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), N);
-  const int64_t fill_mib = std::max<int64_t>((int64_t{1} << 20) / std::max<int64_t>(row_bytes, 1), 1);
-  const int64_t chunk = std::clamp<int64_t>(N / (4 * workers), 1, fill_mib);
+void for_ranges(int64_t count, int64_t item_bytes, const F& work) {
+  if (count == 0) return;
+  const int64_t busy = std::max<int64_t>(count * item_bytes / kGrainBytes, 1);
+  const int64_t workers = std::min({static_cast<int64_t>(torch::stable::get_num_threads()), count, busy});
+  if (workers == 1) return work(0, count);
+  const int64_t fill_mib = std::max<int64_t>((int64_t{1} << 20) / std::max<int64_t>(item_bytes, 1), 1);
+  const int64_t chunk = std::clamp<int64_t>(count / (4 * workers), 1, fill_mib);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(chunk)) < N;) work(begin, std::min(begin + chunk, N));
+    for (int64_t begin; (begin = next.fetch_add(chunk)) < count;) work(begin, std::min(begin + chunk, count));
   });
 }
 
-int64_t row_bytes(const Tensor& logits) { return logits.size(-1) * static_cast<int64_t>(logits.element_size()); }
+// How a call's rows divide: bytes of policy (and reference) logits in a row, and parts.
+struct Division {
+  int64_t rows, row_bytes, parts;
+
+  Division(const Tensor& logits, DType dtype, int64_t rows, int tensors = 1)
+      : rows(rows),
+        row_bytes(tensors * logits.size(-1) * static_cast<int64_t>(logits.element_size())),
+        parts(cpu::parts_of_row(dtype, logits.size(-1))) {}
+
+  // Whether a forward takes parts of rows: too few rows to keep the threads equally busy.
+  bool split() const {
+    const int64_t threads = torch::stable::get_num_threads();
+    return parts > 1 && threads > 1 && rows < 4 * threads;
+  }
+  template <class F>
+  void for_rows(const F& work) const {
+    for_ranges(rows, row_bytes, work);
+  }
+  template <class F>
+  void for_parts(const F& work) const {
+    for_ranges(rows * parts, row_bytes / parts, work);
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor> token_stats_fwd(const Tensor& logits, const OptionalTensor& labels,
                                                    const OptionalTensor& ref_logits, const OptionalTensor& mask,
                                                    int64_t ignore_index, bool /*inplace_backward*/) {
   TokenStatsFwdCall call(logits, labels, ref_logits, mask, ignore_index);
   check_labels(call.args);
-  for_rows(call.N, row_bytes(logits), [&](int64_t b, int64_t e) { cpu::token_stats_fwd(call.args, b, e); });
+  const Division division(logits, call.args.z.dtype, call.N, ref_logits ? 2 : 1);
+  if (division.split()) {
+    std::vector<cpu::RowPart> parts(division.rows * division.parts);
+    division.for_parts([&](int64_t b, int64_t e) { cpu::token_stats_parts(call.args, parts.data(), b, e); });
+    cpu::token_stats_of_parts(call.args, parts.data());
+  } else {
+    division.for_rows([&](int64_t b, int64_t e) { cpu::token_stats_fwd(call.args, b, e); });
+  }
   return {call.logps, call.kl, call.stats};
 }
 
@@ -51,7 +85,8 @@ void token_stats_bwd_into(const Tensor& dlogits, const OptionalTensor& dlogps, c
                           const OptionalTensor& mask, const Tensor& kl, const Tensor& stats, int64_t ignore_index) {
   const TokenStatsBwdCall call(dlogits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index);
   check_labels(call.args);
-  for_rows(call.N, row_bytes(logits), [&](int64_t b, int64_t e) { cpu::token_stats_bwd(call.args, b, e); });
+  const Division division(logits, call.args.z.dtype, call.N);
+  division.for_parts([&](int64_t b, int64_t e) { cpu::token_stats_bwd(call.args, b, e); });
 }
 
 Tensor token_stats_bwd(const OptionalTensor& dlogps, const OptionalTensor& dkl, const Tensor& logits,
@@ -73,7 +108,16 @@ Tensor kl_loss_into(const Tensor& dlogits, const Tensor& logits, const Tensor& r
   KlLossCall call(dlogits, logits, ref_logits, row_weight);
   std::vector<double> weighted_kl(call.args.N);
   call.args.weighted_kl = weighted_kl.data();
-  for_rows(call.args.N, 2 * row_bytes(logits), [&](int64_t b, int64_t e) { cpu::kl_loss_fwd(call.args, b, e); });
+  const Division division(logits, call.args.z.dtype, call.args.N, 2);
+  if (division.split()) {
+    std::vector<cpu::RowPart> parts(division.rows * division.parts);
+    std::vector<cpu::KlStats> stats(division.rows);
+    division.for_parts([&](int64_t b, int64_t e) { cpu::kl_loss_parts(call.args, parts.data(), b, e); });
+    cpu::kl_loss_of_parts(call.args, parts.data(), stats.data());
+    division.for_parts([&](int64_t b, int64_t e) { cpu::kl_loss_grad(call.args, stats.data(), b, e); });
+  } else {
+    division.for_rows([&](int64_t b, int64_t e) { cpu::kl_loss_fwd(call.args, b, e); });
+  }
   double sum = 0;  // in row order, so that the loss does not depend on the threads
   for (const double x : weighted_kl) sum += x;
   Tensor loss = empty(logits, {}, call.acc);
@@ -100,8 +144,8 @@ void scale_(const Tensor& tensor, const Tensor& scale) {
   const double factor = rows.dtype == DType::f64 ? *static_cast<const double*>(scale.const_data_ptr())
                                                  : *static_cast<const float*>(scale.const_data_ptr());
   if (factor == 1) return;
-  for_rows(row_count(tensor), row_bytes(tensor),
-           [&](int64_t b, int64_t e) { cpu::scale(rows, tensor.size(-1), factor, b, e); });
+  const Division division(tensor, rows.dtype, row_count(tensor));
+  division.for_parts([&](int64_t b, int64_t e) { cpu::scale(rows, tensor.size(-1), factor, b, e); });
 }
 
 }  // namespace

@@ -64,12 +64,14 @@ void check(DType dtype_z, DType dtype_r, std::int64_t V, std::int64_t pad, std::
   const std::unique_ptr<bool[]> mask(new bool[N]{true, false, true, true, true, false});
   std::vector<float> logps(N, NAN), kl(N, NAN), stats(4 * N, NAN), dlogps(N, -1.5f), dkl(N, 0.75f);
 
-  token_stats_fwd({z.rows, r.rows, labels.data(), mask.get(), N, V, ignore, logps.data(), kl.data(), stats.data()}, 0,
-                  N);
+  const std::int64_t P = N * parts_of_row(dtype_z, V);
+  const TokenStatsFwd fwd{z.rows, r.rows, labels.data(), mask.get(), N,
+                          V,      ignore, logps.data(),  kl.data(),  stats.data()};
+  token_stats_fwd(fwd, 0, N);
   Block<T> dz(B, steps, V, pad, lead, dtype_z, spread);
   TokenStatsBwd bwd{z.rows, r.rows, dz.rows,       labels.data(), mask.get(), N,
                     V,      ignore, dlogps.data(), dkl.data(),    kl.data(),  stats.data()};
-  token_stats_bwd(bwd, 0, N);
+  token_stats_bwd(bwd, 0, P);
 
   const double half = sizeof(T) == 2 ? 0x1p-8 : 0;
   for (std::int64_t i = 0; i < N; ++i) {
@@ -90,17 +92,38 @@ void check(DType dtype_z, DType dtype_r, std::int64_t V, std::int64_t pad, std::
     }
   }
 
-  std::vector<double> weighted(N);
-  kl_loss_fwd({z.rows, r.rows, dz.rows, dkl.data(), N, V, weighted.data()}, 0, N);
-  scale(dz.rows, V, 0.5, 0, N);
+  std::vector<double> weighted(N), weighted_of_parts(N);
+  KlLossFwd loss{z.rows, r.rows, dz.rows, dkl.data(), N, V, weighted.data()};
+  kl_loss_fwd(loss, 0, N);
+  scale(dz.rows, V, 0.5, 0, P);
+
+  std::vector<RowPart> parts(P);
+  std::vector<KlStats> kl_stats(N);
+  std::vector<float> logps_of_parts(N, NAN), kl_of_parts(N, NAN), stats_of_parts(4 * N, NAN);
+  TokenStatsFwd fwd_of_parts = fwd;
+  fwd_of_parts.logps = logps_of_parts.data(), fwd_of_parts.kl = kl_of_parts.data();
+  fwd_of_parts.stats = stats_of_parts.data();
+  for (std::int64_t u = P; u-- > 0;) token_stats_parts(fwd_of_parts, parts.data(), u, u + 1);
+  token_stats_of_parts(fwd_of_parts, parts.data());
+  loss.weighted_kl = weighted_of_parts.data();
+  for (std::int64_t u = P; u-- > 0;) kl_loss_parts(loss, parts.data(), u, u + 1);
+  kl_loss_of_parts(loss, parts.data(), kl_stats.data());
+  kl_loss_grad(loss, kl_stats.data(), 0, P);
+  for (std::int64_t i = 0; i < N; ++i) {
+    require(logps_of_parts[i] == logps[i], "logp of parts", logps_of_parts[i], logps[i]);
+    require(kl_of_parts[i] == kl[i], "kl of parts", kl_of_parts[i], kl[i]);
+    require(weighted_of_parts[i] == weighted[i], "loss of parts", weighted_of_parts[i], weighted[i]);
+  }
+
   bwd.dz = z.rows;  // last: z is gone afterwards
-  token_stats_bwd(bwd, 0, N);
+  token_stats_bwd(bwd, 0, P);
 }
 
 template <class T, class R>
 void check_shapes(DType z, DType r) {
   for (const std::int64_t V : {1, 3, 15, 16, 17, 63, 64, 65, 127, 511, 513, 4095, 4096, 4097, 9000})
     for (const std::int64_t lead : {0, 1, 3}) check<T, R>(z, r, V, lead, lead, lead == 3 ? 40. : 3.);
+  for (const std::int64_t V : {kPart - 1, kPart, kPart + 1, 2 * kPart + 70}) check<T, R>(z, r, V, 1, 1, 3.);
 }
 
 }  // namespace
