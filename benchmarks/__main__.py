@@ -90,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     heads = commands.add_parser(
         "head",
         parents=[common],
-        help="time the head: the pair loss from hidden states and weight",
-        description="SPO's pair loss and its gradients from hidden states and a weight, against eager PyTorch.",
+        help="time the head: the pair loss and the KL from hidden states and weight",
+        description="SPO's pair loss and the token KL from hidden states and a weight, against eager and the peers.",
     )
     head.add_arguments(heads, _count)
 
@@ -229,7 +229,7 @@ def _measured(options: argparse.Namespace) -> tuple[list[report.Record], list[Pa
     """(rows of the ops CSVs, pages) of the files named, or of the newest of each kind under --out."""
     files = options.files
     if not files:
-        kinds = ("ops-*.csv", "step-*.md", "head-*.md", "growth-*.md", "bars-*.md")
+        kinds = ("ops-*.csv", "step-*.md", "head-*.md", "models-*.md", "growth-*.md", "bars-*.md")
         files = [found[-1] for kind in kinds if (found := sorted(options.out.glob(kind)))]
     tables, pages = ([file for file in files if file.suffix == suffix] for suffix in (".csv", ".md"))
     records = [record for table in tables for record in report.read_csv(table)]

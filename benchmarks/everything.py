@@ -13,6 +13,15 @@ from benchmarks import ROOT
 PAGE = ROOT / "benchmarks" / "README.md"
 FIGURE = ROOT / "benchmarks" / "figures" / "growth.png"
 
+# In the order in which they run; a large head takes minutes a call, so that there N is small.
+_RUNS: dict[str, list[str]] = {
+    "ops": [],
+    "step": [],
+    "head": [],
+    "models": ["head", "--models", "--repeats", "3", "--pairs", "2", "--tokens", "128"],
+    "growth": [],
+    "bars": [],
+}
 # Small enough to try all of it in a minute.
 _QUICK = {
     "ops": "--repeats 1 --shapes 16x150 --providers ours ours_inplace eager",
@@ -36,9 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def commands(options: argparse.Namespace) -> Iterator[list[str]]:
     """Arguments of `python -m benchmarks`, in the order in which they run."""
     out = ["--out", str(options.out.resolve())]
-    for command, quick in _QUICK.items():
-        save = ["--save", str(options.figure.resolve())] if command == "growth" else []
-        yield [command, *out, *save, *(quick.split() if options.quick else [])]
+    for name, run in _RUNS.items():
+        if options.quick and name not in _QUICK:
+            continue
+        save = ["--save", str(options.figure.resolve())] if name == "growth" else []
+        yield [*(run or [name]), *out, *save, *(_QUICK[name].split() if options.quick else [])]
     yield ["table", *out, "--update", str(options.page.resolve())]
 
 

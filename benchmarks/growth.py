@@ -98,7 +98,7 @@ def _measure(size: Size, options: argparse.Namespace, settings: Settings) -> Ite
         vocabulary=size.vocabulary,
         providers=_HEAD_PROVIDERS,
     )
-    for head_row in head.run_dtype(sizes, settings, "float32"):
+    for head_row in head.run_loss(sizes, settings, "float32", "pairs", ["fwd_bwd"]):
         yield _row(size, "head", head_row)
 
 

@@ -1,23 +1,27 @@
-"""The head: SPO's pair loss from hidden states and a weight, forward and backward, ours against logits in memory.
+"""The head: losses from hidden states and a weight, ours against logits in memory and against peers.
 
-Everyone computes the same scalar of the same 2P sequences (eq. 8 with uniform weights) and its gradients by hidden
+Two losses, each forward alone and with its backward: SPO's pair loss of 2P sequences (eq. 8 with uniform weights), and
+the sum of every token's exact KL to a reference head. Everyone computes the same scalar and its gradients by hidden
 states and weight, with one exception that says so: PyTorch's chunked linear cross-entropy has no per-token result, so
 it gets a plain sum of log-probs, the same matrix products without pairs.
 
-Work is counted in units of one matrix product of all rows, 2 N H V operations: three for who keeps the logits or has
-the gradients in the forward, four for who recomputes. The share of the peak is the time these products take at the
-peaks measured beside (a square product of each dtype, best of all rounds), over the time taken.
+Work is counted in units of one matrix product of all rows, 2 N H V operations. Forward and backward of the pair loss
+are three for who keeps the logits or has the gradients in the forward, four for who recomputes; of the KL, which has
+two heads of which one learns, four and six. The share of the peak is the time these products take at the peaks measured
+beside (a square product of each dtype, best of all rounds), over the time taken.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +38,27 @@ _PEAK_SIZE = 2048
 _GATE_BUDGET = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float64: 1e-10}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden [2P, T, H], weight [V, H], labels [2P, T]) -> scalar
+# Heads of real models, (V, H).
+MODELS = {
+    "Llama 2 7B": (32000, 4096),
+    "SmolLM 135M": (49152, 576),
+    "Llama 3.2 1B": (128256, 2048),
+    "Qwen2.5 0.5B": (151936, 896),
+    "Gemma 3 1B": (262144, 1152),
+}
+
+
+class Inputs(NamedTuple):
+    """hidden and weight are leaves."""
+
+    hidden: Tensor  # [2P, T, H]
+    weight: Tensor  # [V, H]
+    labels: Tensor  # [2P, T]
+    ref_hidden: Tensor
+    ref_weight: Tensor
+
+
+Loss = Callable[[Inputs], Tensor]
 
 
 def _pair_loss(token_logps: Tensor) -> Tensor:
@@ -42,77 +66,128 @@ def _pair_loss(token_logps: Tensor) -> Tensor:
     return -F.logsigmoid(_ALPHA * (logp_w - logp_l)).mean() / _ALPHA
 
 
-def _eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return _pair_loss(F.log_softmax(F.linear(hidden, weight), -1).gather(-1, labels[..., None])[..., 0])
+def _eager(x: Inputs) -> Tensor:
+    return _pair_loss(F.log_softmax(F.linear(x.hidden, x.weight), -1).gather(-1, x.labels[..., None])[..., 0])
 
 
-def _eager_float(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return _pair_loss(F.log_softmax(F.linear(hidden, weight).float(), -1).gather(-1, labels[..., None])[..., 0])
+def _eager_float(x: Inputs) -> Tensor:
+    return _pair_loss(F.log_softmax(F.linear(x.hidden, x.weight).float(), -1).gather(-1, x.labels[..., None])[..., 0])
 
 
-def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight).flatten(0, 1)
-    return _pair_loss(-F.cross_entropy(logits, labels.flatten(), reduction="none").view(labels.shape))
+def _cross_entropy(x: Inputs) -> Tensor:
+    logits = F.linear(x.hidden, x.weight).flatten(0, 1)
+    return _pair_loss(-F.cross_entropy(logits, x.labels.flatten(), reduction="none").view(x.labels.shape))
 
 
-def _chunked_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _chunked_nll(x: Inputs) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it would warn and store the logits
         return F.linear_cross_entropy(
-            hidden.flatten(0, 1),
-            weight,
-            labels.flatten(),
+            x.hidden.flatten(0, 1),
+            x.weight,
+            x.labels.flatten(),
             reduction="sum",
             options=torch.nn.LinearCrossEntropyOptions(),
         )
 
 
-def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _liger(x: Inputs) -> Tensor:
     """DPO without a reference is eq. 8 times alpha. Chunks of a pair, gradients in the forward, compiled inside."""
     dpo = import_module("liger_kernel.chunked_loss").LigerFusedLinearDPOLoss
-    loss: Tensor = dpo(beta=_ALPHA, use_ref_model=False, compute_nll_loss=False)(weight, hidden, labels)[0]
+    loss: Tensor = dpo(beta=_ALPHA, use_ref_model=False, compute_nll_loss=False)(x.weight, x.hidden, x.labels)[0]
     return loss / _ALPHA
 
 
-def _cut_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _cut_cross_entropy(x: Inputs) -> Tensor:
     """Its implementation for devices without Triton: compiled, with the logits in memory."""
     linear_cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
-    nll = linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), impl="torch_compile", reduction="none")
-    return _pair_loss(-nll.view(labels.shape))
+    labels = x.labels.flatten()
+    nll = linear_cross_entropy(x.hidden.flatten(0, 1), x.weight, labels, impl="torch_compile", reduction="none")
+    return _pair_loss(-nll.view(x.labels.shape))
+
+
+def _trl(x: Inputs) -> Tensor:
+    """Tiles of 4096 rows by 32768 columns, as TRL's trainers call it; recomputes."""
+    chunked = import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    logps = chunked.apply(x.hidden.flatten(0, 1), x.weight, None, x.labels.flatten(), 1.0, 32768, None, 1.0, ())[0]
+    return _pair_loss(logps.view(x.labels.shape))
 
 
 def _ours(route: str) -> Loss:
     loss = spo_kernels.LinearSPOLoss(_ALPHA, route=route)
-    return lambda hidden, weight, labels: loss(hidden, weight, labels)[0]
+    return lambda x: loss(x.hidden, x.weight, x.labels)[0]
+
+
+def _kl_of(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    logps, ref_logps = F.log_softmax(logits, -1), F.log_softmax(ref_logits, -1)
+    return (logps.exp() * (logps - ref_logps)).sum()
+
+
+def _eager_kl(x: Inputs) -> Tensor:
+    return _kl_of(F.linear(x.hidden, x.weight), F.linear(x.ref_hidden, x.ref_weight))
+
+
+def _eager_kl_float(x: Inputs) -> Tensor:
+    return _kl_of(F.linear(x.hidden, x.weight).float(), F.linear(x.ref_hidden, x.ref_weight).float())
+
+
+def _trl_kl(x: Inputs) -> Tensor:
+    """Its generalized divergence at beta = 1, the KL from student to teacher."""
+    chunked = import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+    student, teacher = x.hidden.flatten(0, 1), x.ref_hidden.flatten(0, 1)
+    divergence: Tensor = chunked.apply(student, x.weight, None, teacher, x.ref_weight, None, 1.0)[0]
+    return divergence.sum()
+
+
+def _our_kl(x: Inputs) -> Tensor:
+    return spo_kernels.linear_token_kl(x.hidden, x.weight, x.ref_hidden, x.ref_weight).sum()
 
 
 @dataclass(frozen=True)
 class Provider:
     loss: Loss
-    units: int  # of matrix work
+    units: int  # of matrix work, forward and backward
     ours: bool = False
     compiled: bool = False
-    pairs: bool = True  # False: a sum of log-probs
+    pairs: bool = True  # False: a sum over tokens
     half_only: bool = False
+    backward_only: bool = False  # the same as another of ours without gradients
 
 
-PROVIDERS: dict[str, Provider] = {
-    "recompute_free": Provider(_ours("recompute_free"), 3, ours=True),
-    "recompute": Provider(_ours("recompute"), 4, ours=True),
-    "eager": Provider(_eager, 3),
-    "eager_float": Provider(_eager_float, 3, half_only=True),
-    "cross_entropy": Provider(_cross_entropy, 3),
-    "compile": Provider(_eager_float, 3, compiled=True),
-    **({"chunked_nll": Provider(_chunked_nll, 3, pairs=False)} if hasattr(F, "linear_cross_entropy") else {}),
-    **({"liger": Provider(_liger, 3)} if find_spec("liger_kernel") else {}),
-    **({"cut_cross_entropy": Provider(_cut_cross_entropy, 3)} if find_spec("cut_cross_entropy") else {}),
+# By loss.
+PROVIDERS: dict[str, dict[str, Provider]] = {
+    "pairs": {
+        "recompute_free": Provider(_ours("recompute_free"), 3, ours=True, backward_only=True),
+        "recompute": Provider(_ours("recompute"), 4, ours=True),
+        "eager": Provider(_eager, 3),
+        "eager_float": Provider(_eager_float, 3, half_only=True),
+        "cross_entropy": Provider(_cross_entropy, 3),
+        "compile": Provider(_eager_float, 3, compiled=True),
+        **({"chunked_nll": Provider(_chunked_nll, 3, pairs=False)} if hasattr(F, "linear_cross_entropy") else {}),
+        **({"liger": Provider(_liger, 3)} if find_spec("liger_kernel") else {}),
+        **({"cut_cross_entropy": Provider(_cut_cross_entropy, 3)} if find_spec("cut_cross_entropy") else {}),
+        **({"trl": Provider(_trl, 4)} if find_spec("trl") else {}),
+    },
+    "kl": {
+        "recompute": Provider(_our_kl, 6, ours=True, pairs=False),
+        "eager": Provider(_eager_kl, 4, pairs=False),
+        "eager_float": Provider(_eager_kl_float, 4, half_only=True, pairs=False),
+        "compile": Provider(_eager_kl_float, 4, compiled=True, pairs=False),
+        **({"trl": Provider(_trl_kl, 6, pairs=False)} if find_spec("trl") else {}),
+    },
 }
+NAMES = tuple(dict.fromkeys(name for providers in PROVIDERS.values() for name in providers))
+OURS = {name for providers in PROVIDERS.values() for name, provider in providers.items() if provider.ours}
+FORWARD_UNITS = {"pairs": 1, "kl": 2}
+PASSES = ("fwd", "fwd_bwd")
 
 
 @dataclass
 class HeadRow:
-    """One implementation at one dtype in one run of the command; forward and backward."""
+    """One implementation of one loss and pass at one size and dtype, in one run of the command."""
 
+    loss: str
+    pass_name: str
     provider: str
     dtype: str
     rows: int
@@ -143,44 +218,58 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
     parser.add_argument("--hidden", type=count, default=768)
     parser.add_argument("--vocabulary", type=count, default=32000)
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["float32", "bfloat16"], metavar="DTYPE")
-    parser.add_argument("--providers", choices=PROVIDERS, nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--losses", choices=PROVIDERS, nargs="+", default=[*PROVIDERS], metavar="LOSS", help="pairs, kl"
+    )
+    parser.add_argument("--passes", choices=PASSES, nargs="+", default=[*PASSES], metavar="PASS", help="fwd, fwd_bwd")
+    parser.add_argument("--providers", choices=NAMES, nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--models", action="store_true", help="heads of real models in place of --vocabulary and --hidden"
+    )
 
 
-@dataclass(frozen=True)
-class _Batch:
-    hidden: Tensor  # [2P, T, H], a leaf
-    weight: Tensor  # [V, H], a leaf
-    labels: Tensor  # [2P, T]
-
-    def clear(self) -> None:
-        self.hidden.grad = self.weight.grad = None
-
-    def leaves(self) -> dict[str, Tensor]:
-        return {"hidden": self.hidden, "weight": self.weight}
+def _clear(x: Inputs) -> None:
+    x.hidden.grad = x.weight.grad = None
 
 
-def _make_batch(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> _Batch:
+def _leaves(x: Inputs) -> dict[str, Tensor]:
+    return {"hidden": x.hidden, "weight": x.weight}
+
+
+def _make_inputs(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> Inputs:
     generator = torch.Generator(device).manual_seed(0)
     shape = (2 * options.pairs, options.tokens)
-    hidden = torch.randn(*shape, options.hidden, generator=generator, device=device)
+
+    def noise(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
     # Logits of unit variance: a softmax that is neither flat nor a point.
-    weight = torch.randn(options.vocabulary, options.hidden, generator=generator, device=device)
-    weight /= options.hidden**0.5
+    hidden, weight = noise(*shape, options.hidden), noise(options.vocabulary, options.hidden) / options.hidden**0.5
     labels = torch.randint(options.vocabulary, shape, generator=generator, device=device)
-    return _Batch(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels)
+    # A policy that has moved from its reference.
+    ref_hidden = hidden + noise(*shape, options.hidden) / 2
+    ref_weight = weight + noise(*weight.shape) / (4 * options.hidden**0.5)
+    return Inputs(
+        hidden.to(dtype).requires_grad_(),
+        weight.to(dtype).requires_grad_(),
+        labels,
+        ref_hidden.to(dtype),
+        ref_weight.to(dtype),
+    )
 
 
 Truth = dict[str, Tensor]
 
 
-def _truth(loss: Loss, batch: _Batch) -> Truth:
+def _truth(loss: Loss, x: Inputs) -> Truth:
     """The loss and its gradients in float64, a sequence of a pair at a time, so that the logits fit."""
-    hidden, weight = (leaf.detach().double().requires_grad_() for leaf in (batch.hidden, batch.weight))
-    pairs = len(batch.labels) // 2
+    hidden, weight = (leaf.detach().double().requires_grad_() for leaf in (x.hidden, x.weight))
+    ref_hidden, ref_weight = x.ref_hidden.double(), x.ref_weight.double()
+    pairs = len(x.labels) // 2
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for pair in range(pairs):
         both = [pair, pairs + pair]
-        part = loss(hidden[both], weight, batch.labels[both])
+        part = loss(Inputs(hidden[both], weight, x.labels[both], ref_hidden[both], ref_weight))
         part.backward()
         total += part.detach()
     assert hidden.grad is not None
@@ -188,26 +277,37 @@ def _truth(loss: Loss, batch: _Batch) -> Truth:
     return {"loss": total, "hidden": hidden.grad, "weight": weight.grad}
 
 
-def _sum_of_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return -F.log_softmax(F.linear(hidden, weight), -1).gather(-1, labels[..., None]).sum()
+def _sum_of_logps(x: Inputs) -> Tensor:
+    return -F.log_softmax(F.linear(x.hidden, x.weight), -1).gather(-1, x.labels[..., None]).sum()
 
 
-def _gate(row: HeadRow, provider: Provider, batch: _Batch, truth: Truth) -> None:
-    batch.clear()
-    loss = provider.loss(batch.hidden, batch.weight, batch.labels)
+def _truths(loss: str, providers: Iterable[Provider], x: Inputs) -> dict[bool, Truth]:
+    """By whether there are pairs."""
+    needed = {provider.pairs for provider in providers}
+    over_tokens = _eager_kl if loss == "kl" else _sum_of_logps
+    return {pairs: _truth(_eager if pairs else over_tokens, x) for pairs in needed}
+
+
+def _gate(provider: Provider, x: Inputs, truth: Truth) -> dict[str, float]:
+    """Relative errors of loss and gradients, by norm."""
+    _clear(x)
+    loss = provider.loss(x)
     loss.backward()
     # The truth is a sum over pairs.
-    scale = len(batch.labels) // 2 if provider.pairs else 1
-    got = {"loss": loss.detach(), **{name: leaf.grad for name, leaf in batch.leaves().items()}}
+    scale = len(x.labels) // 2 if provider.pairs else 1
+    got = {"loss": loss.detach(), **{name: leaf.grad for name, leaf in _leaves(x).items()}}
+    errors = {}
     for name, value in got.items():
-        error = "missing" if value is None else (value.double() * scale - truth[name]).norm() / truth[name].norm()
-        setattr(row, f"error_{name}", float(error))
-    batch.clear()
-    # In half precision one loss of a few pairs tells less than the gradients do.
-    budget = _GATE_BUDGET[batch.hidden.dtype]
-    worst = max(row.error_loss or 0.0, row.error_hidden or 0.0, row.error_weight or 0.0)
-    if not worst <= budget:
-        row.status = f"wrong: off by {worst:.3g}, relative"
+        if value is None:
+            errors[name] = math.inf
+            continue
+        error, size = 0.0, 0.0  # rows at a time: a weight of a large model twice more in float64 would not fit
+        for part, true in zip(value.reshape(-1).split(1 << 24), truth[name].reshape(-1).split(1 << 24), strict=True):
+            error += float((part.double() * scale - true).square().sum())
+            size += float(true.square().sum())
+        errors[name] = math.sqrt(error / size)
+    _clear(x)
+    return errors
 
 
 def _peak_entry(dtype: torch.dtype, device: torch.device) -> measure.Entry:
@@ -215,35 +315,75 @@ def _peak_entry(dtype: torch.dtype, device: torch.device) -> measure.Entry:
     return measure.Entry(lambda: torch.mm(a, b.t(), out=out))
 
 
-def run_dtype(options: argparse.Namespace, settings: Settings, name: str) -> list[HeadRow]:
-    """Everyone at the size that options give (`add_arguments`), in one dtype."""
-    dtype, device = DTYPES[name], settings.device
-    batch = _make_batch(options, dtype, device)
-    truths = {True: _truth(_eager, batch), False: _truth(_sum_of_logps, batch)}
-    n = batch.labels.numel()
+def _entry(provider: Provider, x: Inputs, pass_name: str) -> measure.Entry:
+    loss = torch.compile(provider.loss) if provider.compiled else provider.loss
+
+    def forward() -> None:
+        with torch.no_grad():
+            loss(x)
+
+    def both() -> None:
+        loss(x).backward()
+
+    def clear() -> None:
+        _clear(x)
+
+    return measure.Entry(forward if pass_name == "fwd" else both, clear, clear)
+
+
+def run_loss(
+    options: argparse.Namespace, settings: Settings, dtype_name: str, loss: str, passes: Sequence[str]
+) -> list[HeadRow]:
+    """Everyone who has the loss, at the size that options give (`add_arguments`)."""
+    dtype, device = DTYPES[dtype_name], settings.device
+    providers = {
+        name: provider
+        for name, provider in PROVIDERS[loss].items()
+        if name in (options.providers or PROVIDERS[loss]) and not (provider.half_only and dtype == torch.float32)
+    }
+    x = _make_inputs(options, dtype, device)
+    truths = _truths(loss, providers.values(), x)
+    errors = {name: _gate(provider, x, truths[provider.pairs]) for name, provider in providers.items()}
+    del truths
+    return [
+        row
+        for pass_name in passes
+        for row in _run_pass(options, settings, dtype_name, loss, pass_name, providers, x, errors)
+    ]
+
+
+def _run_pass(
+    options: argparse.Namespace,
+    settings: Settings,
+    dtype_name: str,
+    loss: str,
+    pass_name: str,
+    providers: dict[str, Provider],
+    x: Inputs,
+    errors: dict[str, dict[str, float]],
+) -> list[HeadRow]:
+    dtype, device = x.hidden.dtype, settings.device
+    n = x.labels.numel()
     rows: dict[str, HeadRow] = {}
     entries: dict[str, measure.Entry] = {}
-    gradients = sum(leaf.nbytes for leaf in batch.leaves().values())
-    for label in options.providers or PROVIDERS:
-        provider = PROVIDERS[label]
-        if provider.half_only and dtype == torch.float32:
+    gradients = sum(leaf.nbytes for leaf in _leaves(x).values()) if pass_name == "fwd_bwd" else 0
+    for label, provider in providers.items():
+        if provider.backward_only and pass_name == "fwd":
             continue
-        row = rows[label] = HeadRow(label, name, n, options.hidden, options.vocabulary, options.pairs)
-        row.units = provider.units
-        loss = torch.compile(provider.loss) if provider.compiled else provider.loss
-
-        def call(loss: Loss = loss) -> None:
-            loss(batch.hidden, batch.weight, batch.labels).backward()
-
-        _gate(row, provider, batch, truths[provider.pairs])
-        entry = measure.Entry(call, batch.clear, batch.clear)
-        if not row.status:
-            entries[label] = entry
-            entry.call()  # compiles
-            peak = measure.peak_memory(entry, device)
-            row.extra_mib = (peak.allocator - gradients) / (1 << 20)
-            row.extra_resident_mib = None if peak.resident is None else (peak.resident - gradients) / (1 << 20)
-    del truths
+        row = HeadRow(loss, pass_name, label, dtype_name, n, options.hidden, options.vocabulary, options.pairs)
+        rows[label] = row
+        row.units = _units(provider, loss, pass_name)
+        row.error_loss, row.error_hidden, row.error_weight = errors[label].values()
+        # In half precision one loss of a few pairs tells less than the gradients do.
+        worst = max(errors[label].values())
+        if not worst <= _GATE_BUDGET[dtype]:
+            row.status = f"wrong: off by {worst:.3g}, relative"
+            continue
+        entry = entries[label] = _entry(provider, x, pass_name)
+        entry.call()  # compiles
+        peak = measure.peak_memory(entry, device)
+        row.extra_mib = (peak.allocator - gradients) / (1 << 20)
+        row.extra_resident_mib = None if peak.resident is None else (peak.resident - gradients) / (1 << 20)
     peaks = {key: _peak_entry(key, device) for key in {torch.float32, dtype}}
     samples = measure.interleave(
         entries | {f"peak {key}": entry for key, entry in peaks.items()}, device, settings.repeats
@@ -258,41 +398,86 @@ def run_dtype(options: argparse.Namespace, settings: Settings, name: str) -> lis
         row.wall_ms, row.cpu_ms = (1e3 * statistics.median(values) for values in (times.wall, times.cpu))
         row.wall_p20_ms, row.wall_p80_ms = (1e3 * measure.quantile(times.wall, q) for q in (0.2, 0.8))
         row.peak_gflop_per_s, row.native_gflop_per_s = per_s[torch.float32] / 1e9, per_s[dtype] / 1e9
-        at_peak = sum(unit / per_s[key] for key in _product_dtypes(PROVIDERS[label], dtype, device))
-        row.peak_share = 1e3 * at_peak / row.wall_ms
+        units = _units(providers[label], loss, pass_name)
+        row.peak_share = 1e3 * units * unit / per_s[_product_dtype(providers[label], dtype, device)] / row.wall_ms
         if fastest is not None:
             row.over_eager = measure.paired_ratio(times.wall, fastest)
     return list(rows.values())
 
 
-def _product_dtypes(provider: Provider, dtype: torch.dtype, device: torch.device) -> list[torch.dtype]:
-    """In which dtype each unit of a provider's work runs."""
+def _units(provider: Provider, loss: str, pass_name: str) -> int:
+    return FORWARD_UNITS[loss] if pass_name == "fwd" else provider.units
+
+
+def _product_dtype(provider: Provider, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     native = not provider.ours or dtype == torch.float32 or native_products(device.type, dtype)
-    return [dtype if native else torch.float32] * provider.units
+    return dtype if native else torch.float32
 
 
 def run_head(options: argparse.Namespace, environment: report.Environment, settings: Settings) -> int:
-    rows = [row for name in options.dtypes for row in run_dtype(options, settings, name)]
-    writer = report.CsvWriter(report.output_path(options.out, "head"), HeadRow, environment)
-    writer.write(rows)
+    heads = MODELS if options.models else {"": (options.vocabulary, options.hidden)}
+    writer = report.CsvWriter(
+        report.output_path(options.out, "models" if options.models else "head"), HeadRow, environment
+    )
     page = writer.path.with_suffix(".md")
-    text = f"**The head.** {report.machine_line(environment)} {_markdown(rows)}"
+    rows: list[HeadRow] = []
+    for name, (options.vocabulary, options.hidden) in heads.items():
+        for dtype in options.dtypes:
+            for loss in options.losses:
+                print(f"{name or 'head'}: [{options.vocabulary}, {options.hidden}] {dtype}, {loss}", flush=True)
+                done = run_loss(options, settings, dtype, loss, options.passes)
+                writer.write(done)
+                rows += done
+    text = f"{report.machine_line(environment)} {_models(rows) if options.models else _markdown(rows)}"
+    text = f"**{'Heads of real models' if options.models else 'The head'}.** {text}"
     page.write_text(text + "\n")
     print(text, "", writer.path, page, sep="\n")
-    return 1 if any(PROVIDERS[row.provider].ours and row.status != "ok" for row in rows) else 0
+    return 1 if any(row.provider in OURS and row.status != "ok" for row in rows) else 0
+
+
+def _models(rows: list[HeadRow]) -> str:
+    """A line a model, loss and pass: the fastest of ours, and the peers' times as multiples of it."""
+    groups: dict[tuple[int, int, str, str, str], dict[str, HeadRow]] = {}
+    for row in rows:
+        key = (row.vocabulary, row.hidden, row.dtype, row.loss, row.pass_name)
+        groups.setdefault(key, {})[row.provider] = row
+    models = {size: name for name, size in MODELS.items()}
+    peers = [name for name in NAMES if name not in OURS and any(name in group for group in groups.values())]
+    lines: list[list[str]] = []
+    for (vocabulary, hidden, dtype, loss, pass_name), group in groups.items():
+        times = {name: row.wall_ms for name, row in group.items() if row.wall_ms is not None}
+        name = min(OURS & times.keys(), key=times.__getitem__, default=None)
+        if name is None:
+            continue
+        best = group[name]
+        cells = [models[vocabulary, hidden], f"{vocabulary} x {hidden}", dtype, loss, pass_name, name]
+        cells += [f"{best.wall_ms:.0f} ({best.wall_p20_ms:.0f}-{best.wall_p80_ms:.0f})", f"{best.extra_mib:.0f}"]
+        for peer in peers:
+            ratio = times[peer] / times[name] if peer in times else None
+            if ratio is None:
+                cells.append("wrong" if peer in group else "")
+            else:
+                cells.append(f"{ratio:.2f}x" if ratio >= 1 else f"**{ratio:.2f}x**")
+        lines.append(cells)
+    header = ["model", "V x H", "dtype", "loss", "pass", "ours", "ms (p20-p80)", "peak MiB", *peers]
+    title = (
+        f"N = {rows[0].rows} rows ({rows[0].pairs} pairs). Peers' medians as multiples of the fastest of ours; bold: a "
+        "peer wins. `chunked_nll` is a sum of log-probs, without pairs; wrong: beyond the correctness gate."
+    )
+    return f"{title}\n\n{report.markdown_table(header, lines, 6)}"
 
 
 def _markdown(rows: list[HeadRow]) -> str:
     first = rows[0]
     title = (
-        f"N = {first.rows} rows ({first.pairs} pairs), H = {first.hidden}, V = {first.vocabulary}, forward and "
-        "backward. `chunked_nll` is a sum of log-probs, without pairs."
+        f"N = {first.rows} rows ({first.pairs} pairs), H = {first.hidden}, V = {first.vocabulary}. `chunked_nll` is a "
+        "sum of log-probs, without pairs."
     )
     lines = []
     for row in rows:
-        cells = [row.provider, row.dtype, row.status, *[""] * 6]
+        cells = [row.loss, row.pass_name, row.provider, row.dtype, row.status, *[""] * 6]
         if row.wall_ms is not None:
-            cells[2:] = [
+            cells[4:] = [
                 f"{row.wall_ms:.0f} ({row.wall_p20_ms:.0f}-{row.wall_p80_ms:.0f})",
                 "" if row.over_eager is None else f"{row.over_eager:.2f}",
                 str(row.units),
@@ -303,6 +488,8 @@ def _markdown(rows: list[HeadRow]) -> str:
             ]
         lines.append(cells)
     header = [
+        "loss",
+        "pass",
         "head",
         "dtype",
         "ms (p20-p80)",
@@ -313,4 +500,4 @@ def _markdown(rows: list[HeadRow]) -> str:
         "loss error",
         "gradient error",
     ]
-    return f"{title}\n\n{report.markdown_table(header, lines, 2)}"
+    return f"{title}\n\n{report.markdown_table(header, lines, 4)}"

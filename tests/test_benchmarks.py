@@ -131,18 +131,39 @@ def test_step_agrees_with_float64_and_writes_its_page(tmp_path: Path) -> None:
     assert "| ours_inplace |" in only(tmp_path, "step-*.md").read_text()
 
 
+HEAD_TABLES = [(loss, pass_name) for loss in ("pairs", "kl") for pass_name in ("fwd", "fwd_bwd")]
+
+
 def test_head_agrees_with_float64_and_writes_its_page(tmp_path: Path) -> None:
     sizes = ["--pairs", "2", "--tokens", "8", "--hidden", "32", "--vocabulary", "200", "--dtypes", "float32"]
-    peers = [name for name in ("liger", "cut_cross_entropy") if name in head.PROVIDERS]  # where they are installed
+    # where they are installed
+    peers = [name for name in ("liger", "cut_cross_entropy", "trl") if name in head.PROVIDERS["pairs"]]
     providers = ["--providers", "recompute_free", "recompute", "eager", *peers]
     assert cli.main(["head", *TINY, *sizes, *providers, "--out", str(tmp_path)]) == 0
-    rows = {row["provider"]: row for row in read(only(tmp_path, "head-*.csv"))}
-    assert list(rows) == providers[1:]
-    for row in rows.values():
+    rows = read(only(tmp_path, "head-*.csv"))
+    measured = {key: [row["provider"] for row in rows if (row["loss"], row["pass_name"]) == key] for key in HEAD_TABLES}
+    over_kl = [name for name in providers[1:] if name in head.PROVIDERS["kl"]]
+    assert measured == {
+        ("pairs", "fwd"): providers[2:],
+        ("pairs", "fwd_bwd"): providers[1:],
+        ("kl", "fwd"): over_kl,
+        ("kl", "fwd_bwd"): over_kl,
+    }
+    for row in rows:
         assert row["status"] == "ok"
         assert float(row["error_loss"]) < 1e-5
         assert 0 < float(row["error_weight"]) < 1e-4
-    assert "| recompute_free |" in only(tmp_path, "head-*.md").read_text()
+    assert "| pairs | fwd_bwd | recompute_free |" in only(tmp_path, "head-*.md").read_text()
+
+
+def test_heads_of_real_models_are_one_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "MODELS", {"a": (150, 16), "b": (200, 8)})
+    sizes = ["--pairs", "1", "--tokens", "4", "--dtypes", "float32", "--providers", "recompute", "eager"]
+    assert cli.main(["head", "--models", *TINY, *sizes, "--out", str(tmp_path)]) == 0
+    lines = only(tmp_path, "models-*.md").read_text().splitlines()
+    for cells in ("a | 150 x 16 | float32 | pairs | fwd |", "b | 200 x 8 | float32 | kl | fwd_bwd |"):
+        assert sum(cells in line for line in lines) == 1
+    assert sum(line.startswith(("| a |", "| b |")) for line in lines) == 8
 
 
 def test_bars_are_all_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
