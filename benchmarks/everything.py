@@ -18,7 +18,7 @@ _RUNS: dict[str, list[str]] = {
     "ops": [],
     "step": [],
     "head": [],
-    "models": ["head", "--models", "--repeats", "3", "--pairs", "2", "--tokens", "128"],
+    "models": ["head", "--models", "--repeats", "3", "--pairs", "1", "--tokens", "128"],
     "growth": [],
     "bars": [],
 }
