@@ -498,6 +498,29 @@ def test_a_reference_without_the_policys_heaviest_stretch(backend: Backend) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [9001, 2 * PART + 9])
+def test_a_reference_of_zero_where_the_policy_underflows(backend: Backend, v: int, dtype: torch.dtype) -> None:
+    """The term is infinite until a logit 800 above it has been seen, and 0 from then on."""
+    case = make_case(4, v, dtype, mode="kl")
+    case.logits[:, -5:] += 800
+    case.ref_logits[:, 7] = -INF
+    case.mask[:] = True
+    result = run(backend, case)
+    assert result.kl.isfinite().all()
+    assert_within_budget(result, truth(case), eager(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kl_of_a_policy_with_itself_is_0_where_a_stretch_is_summed_again(backend: Backend, dtype: torch.dtype) -> None:
+    """Most of the probability in one stretch, the largest logit in a later part."""
+    case = make_case(16, 3 * PART, dtype, mode="kl")
+    case.logits[:, :2048] += 12
+    case.logits[:, 2 * PART] = 17
+    case = replace(case, ref_logits=case.logits.clone())
+    assert (run(backend, case).kl == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", [PART + 1, 2 * PART + 4101])
 def test_a_row_does_not_depend_on_who_shares_it(backend: Backend, v: int, dtype: torch.dtype) -> None:
     """Bitwise: rows that threads take whole, and rows that they take in parts."""

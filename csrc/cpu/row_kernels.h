@@ -1,5 +1,5 @@
-// What happens to one row of logits. Equations: spo_kernels/reference.py. Every pointer is to V contiguous elements,
-// with no alignment beyond that of the element; outputs may be the logits themselves.
+// What happens to one row of logits. Equations: spo_kernels/reference.py. Every pointer is to V (or n) contiguous
+// elements, with no alignment beyond that of the element; outputs may be the logits themselves.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,7 @@ struct KlStats {
 // Elements of a row that are summed by themselves. Fixed, so that a row's result is the same, bit for bit, whether one
 // thread sums all its parts or several share them. A multiple of every level's step.
 constexpr std::int64_t kPart = 16384;
+static inline std::int64_t count_parts(std::int64_t V) { return (V + kPart - 1) / kPart; }
 
 // Sums over a part of a row, with zs and rs the logits less the part's shifts.
 struct PartSums {

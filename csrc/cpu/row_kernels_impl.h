@@ -170,8 +170,6 @@ RowPart logits_part(const T* z, std::int64_t n) {
   return part;
 }
 
-SPO_INLINE std::int64_t count_parts(std::int64_t V) { return (V + kPart - 1) / kPart; }
-
 template <class T>
 RowStats logits_stats(const T* z, std::int64_t V, const RowPart* parts) {
   double shift = parts[0].shift_z, sum = 0;
@@ -270,7 +268,8 @@ KlStats kl_stats(const T* z, const R* r, std::int64_t V, const RowPart* parts) {
   if ((stretch.shift_z != shift_z || stretch.shift_r != shift_r) && heaviest.p > row.p / 4 &&
       std::fabs(row.gap) < INFINITY) {
     // The gradient of a token with p near 1 is the difference of its zs - rs and the row's mean of them: both must have
-    // been rounded alike, with the row's shifts.
+    // been rounded alike, with the row's shifts. Where no stretch has a quarter of the probability, there is no such
+    // token, and summing one again, which most rows of several parts would, is saved.
     const std::int64_t v = at * kPart + stretch.begin, n = stretch.size;
     const float sz = static_cast<float>(shift_z), sr = static_cast<float>(shift_r);
     const KlBlock b = n < kGroup ? sum_kl(Tail<T>(z + v, n).data, Tail<R>(r + v, n).data, 1, sz, sr)

@@ -146,7 +146,7 @@ double row_weight(const KlLossFwd& a, std::int64_t i) {
 
 }  // namespace
 
-std::int64_t parts_of_row(DType dtype, std::int64_t V) { return dtype == DType::f64 ? 1 : (V + kPart - 1) / kPart; }
+std::int64_t parts_of_row(DType dtype, std::int64_t V) { return dtype == DType::f64 ? 1 : count_parts(V); }
 
 void token_stats_fwd(const TokenStatsFwd& a, std::int64_t begin, std::int64_t end) {
   std::vector<RowPart> parts(parts_of_row(a.z.dtype, a.V));
