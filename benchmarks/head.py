@@ -415,6 +415,10 @@ def _product_dtype(provider: Provider, dtype: torch.dtype, device: torch.device)
 
 
 def run_head(options: argparse.Namespace, environment: report.Environment, settings: Settings) -> int:
+    names = set(options.providers or NAMES)
+    for loss in options.losses:
+        if not names & PROVIDERS[loss].keys():
+            raise ValueError(f"none of {', '.join(sorted(names))} has the loss {loss!r}: leave it out of --losses")
     heads = MODELS if options.models else {"": (options.vocabulary, options.hidden)}
     writer = report.CsvWriter(
         report.output_path(options.out, "models" if options.models else "head"), HeadRow, environment

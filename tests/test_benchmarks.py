@@ -156,6 +156,11 @@ def test_head_agrees_with_float64_and_writes_its_page(tmp_path: Path) -> None:
     assert "| pairs | fwd_bwd | recompute_free |" in only(tmp_path, "head-*.md").read_text()
 
 
+def test_a_loss_nobody_has_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["head", *TINY, "--providers", "cross_entropy", "--out", str(tmp_path)]) == 2
+    assert "none of cross_entropy has the loss 'kl'" in capsys.readouterr().err
+
+
 def test_heads_of_real_models_are_one_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "MODELS", {"a": (150, 16), "b": (200, 8)})
     sizes = ["--pairs", "1", "--tokens", "4", "--dtypes", "float32", "--providers", "recompute", "eager"]
