@@ -139,6 +139,10 @@ def _trl_kl(x: Inputs) -> Tensor:
     return divergence.sum()
 
 
+def _our_kl_at_once(x: Inputs) -> Tensor:
+    return spo_kernels.linear_kl_loss(x.hidden, x.weight, x.ref_hidden, x.ref_weight)
+
+
 def _our_kl(x: Inputs) -> Tensor:
     return spo_kernels.linear_token_kl(x.hidden, x.weight, x.ref_hidden, x.ref_weight).sum()
 
@@ -169,6 +173,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         **({"trl": Provider(_trl, 4)} if find_spec("trl") else {}),
     },
     "kl": {
+        "recompute_free": Provider(_our_kl_at_once, 4, ours=True, pairs=False, backward_only=True),
         "recompute": Provider(_our_kl, 6, ours=True, pairs=False),
         "eager": Provider(_eager_kl, 4, pairs=False),
         "eager_float": Provider(_eager_kl_float, 4, half_only=True, pairs=False),

@@ -9,7 +9,7 @@ from spo_kernels.functional import (
     token_logps,
     token_logps_kl,
 )
-from spo_kernels.linear import linear_sequence_logps, linear_token_kl, linear_token_logps
+from spo_kernels.linear import linear_kl_loss, linear_sequence_logps, linear_token_kl, linear_token_logps
 from spo_kernels.linear_losses import LinearSPOLoss
 from spo_kernels.losses import SoftImportance, SPOLoss, preference_loss, spo_loss
 
@@ -20,6 +20,7 @@ __all__ = [
     "backends",
     "get_batch_logps",
     "kl_loss",
+    "linear_kl_loss",
     "linear_sequence_logps",
     "linear_token_kl",
     "linear_token_logps",

@@ -211,20 +211,10 @@ def kl_loss(
     """
     _check_logits(logits, "logits")
     _check_ref_logits(ref_logits, logits)
-    if mask is not None:
-        check_rows(mask, "mask", torch.bool, logits)
-    if row_weight is not None:
-        if not row_weight.is_floating_point():
-            raise ValueError(f"row_weight must be floating, got {row_weight.dtype}")
-        check_rows(row_weight, "row_weight", row_weight.dtype, logits)
+    weight = checked_row_weight(mask, row_weight, logits, "logits")
     if overwrite_logits:
         _check_inplace(logits, "overwrite_logits")
 
-    weight = row_weight
-    if mask is not None:
-        weight = mask.to(output_dtype(logits)) if weight is None else torch.where(mask, weight, 0)
-    if weight is not None:
-        weight = weight.detach().to(output_dtype(logits))
     if process_group is not None or vocab_shards is not None or not (torch.is_grad_enabled() and logits.requires_grad):
         kl = token_kl(
             logits,
@@ -241,6 +231,20 @@ def kl_loss(
     if overwrite_logits and not torch.compiler.is_compiling():
         return ops.KlLossOverwrite.apply(rows, ref_rows, weight)
     return torch.ops.spo_kernels.kl_loss_fwd(rows, ref_rows, weight)[0]
+
+
+def checked_row_weight(mask: Tensor | None, row_weight: Tensor | None, rows: Tensor, name: str) -> Tensor | None:
+    """Weights of the KL of each row, 0 where masked; None: 1 for all."""
+    if mask is not None:
+        check_rows(mask, "mask", torch.bool, rows, name)
+    if row_weight is not None:
+        if not row_weight.is_floating_point():
+            raise ValueError(f"row_weight must be floating, got {row_weight.dtype}")
+        check_rows(row_weight, "row_weight", row_weight.dtype, rows, name)
+    weight = row_weight
+    if mask is not None:
+        weight = mask.to(output_dtype(rows)) if weight is None else torch.where(mask, weight, 0)
+    return None if weight is None else weight.detach().to(output_dtype(rows))
 
 
 def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = False) -> Tensor:

@@ -38,8 +38,15 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from spo_kernels.functional import LOGITS_DTYPES, check_rows, describe, sum_sequences
-from spo_kernels.head import Head, LogitOptions
+from spo_kernels.functional import (
+    LOGITS_DTYPES,
+    check_rows,
+    checked_row_weight,
+    describe,
+    output_dtype,
+    sum_sequences,
+)
+from spo_kernels.head import Head, LogitOptions, Needs
 from spo_kernels.vocabulary import checked_shard
 
 if TYPE_CHECKING:
@@ -234,6 +241,71 @@ def linear_token_kl(
     return kl.view(hidden.shape[:-1])
 
 
+def linear_kl_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    *,
+    row_weight: Tensor | None = None,
+    chunk_size: int | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    process_group: ProcessGroup | None = None,
+    vocab_shards: Sequence[int] | None = None,
+) -> Tensor:
+    """`kl_loss` of two heads' logits: ``sum_i row_weight_i KL_i``, computing the gradient in the forward.
+
+    A tile is as wide as the vocabulary, so that a row's gradient is known while its logits are there: with its backward
+    this takes four matrix products where ``(row_weight * linear_token_kl(...)).sum()`` takes six, for more memory. Two
+    tiles of 32 MiB, or of 256 rows where that is more, and the gradients in float32. The backward multiplies them by
+    the upstream scalar and can run once. Without gradients this is that sum, and its memory.
+
+    Args:
+        hidden, weight, ref_hidden, ref_weight, mask, bias, ref_bias: as in `linear_token_kl`.
+        row_weight: ``[...]`` floating, no gradient flows to it; 1 when None. For a mean over S sequences of token sums
+            pass ``1 / S`` in every row. Rows of weight 0 are dropped before the matrix products.
+        chunk_size, temperature, softcap, logit_scale, process_group, vocab_shards: see the module; they hold for
+            both heads.
+
+    Returns:
+        0-d, float32 (float64 for float64 hidden states).
+    """
+    options = checked_options(temperature, softcap, logit_scale, chunk_size)
+    head, ref_head = checked_heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    weights = checked_row_weight(mask, row_weight, hidden, "hidden")
+    needs = needs_of(head)
+    if not (torch.is_grad_enabled() and any(needs)):
+        kl = linear_token_kl(
+            *head[:2],
+            *ref_head[:2],
+            None if weights is None else weights != 0,
+            head.bias,
+            ref_head.bias,
+            chunk_size=chunk_size,
+            process_group=process_group,
+            vocab_shards=vocab_shards,
+            **options._asdict(),
+        )
+        return kl.sum() if weights is None else (kl * weights).sum()
+    if weights is None:
+        weights = hidden.new_ones(hidden.shape[:-1], dtype=output_dtype(hidden))
+    loss, *_ = torch.ops.spo_kernels.linear_kl_loss_fwd(
+        *as_rows(head),
+        *as_rows(ref_head),
+        weights.reshape(-1),
+        *needs,
+        *options,
+        chunk_size,
+        *checked_shard(process_group, vocab_shards, weight.shape[0]),
+    )
+    return loss
+
+
 def checked_heads(
     hidden: Tensor,
     weight: Tensor,
@@ -263,6 +335,11 @@ def checked_heads(
 def as_rows(head: Head) -> tuple[Tensor, Tensor, Tensor | None]:
     """A head as the ops take it: hidden as ``[N, H]``, weight, bias."""
     return head.hidden.reshape(-1, head.hidden.shape[-1]), head.weight, head.bias
+
+
+def needs_of(head: Head) -> Needs:
+    """Whose gradients autograd wants, if it is on."""
+    return Needs(*(tensor is not None and tensor.requires_grad for tensor in head[:3]))
 
 
 def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -19,10 +19,11 @@ from spo_kernels.linear import (
     as_rows,
     autocast_head,
     checked_head,
-    checked_heads,
     checked_options,
+    linear_kl_loss,
     linear_sequence_logps,
     linear_token_kl,
+    needs_of,
 )
 from spo_kernels.losses import (
     SoftImportance,
@@ -254,7 +255,7 @@ class LinearSPOLoss(nn.Module):
         pairs = counts.shape[0] // 2  # the compiler has no divmod of a dynamic size
         if counts.shape[0] % 2:
             raise ValueError(f"hidden must hold P chosen and then P rejected sequences, got {counts.shape[0]} in all")
-        at_once = self._gradients_at_once(pair_weight) and _needs_gradients(policy)
+        at_once = self._gradients_at_once(pair_weight) and torch.is_grad_enabled() and any(needs_of(policy))
         unit: Tensor | None = None
         if at_once:
             unit, sums = self._loss_and_sums(policy, labels, cu_seqlens, counts, pair_weight)
@@ -337,7 +338,7 @@ class LinearSPOLoss(nn.Module):
             self.nll_weight,
             self.ignore_index,
             self.route == "recompute_free",
-            *_needs(policy),
+            *needs_of(policy),
             *self.options,
             self.chunk_size,
             *checked_shard(self.process_group, self.vocab_shards, policy.weight.shape[0]),
@@ -369,42 +370,16 @@ class LinearSPOLoss(nn.Module):
         sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         if sequences < 1:
             raise ValueError(f"kl_hidden must hold at least one sequence, got {list(hidden.shape)}")
-        sampled, ref_head = checked_heads(hidden, policy.weight, policy.bias, ref_hidden, ref_weight, ref_bias)
-        if self.route == "recompute" or not _needs_gradients(sampled):
-            kl = linear_token_kl(
-                sampled.hidden,
-                sampled.weight,
-                ref_head.hidden,
-                ref_head.weight,
-                mask,
-                sampled.bias,
-                ref_head.bias,
-                chunk_size=self.chunk_size,
-                process_group=self.process_group,
-                vocab_shards=self.vocab_shards,
-                **self.options._asdict(),
-            )
-            return kl.sum() / sequences
-        if mask is None:
-            row_weight = hidden.new_ones(hidden.shape[:-1], dtype=output_dtype(hidden))
-        else:
+        if mask is not None:
             check_rows(mask, "kl_mask", torch.bool, hidden, "kl_hidden")
-            row_weight = mask.to(output_dtype(hidden))
-        loss, *_ = torch.ops.spo_kernels.linear_kl_loss_fwd(
-            *as_rows(sampled),
-            *as_rows(ref_head),
-            row_weight.reshape(-1) / sequences,
-            *_needs(sampled),
-            *self.options,
-            self.chunk_size,
-            *checked_shard(self.process_group, self.vocab_shards, policy.weight.shape[0]),
-        )
-        return loss
-
-
-def _needs(policy: head.Head) -> head.Needs:
-    return head.Needs(*(tensor is not None and tensor.requires_grad for tensor in policy[:3]))
-
-
-def _needs_gradients(policy: head.Head) -> bool:
-    return torch.is_grad_enabled() and any(_needs(policy))
+        arguments = (hidden, policy.weight, ref_hidden, ref_weight, mask, policy.bias, ref_bias)
+        options: dict[str, Any] = {
+            "chunk_size": self.chunk_size,
+            "process_group": self.process_group,
+            "vocab_shards": self.vocab_shards,
+            **self.options._asdict(),
+        }
+        if self.route == "recompute":
+            return linear_token_kl(*arguments, **options).sum() / sequences
+        mean = hidden.new_full(hidden.shape[:-1], 1 / sequences, dtype=output_dtype(hidden))
+        return linear_kl_loss(*arguments, row_weight=mean, **options)

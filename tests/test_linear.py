@@ -20,6 +20,7 @@ from spo_kernels import (
     SoftImportance,
     SPOLoss,
     head,
+    linear_kl_loss,
     linear_sequence_logps,
     linear_token_kl,
     linear_token_logps,
@@ -192,6 +193,33 @@ def test_linear_token_kl_is_its_formula(
     all_near(differentiate(ours, x.policy, x.upstream), differentiate(formula, x.policy, x.upstream))
 
 
+@CHUNKS
+@WITH_OPTIONS
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("upstream", [1.0, -2.5])
+def test_linear_kl_loss_is_its_formula(
+    upstream: float, masked: bool, weighted: bool, options: Options, chunk_size: int | None, small_tiles: None
+) -> None:
+    x = Inputs(3, 7)
+    mask, row_weight = x.mask if masked else None, x.upstream.float() if weighted else None
+    reference = (x.ref_hidden, x.ref_weight)
+
+    def ours(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        options_and_tile = {**options, "chunk_size": chunk_size}
+        return linear_kl_loss(hidden, weight, *reference, mask, bias, row_weight=row_weight, **options_and_tile)
+
+    def formula(*head: Tensor) -> Tensor:
+        kl = kl_of(logits_of(*head, **options), logits_of(*reference, **options))
+        kl = kl if row_weight is None else kl * row_weight
+        return (kl if mask is None else kl.where(mask, 0)).sum()
+
+    want = differentiate(formula, x.policy, upstream)
+    all_near(differentiate(ours, x.policy, upstream), want)
+    with torch.no_grad():
+        near(ours(*x.policy), want[0])
+
+
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("leading", [None, (), (1,)], ids=["padded", "packed", "packed in a batch of 1"])
 def test_linear_sequence_logps(leading: tuple[int, ...] | None, average: bool) -> None:
@@ -250,6 +278,12 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
             policy[0], policy[1], x.ref_hidden, x.ref_weight, x.mask, policy[2], x.ref_bias, **kw
         ),
         lambda x, z, ref_z: kl_of(z, ref_z).where(x.mask, 0),
+    ),
+    "kl_loss": (
+        lambda x, policy, **kw: linear_kl_loss(
+            policy[0], policy[1], x.ref_hidden, x.ref_weight, x.mask, policy[2], x.ref_bias, row_weight=x.upstream, **kw
+        ),
+        lambda x, z, ref_z: (kl_of(z, ref_z).where(x.mask, 0) * x.upstream).sum(),
     ),
 }
 
@@ -508,6 +542,8 @@ def test_zero_rows_are_zero_and_connected() -> None:
         lambda h, w, b: linear_token_kl(h, w, x.ref_hidden, x.ref_weight, masked, b),
         lambda h, w, b: linear_token_logps(h[:, :0], w, ignored[:, :0], b),
         lambda h, w, b: linear_token_kl(h[:, :0], w, empty, x.weight, None, b),
+        lambda h, w, b: linear_kl_loss(h, w, x.ref_hidden, x.ref_weight, masked, b),
+        lambda h, w, b: linear_kl_loss(h[:, :0], w, empty, x.weight, None, b),
         lambda h, w, b: LinearSPOLoss(route="recompute", center=True)(h[:2], w, ignored[:2], b)[0],
         lambda h, w, b: LinearSPOLoss(route="recompute_free", center=True, nll_weight=1.0)(h[:2], w, ignored[:2], b)[0],
         lambda h, w, b: LinearSPOLoss(route="recompute")(h[:0], w, ignored[:0], b)[0],
@@ -719,9 +755,9 @@ def test_weights_that_need_the_whole_batch_are_recomputed_or_refused(importance:
     near(leaf.grad, want.grad)
 
 
-def test_the_routes_do_the_products_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows x products, the unit of matrix work: 4 with recomputation, 3 without, 1 without gradients."""
-    x = pair_inputs(8)
+@pytest.fixture
+def units(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Rows x columns of every product of the head, the unit of matrix work."""
     units: list[float] = []
     fill, add = head._Tile.fill, head._Gradients.add
 
@@ -736,6 +772,12 @@ def test_the_routes_do_the_products_they_say(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(head._Tile, "fill", counted_fill)
     monkeypatch.setattr(head._Gradients, "add", counted_add)
+    return units
+
+
+def test_the_routes_do_the_products_they_say(units: list[float]) -> None:
+    """4 with recomputation, 3 without, 1 without gradients."""
+    x = pair_inputs(8)
     one = int((x.labels != IGNORE).sum()) * x.weight.shape[0]
     for route, expected in (("recompute", 4), ("recompute_free", 3), ("auto", 3)):
         units.clear()
@@ -747,13 +789,30 @@ def test_the_routes_do_the_products_they_say(monkeypatch: pytest.MonkeyPatch) ->
         assert sum(units) == one
 
 
+def test_the_kl_in_one_sweep_does_the_products_it_says(units: list[float]) -> None:
+    """Four with its backward, where `linear_token_kl` needs six, of rows with a weight alone; two without gradients."""
+    x = Inputs(40)
+    row_weight = x.upstream.where(x.labels != IGNORE, 0)
+    one = int((x.mask & (row_weight != 0)).sum()) * x.weight.shape[0]
+    reference = (x.ref_hidden, x.ref_weight, x.mask)
+    differentiate(lambda h, w: linear_kl_loss(h, w, *reference, row_weight=row_weight), x.policy[:2])
+    assert sum(units) == 4 * one
+    units.clear()
+    with torch.no_grad():
+        linear_kl_loss(x.hidden.requires_grad_(), x.weight, *reference, row_weight=row_weight)
+    assert sum(units) == 2 * one
+
+
 def test_a_second_backward_of_gradients_made_in_the_forward_raises() -> None:
     x = pair_inputs()
     leaf = x.hidden.requires_grad_()
-    objective, _ = LinearSPOLoss(route="recompute_free")(leaf, x.weight, x.labels)
-    objective.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        objective.backward()
+    for loss in (
+        LinearSPOLoss(route="recompute_free")(leaf, x.weight, x.labels)[0],
+        linear_kl_loss(leaf, x.weight, x.ref_hidden, x.ref_weight),
+    ):
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
@@ -1001,6 +1060,18 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "ref_weight must not require grad: the gradient flows to the policy only (use .detach())",
     ),
     "mask": (kl(H, W, RH, RW, X.mask[:1]), "mask must be [2, 3] bool, got [1, 3] bool"),
+    "kl_mask": (
+        spo(H, W, Y, kl_hidden=H, kl_ref_hidden=RH, kl_ref_weight=RW, kl_mask=X.mask[:1], init={"beta": 0.1}),
+        "kl_mask must be [2, 3] bool, got [1, 3] bool",
+    ),
+    "row_weight": (
+        lambda: linear_kl_loss(H, W, RH, RW, row_weight=Y),
+        "row_weight must be floating, got torch.int64",
+    ),
+    "row_weight shape": (
+        lambda: linear_kl_loss(H, W, RH, RW, row_weight=torch.ones(2)),
+        "row_weight must be [2, 3] float32, got [2] float32",
+    ),
     "labels of sequences": (
         lambda: linear_sequence_logps(H[0], W, Y[0]),
         "labels must be [B, T] without cu_seqlens, got [3]",
@@ -1052,5 +1123,5 @@ def test_a_label_out_of_range_is_named(route: str, label: int) -> None:
 
 def test_every_public_name_of_the_head_is_exported() -> None:
     assert {name for name in spo_kernels.__all__ if "inear" in name} == {
-        "LinearSPOLoss", "linear_sequence_logps", "linear_token_kl", "linear_token_logps",
+        "LinearSPOLoss", "linear_kl_loss", "linear_sequence_logps", "linear_token_kl", "linear_token_logps",
     }  # fmt: skip

@@ -17,6 +17,7 @@ from spo_kernels import (
     functional,
     head,
     kl_loss,
+    linear_kl_loss,
     linear_sequence_logps,
     linear_token_kl,
     linear_token_logps,
@@ -257,6 +258,19 @@ HEAD_FUNCTIONS: dict[str, Function] = {
     ),
     "linear_token_kl": lambda x, **kw: (
         linear_token_kl(
+            x["hidden"],
+            x["weight"],
+            x["ref_hidden"],
+            x["ref_weight"],
+            x["mask"],
+            x["bias"],
+            x["ref_bias"],
+            **OPTIONS,
+            **kw,
+        ),
+    ),
+    "linear_kl_loss": lambda x, **kw: (
+        linear_kl_loss(
             x["hidden"],
             x["weight"],
             x["ref_hidden"],
