@@ -7,9 +7,9 @@ float16 or float64. Its logits are
 
 and never exist but for a tile of some rows by some columns. Rows that are not wanted are dropped before the matrix
 product, which reads their number back to the host. The forward is one matrix product, the backward three (one to have
-the logits again); a weight or hidden states without gradient save theirs. Outputs are float32 (float64 for float64), in
-nats; gradients have the dtype of what they belong to and are accumulated in float32 across tiles. Under autocast
-hidden, weight and bias are cast as `torch.nn.functional.linear` would cast them.
+the logits again, which `linear_kl_loss` saves); a weight or hidden states without gradient save theirs. Outputs are
+float32 (float64 for float64), in nats; gradients have the dtype of what they belong to and are accumulated in float32
+across tiles. Under autocast hidden, weight and bias are cast as `torch.nn.functional.linear` would cast them.
 
 With a ``process_group`` weight and bias are the rows that this process holds of a head split over the group, in the
 order of ranks, as Megatron splits it. Shards may be uneven; labels are those of the whole vocabulary; hidden states,

@@ -379,7 +379,5 @@ class LinearSPOLoss(nn.Module):
             "vocab_shards": self.vocab_shards,
             **self.options._asdict(),
         }
-        if self.route == "recompute":
-            return linear_token_kl(*arguments, **options).sum() / sequences
-        mean = hidden.new_full(hidden.shape[:-1], 1 / sequences, dtype=output_dtype(hidden))
-        return linear_kl_loss(*arguments, row_weight=mean, **options)
+        kl = linear_token_kl if self.route == "recompute" else linear_kl_loss
+        return kl(*arguments, **options).sum() / sequences

@@ -246,6 +246,10 @@ def spo_objective(x: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
     return objective, metrics.chosen_logps
 
 
+def kl_arguments(x: dict[str, Tensor]) -> list[Tensor]:
+    return [x[name] for name in ("hidden", "weight", "ref_hidden", "ref_weight", "mask", "bias", "ref_bias")]
+
+
 HEAD_FUNCTIONS: dict[str, Function] = {
     "linear_token_logps": lambda x, **kw: linear_token_logps(
         x["hidden"], x["weight"], x["labels"], x["bias"], return_entropy=True, **OPTIONS, **kw
@@ -256,32 +260,8 @@ HEAD_FUNCTIONS: dict[str, Function] = {
     "linear_sequence_logps": lambda x, **kw: (
         linear_sequence_logps(x["hidden"], x["weight"], x["labels"], average=True, **kw),
     ),
-    "linear_token_kl": lambda x, **kw: (
-        linear_token_kl(
-            x["hidden"],
-            x["weight"],
-            x["ref_hidden"],
-            x["ref_weight"],
-            x["mask"],
-            x["bias"],
-            x["ref_bias"],
-            **OPTIONS,
-            **kw,
-        ),
-    ),
-    "linear_kl_loss": lambda x, **kw: (
-        linear_kl_loss(
-            x["hidden"],
-            x["weight"],
-            x["ref_hidden"],
-            x["ref_weight"],
-            x["mask"],
-            x["bias"],
-            x["ref_bias"],
-            **OPTIONS,
-            **kw,
-        ),
-    ),
+    "linear_token_kl": lambda x, **kw: (linear_token_kl(*kl_arguments(x), **OPTIONS, **kw),),
+    "linear_kl_loss": lambda x, **kw: (linear_kl_loss(*kl_arguments(x), **OPTIONS, **kw),),
     "recompute": lambda x, **kw: spo_objective(x, route="recompute", **kw),
     "recompute_free": lambda x, **kw: spo_objective(x, route="recompute_free", **kw),
     "long_pairs": lambda x, **kw: spo_objective(x, chunk_size=7, **kw),
