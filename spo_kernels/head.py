@@ -97,10 +97,32 @@ def _product_dtype(hidden: Tensor, options: LogitOptions) -> torch.dtype:
     return hidden.dtype if native else torch.float32
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """``total += scale a b``, where total may have a wider dtype than the operands, or a narrower one if it is zero."""
+# For a compiler, which must know the dtypes of outputs but must not trace a measurement: a constant of the graph.
+@torch.compiler.assume_constant_result
+def stored_dtype(device_type: str, dtype: torch.dtype, capped: bool) -> torch.dtype:
+    """Dtype in which the gradients that a forward computed wait for the backward's upstream scalar.
+
+    bfloat16 where that is the dtype of their products, which have rounded them already: half the memory, and no sum
+    in float32 at all where one tile holds every row. float16 waits in float32: before the loss scale that comes with
+    the backward its gradients would be below its range.
+
+    Args:
+        device_type, dtype: of the hidden states.
+        capped: whether there is a softcap.
+    """
+    native = dtype == torch.bfloat16 and not capped and native_products(device_type, dtype)
+    return dtype if native else accumulate_dtype(dtype)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float, *, first: bool) -> None:
+    """``total += scale a b``, or ``= scale a b`` if first: what total held then, NaN included, is not read.
+
+    Total may have a wider dtype than the operands, or a narrower one if nothing follows the first.
+    """
     if total.dtype == a.dtype:
-        total.addmm_(a, b, alpha=scale)
+        torch.addmm(total, a, b, beta=0 if first else 1, alpha=scale, out=total)
+    elif first:
+        torch.mul(torch.mm(a, b), scale, out=total)
     else:
         total.add_(torch.mm(a, b), alpha=scale)
 
@@ -122,9 +144,9 @@ class _Tile:
     def select(self, rows: Rows) -> None:
         self._hidden = self._head.hidden[rows].to(self._dtype)
 
-    def rows_like(self, dtype: torch.dtype) -> Tensor:
-        """Zeros ``[n, H]`` for the selected rows."""
-        return torch.zeros_like(self._hidden, dtype=dtype)
+    def empty_rows(self, dtype: torch.dtype) -> Tensor:
+        """Memory ``[n, H]`` for the selected rows."""
+        return torch.empty_like(self._hidden, dtype=dtype)
 
     def fill(self, begin: int, end: int, *, slope: bool = False) -> Tensor:
         """Logits ``[n, end - begin]`` of the selected rows; with slope also what `dlogits` needs."""
@@ -183,40 +205,52 @@ Reference = _Tile | _UniformTile
 
 
 class _Gradients:
-    """Sums over tiles of the gradients of a head, each in the accumulation dtype; ``[0]`` where not wanted."""
+    """Sums over tiles of the gradients of a head; ``[0]`` where not wanted.
 
-    def __init__(self, head: Head, needs: Needs, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-        hidden, weight, bias, shard = head
+    one_tile: all rows come in one tile at most. It finishes each block of the weight's gradient at once, which then
+    needs no wider sum than dtype, the one of the results.
+    """
+
+    def __init__(self, head: Head, needs: Needs, dtype: torch.dtype, *, one_tile: bool) -> None:
+        hidden, weight, bias, self._shard = head
+        self._dtype = dtype
         self._wide = accumulate_dtype(hidden.dtype)
-        self._shard = shard
-        self.hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0, dtype=dtypes[0])
-        self.weight = weight.new_zeros(weight.shape if needs.weight else 0, dtype=dtypes[1])
-        self.bias = weight.new_zeros(weight.shape[0] if needs.bias and bias is not None else 0, dtype=self._wide)
+        # What several processes add up stays wide until they have.
+        hidden_dtype = dtype if self._shard is None else self._wide
+        self._hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0, dtype=hidden_dtype)
+        weight_dtype = dtype if one_tile else self._wide
+        self._weight = weight.new_empty(weight.shape if needs.weight else 0, dtype=weight_dtype)
+        self._bias = weight.new_zeros(weight.shape[0] if needs.bias and bias is not None else 0, dtype=self._wide)
+        self._tiles = 0
 
     def select(self, rows: Rows, tile: _Tile) -> None:
         self._rows = rows
-        self._dhidden = tile.rows_like(self._wide) if self.hidden.numel() else None
+        self._dhidden = tile.empty_rows(self._wide) if self._hidden.numel() else None
+        self._tiles += 1
 
     def add(self, tile: _Tile, filled: Tensor, begin: int, end: int) -> None:
-        """The products of the backward of a tile whose logits have become their gradient."""
+        """The products of the backward of a tile whose logits have become their gradient; all blocks of it in turn."""
         dlogits = tile.dlogits(filled)
         for b, e, part, weight, hidden in tile.operands(dlogits, begin, end):
             if self._dhidden is not None:
-                _add_product(self._dhidden, part, weight, tile.scale)
-            if self.weight.numel():
-                _add_product(self.weight[b:e], part.t(), hidden, tile.scale)
-        if self.bias.numel():
-            self.bias[begin:end].add_(dlogits.sum(0, dtype=self._wide), alpha=tile.scale)
+                _accumulate(self._dhidden, part, weight, tile.scale, first=b == 0)
+            if self._weight.numel():
+                _accumulate(self._weight[b:e], part.t(), hidden, tile.scale, first=self._tiles == 1)
+        if self._bias.numel():
+            self._bias[begin:end].add_(dlogits.sum(0, dtype=self._wide), alpha=tile.scale)
 
     def finish_rows(self) -> None:
         """The selected rows have had all their columns."""
         if self._dhidden is not None:
-            self.hidden[self._rows] = self._dhidden.to(self.hidden.dtype)
+            self._hidden[self._rows] = self._dhidden.to(self._hidden.dtype)
 
-    def finish(self) -> None:
-        """All rows have had theirs: every process adds what its columns say of the hidden states."""
-        if self._shard is not None and self.hidden.numel():
-            self._shard.sum_(self.hidden)
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(dhidden, dweight, dbias)`` after all rows, the first summed over the processes that share the columns."""
+        if self._shard is not None and self._hidden.numel():
+            self._shard.sum_(self._hidden)
+        if self._tiles == 0:
+            self._weight.zero_()
+        return self._hidden.to(self._dtype), self._weight.to(self._dtype), self._bias.to(self._dtype)
 
 
 def _row_tiles(kept: Tensor | None, rows: int, size: int) -> list[Rows]:
@@ -350,7 +384,7 @@ def token_stats_bwd(
     options: LogitOptions,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dhidden, dweight, dbias)``, each ``[0]`` where not wanted, in the dtypes of what they belong to."""
+    """``(dhidden, dweight, dbias)``, each ``[0]`` where not wanted, in the head's dtype."""
     rows = head.hidden.shape[0]
     size = _tile_rows(head, chunk_size, _TILE_ROWS)
     columns = _columns(size, head.weight.shape[0], _product_dtype(head.hidden, options))
@@ -358,11 +392,7 @@ def token_stats_bwd(
     with_kl = dkl is not None
     reference = _reference_tile(head, ref_head, uniform, options, size, columns) if with_kl else None
     tiles = _row_tiles(kept, rows, size)
-    # A single tile of rows finishes each block of the weight at once, which then needs no wider sum beside it.
-    sum_dtype = head.weight.dtype if len(tiles) <= 1 else accumulate_dtype(head.weight.dtype)
-    # What several processes add up stays wide until they have.
-    hidden_dtype = head.hidden.dtype if head.shard is None else tile.wide
-    gradients = _Gradients(head, needs, (hidden_dtype, sum_dtype))
+    gradients = _Gradients(head, needs, head.hidden.dtype, one_tile=len(tiles) <= 1)
     for selected in tiles:
         known = (kl[selected] if with_kl else kl[:0], stats[: 4 if with_kl else 2, selected])
         upstream = (
@@ -371,30 +401,29 @@ def token_stats_bwd(
         )
         wanted = None if dlogps is None else labels
         _gradients_of_rows(selected, tile, reference, wanted, upstream, known, gradients, columns)
-    gradients.finish()
-    dbias = gradients.bias if head.bias is None else gradients.bias.to(head.bias.dtype)
-    return gradients.hidden.to(head.hidden.dtype), gradients.weight.to(head.weight.dtype), dbias
+    return gradients.finish()
 
 
 def kl_loss_fwd(
     head: Head,
     ref_head: Head,
     row_weight: Tensor,
+    gradient_dtype: torch.dtype,
     needs: Needs,
     options: LogitOptions,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(sum_i row_weight_i KL_i, dhidden, dweight, dbias)``, from one product of each head.
 
-    Tiles are as wide as the vocabulary. The gradients are in the accumulation dtype, ``[0]`` where not wanted.
+    Tiles are as wide as the vocabulary. The gradients are ``[0]`` where not wanted.
     """
     columns = head.weight.shape[0]
-    wide = accumulate_dtype(head.hidden.dtype)
     size = _wide_tile_rows(head, options, chunk_size, buffers=2)
     tile, reference = _Tile(head, options, size, columns), _Tile(ref_head, options, size, columns)
-    gradients = _Gradients(head, needs, (wide, wide))
-    loss = head.hidden.new_zeros((), dtype=wide)
-    for selected in _row_tiles(row_weight != 0, head.hidden.shape[0], size):
+    tiles = _row_tiles(row_weight != 0, head.hidden.shape[0], size)
+    gradients = _Gradients(head, needs, gradient_dtype, one_tile=len(tiles) <= 1)
+    loss = head.hidden.new_zeros((), dtype=tile.wide)
+    for selected in tiles:
         tile.select(selected)
         reference.select(selected)
         gradients.select(selected, tile)
@@ -411,8 +440,7 @@ def kl_loss_fwd(
             loss += known[0] @ weights
         gradients.add(tile, logits, 0, columns)
         gradients.finish_rows()
-    gradients.finish()
-    return loss, gradients.hidden, gradients.weight, gradients.bias
+    return loss, *gradients.finish()
 
 
 def _wide_tile_rows(head: Head, options: LogitOptions, chunk_size: int | None, buffers: int = 1) -> int:
@@ -432,6 +460,7 @@ def pair_gradients(
     sequence: Tensor,
     pairs: int,
     coefficients: PairCoefficients,
+    gradient_dtype: torch.dtype,
     needs: Needs,
     options: LogitOptions,
     ignore_index: int,
@@ -442,7 +471,7 @@ def pair_gradients(
 
     sequence ``[N]`` says which of the 2P sequences a row belongs to; s and s + P are a pair. Rows of as many pairs as
     fit make a tile, which is as wide as the vocabulary. A pair with more rows is recomputed in narrower ones, or
-    refused if strict. The gradients are in the accumulation dtype, ``[0]`` where not wanted.
+    refused if strict. The gradients are ``[0]`` where not wanted.
     """
     wide = accumulate_dtype(head.hidden.dtype)
     size = _wide_tile_rows(head, options, chunk_size)
@@ -457,7 +486,7 @@ def pair_gradients(
         )
     # In float64: D is a small difference of long sums.
     sums = head.hidden.new_zeros(2 * pairs, dtype=torch.float64)
-    gradients = _Gradients(head, needs, (wide, wide))
+    gradients = _Gradients(head, needs, gradient_dtype, one_tile=len(order) <= size)
     fits = any(0 < length <= size for length in lengths)
     tile = _Tile(head, options, size, head.weight.shape[0]) if fits else None
     for first, end, rows in _pair_groups(order, lengths, size):
@@ -476,8 +505,7 @@ def pair_gradients(
             _gradients_of_tile(rows, tile, labels, upstream, gradients)
         else:
             _gradients_of_long_pair(rows, head, labels, upstream, gradients, options, chunk_size)
-    gradients.finish()
-    return sums.to(wide), gradients.hidden, gradients.weight, gradients.bias
+    return sums.to(wide), *gradients.finish()
 
 
 def _pair_groups(order: Tensor, lengths: list[int], size: int) -> Iterator[tuple[int, int, Tensor]]:

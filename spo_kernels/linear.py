@@ -46,7 +46,7 @@ from spo_kernels.functional import (
     output_dtype,
     sum_sequences,
 )
-from spo_kernels.head import Head, LogitOptions, Needs
+from spo_kernels.head import Head, LogitOptions, Needs, stored_dtype
 from spo_kernels.vocabulary import checked_shard
 
 if TYPE_CHECKING:
@@ -262,8 +262,9 @@ def linear_kl_loss(
 
     A tile is as wide as the vocabulary, so that a row's gradient is known while its logits are there: with its backward
     this takes four matrix products where ``(row_weight * linear_token_kl(...)).sum()`` takes six, for more memory. Two
-    tiles of 32 MiB, or of 256 rows where that is more, and the gradients in float32. The backward multiplies them by
-    the upstream scalar and can run once. Without gradients this is that sum, and its memory.
+    tiles of 32 MiB, or of 256 rows where that is more; beside them the gradients, in float32 (in bfloat16 where
+    matrix products are). The backward multiplies them by the upstream scalar and can run once. Without gradients this
+    is that sum, and its memory.
 
     Args:
         hidden, weight, ref_hidden, ref_weight, mask, bias, ref_bias: as in `linear_token_kl`.
@@ -298,6 +299,7 @@ def linear_kl_loss(
         *as_rows(head),
         *as_rows(ref_head),
         weights.reshape(-1),
+        gradient_dtype_of(head, options),
         *needs,
         *options,
         chunk_size,
@@ -340,6 +342,11 @@ def as_rows(head: Head) -> tuple[Tensor, Tensor, Tensor | None]:
 def needs_of(head: Head) -> Needs:
     """Whose gradients autograd wants, if it is on."""
     return Needs(*(tensor is not None and tensor.requires_grad for tensor in head[:3]))
+
+
+def gradient_dtype_of(head: Head, options: LogitOptions) -> torch.dtype:
+    """Dtype of the gradients that a forward computes and keeps."""
+    return stored_dtype(head.hidden.device.type, head.hidden.dtype, options.softcap is not None)
 
 
 def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

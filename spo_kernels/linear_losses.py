@@ -20,6 +20,7 @@ from spo_kernels.linear import (
     autocast_head,
     checked_head,
     checked_options,
+    gradient_dtype_of,
     linear_kl_loss,
     linear_sequence_logps,
     linear_token_kl,
@@ -47,7 +48,7 @@ ROUTES = ("auto", "recompute", "recompute_free")
 ops.library.define(
     f"linear_spo_loss_fwd({ops.HEAD_ARGS}, Tensor labels, Tensor sequence, Tensor counts, Tensor? pair_weight, "
     "Tensor? normalizer, float gamma, float alpha, bool center, bool average, float nll_weight, int ignore_index, "
-    f"bool strict, {ops.NEEDS_ARGS}, {ops.OPTION_ARGS}) "
+    f"bool strict, {ops.UNIT_GRADIENT_ARGS}, {ops.OPTION_ARGS}) "
     "-> (Tensor loss, Tensor sums, Tensor dhidden, Tensor dweight, Tensor dbias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -70,6 +71,7 @@ def _(
     nll_weight: float,
     ignore_index: int,
     strict: bool,
+    gradient_dtype: torch.dtype,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -107,6 +109,7 @@ def _(
         sequence,
         pairs,
         coefficients,
+        gradient_dtype,
         head.Needs(need_hidden, need_weight, need_bias),
         head.LogitOptions(temperature, softcap, logit_scale),
         ignore_index,
@@ -121,7 +124,7 @@ def _(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, sequence: Tensor, counts: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    gradients = ops.empty_gradients(hidden, weight, bias, args, wide=True)
+    gradients = ops.empty_gradients(hidden, weight, bias, args)
     return counts.new_empty(()), torch.empty_like(counts), *gradients
 
 
@@ -149,8 +152,9 @@ class LinearSPOLoss(nn.Module):
         process_group, vocab_shards: see `spo_kernels.linear`; the group that holds the vocabulary, of both heads. Pairs
             split over another group are `SoftImportance`'s.
         route: "recompute" or "recompute_free" (see the module), the same loss and gradients to rounding, or "auto".
-            "recompute_free" computes gradients in the forward, keeps them in float32, and can run one backward, which
-            multiplies them by the upstream scalar on the device. It needs pair weights that a pair determines: uniform,
+            "recompute_free" computes gradients in the forward, keeps them in float32 (in bfloat16 where matrix
+            products are), and can run one backward, which multiplies them by the upstream scalar on the device. It
+            needs pair weights that a pair determines: uniform,
             `pair_weight`, or a `SoftImportance` whose normalizer is a number or a Tensor ("batch" and "ema" know theirs
             only after the last pair; for a running average that lags by a step pass its `running_mean` as normalizer
             and update it with `SPOMetrics.chosen_logps` and `rejected_logps`); and tiles that hold every pair, chosen
@@ -338,6 +342,7 @@ class LinearSPOLoss(nn.Module):
             self.nll_weight,
             self.ignore_index,
             self.route == "recompute_free",
+            gradient_dtype_of(policy, self.options),
             *needs_of(policy),
             *self.options,
             self.chunk_size,

@@ -234,6 +234,8 @@ OPTION_ARGS = (
 )
 _OPTIONS = OPTION_ARGS.count(",") + 1
 NEEDS_ARGS = "bool need_hidden, bool need_weight, bool need_bias"
+# Of a forward that computes the gradients for an upstream gradient of 1, and keeps them in gradient_dtype.
+UNIT_GRADIENT_ARGS = f"ScalarType gradient_dtype, {NEEDS_ARGS}"
 
 HEAD_SCHEMAS = {
     # With uniform, the KL is that to the uniform distribution over the vocabulary.
@@ -243,7 +245,7 @@ HEAD_SCHEMAS = {
     f"Tensor? mask, Tensor kl, Tensor stats, int ignore_index, bool uniform, {NEEDS_ARGS}, {OPTION_ARGS}) "
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)",
     "linear_kl_loss_fwd": f"({HEAD_ARGS}, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, Tensor row_weight, "
-    f"{NEEDS_ARGS}, {OPTION_ARGS}) -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    f"{UNIT_GRADIENT_ARGS}, {OPTION_ARGS}) -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
 }
 
 for _name, _schema in HEAD_SCHEMAS.items():
@@ -270,15 +272,15 @@ def shard_of(vocab_start: int, vocab_size: int, process_group: str | None) -> vo
 
 
 def empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, args: tuple[Any, ...], *, wide: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, args: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fake dhidden, dweight, dbias: ``[0]`` where not wanted, in the accumulation dtype if wide.
+    """Fake dhidden, dweight, dbias: ``[0]`` where not wanted.
 
-    args are the op's, whose last are `NEEDS_ARGS` and `OPTION_ARGS`.
+    args are the op's, whose last are `NEEDS_ARGS` or `UNIT_GRADIENT_ARGS`, and `OPTION_ARGS`.
     """
-    needs = args[-_OPTIONS - 3 : -_OPTIONS]
+    before, *needs = args[-_OPTIONS - 4 : -_OPTIONS]
+    dtype = before if isinstance(before, torch.dtype) else hidden.dtype
     wanted = (needs[0], needs[1], needs[2] and bias is not None)
-    dtype = accumulate_dtype(hidden.dtype) if wide else hidden.dtype
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     dhidden, dweight, dbias = (
         hidden.new_empty(shape if want else (0,), dtype=dtype) for shape, want in zip(shapes, wanted, strict=True)
@@ -395,7 +397,7 @@ def _(
 def _(
     dlogps: Tensor | None, dkl: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_gradients(hidden, weight, bias, args, wide=False)
+    return empty_gradients(hidden, weight, bias, args)
 
 
 @head_op("linear_kl_loss_fwd")
@@ -407,6 +409,7 @@ def _(
     ref_weight: Tensor,
     ref_bias: Tensor | None,
     row_weight: Tensor,
+    gradient_dtype: torch.dtype,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -422,6 +425,7 @@ def _(
         head.Head(hidden, weight, bias, shard_of(vocab_start, vocab_size, process_group)),
         head.Head(ref_hidden, ref_weight, ref_bias),
         row_weight,
+        gradient_dtype,
         head.Needs(need_hidden, need_weight, need_bias),
         head.LogitOptions(temperature, softcap, logit_scale),
         chunk_size,
@@ -431,7 +435,7 @@ def _(
 @_fake("linear_kl_loss_fwd")
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=accumulate_dtype(hidden.dtype))
-    return loss, *empty_gradients(hidden, weight, bias, args, wide=True)
+    return loss, *empty_gradients(hidden, weight, bias, args)
 
 
 def _linear_token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -616,15 +616,16 @@ def objective_of(
     average: bool = False,
     nll_weight: float = 0.0,
     beta: float = 0.0,
+    wide: torch.dtype | None = None,
     **options: Any,
 ) -> Tensor:
-    """`SPOLoss` on the logits, plus the NLL term."""
-    z = logits_of(*policy, **options)
+    """`SPOLoss` on the logits, in dtype wide if given, plus the NLL term."""
+    z, ref_z = (logits_of(*of, **options).to(wide or of[0].dtype) for of in (policy, x.reference))
     importance = (lambda *_: pair_weight) if pair_weight is not None else weight
     loss = SPOLoss(alpha, beta, importance, center=center, average=average)
     kl = {}
     if beta:
-        kl = {"kl_logits": z, "kl_ref_logits": logits_of(*x.reference, **options), "kl_mask": x.mask}
+        kl = {"kl_logits": z, "kl_ref_logits": ref_z, "kl_mask": x.mask}
     objective, _ = loss(z, x.labels, **kl)
     chosen = x.labels[: len(x.labels) // 2]
     return objective - nll_weight * logps_of(z[: len(chosen)], chosen).sum() / (chosen != IGNORE).sum()
@@ -815,32 +816,86 @@ def test_a_second_backward_of_gradients_made_in_the_forward_raises() -> None:
             loss.backward()
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, policy: linear_kl_loss(*policy[:2], x.ref_hidden, x.ref_weight),
+        lambda x, policy: LinearSPOLoss(route="recompute_free")(*policy[:2], x.labels, policy[2])[0],
+    ],
+    ids=["kl_loss", "spo_loss"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES, torch.float64], ids=str)
+def test_gradients_made_in_the_forward_wait_as_wide_as_they_need(
+    dtype: torch.dtype, loss: Callable[..., Tensor], native: bool
+) -> None:
+    """bfloat16 that native products have rounded stays that; float16 is too small for gradients before a loss scale."""
+    x = pair_inputs(dtype=dtype)
+    policy = tuple(tensor.requires_grad_() for tensor in x.policy)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        loss(x, policy)
+    waiting = [tensor for tensor in saved if tensor.shape == x.weight.shape]
+    narrow = dtype == torch.bfloat16 and native
+    assert [tensor.dtype for tensor in waiting] == [dtype if narrow else torch.promote_types(dtype, torch.float32)]
+
+
+@pytest.mark.parametrize("rows", [0, 4, 11])  # none, one tile, two
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
+def test_gradients_do_not_read_what_their_memory_held(
+    dtype: torch.dtype, rows: int, native: bool, small_tiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = Inputs(rows, dtype=dtype)
+    x.labels.clamp_(min=0)
+    empty_like, new_empty = torch.empty_like, Tensor.new_empty
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: empty_like(*a, **kw).fill_(torch.nan))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **kw: new_empty(*a, **kw).fill_(torch.nan))
+    for loss in (
+        lambda h, w: linear_token_logps(h, w, x.labels).sum(),
+        lambda h, w: linear_kl_loss(h, w, x.ref_hidden, x.ref_weight),
+    ):
+        for gradient in differentiate(loss, x.policy[:2])[1:]:
+            assert gradient.isfinite().all()
+
+
+# The gradients themselves are 2 MiB, and a sum of the weight's in float32 would be 4; a tile of 8 rows is small.
+@pytest.mark.skipif(ACTIVE == "reference", reason="plain torch makes temporaries of its own, several a tile")
+def test_a_single_tile_needs_no_wider_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "native_products", lambda device_type, dtype: True)
+    x = Inputs(2, 4, h=128, v=8192, dtype=torch.bfloat16)
+    hidden, weight = x.hidden.requires_grad_(), x.weight.requires_grad_()
+    for loss in (
+        lambda: LinearSPOLoss(route="recompute_free")(hidden, weight, x.labels)[0],
+        lambda: linear_kl_loss(hidden, weight, x.ref_hidden, x.ref_weight),
+    ):
+        hidden.grad = weight.grad = None
+        assert weight.nbytes <= peak_bytes(lambda loss=loss: loss().backward()) < 2 * weight.nbytes
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
 @pytest.mark.parametrize("route", ["recompute", "recompute_free"])
 @pytest.mark.parametrize("upstream", [1.0, 0.3])
-def test_both_routes_within_the_budget(
-    upstream: float, route: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(head, "native_products", lambda device_type, dtype: False)
+def test_both_routes_within_the_budget(upstream: float, route: str, dtype: torch.dtype, native: bool) -> None:
+    if dtype == torch.float32 and native:
+        pytest.skip("the choice is of half precision alone")
     x = pair_inputs(h=32, v=211, dtype=dtype)
     loss = LinearSPOLoss(alpha=0.1, beta=0.2, route=route)
 
     def ours(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return loss(hidden, weight, x.labels, bias, kl_hidden=hidden, **kl_arguments(x))[0]
 
-    def by_formula(wide: torch.dtype) -> list[Tensor]:
+    def by_formula(wide: torch.dtype, products: torch.dtype) -> list[Tensor]:
         w = pair_inputs(h=32, v=211, dtype=dtype)
-        w.ref_hidden, w.ref_weight, w.ref_bias = (tensor.to(wide) for tensor in w.reference)
+        w.ref_hidden, w.ref_weight, w.ref_bias = (tensor.to(products) for tensor in w.reference)
         return differentiate(
-            lambda *policy: objective_of(w, policy, alpha=0.1, beta=0.2),
-            tuple(tensor.to(wide) for tensor in x.policy),
+            lambda *policy: objective_of(w, policy, alpha=0.1, beta=0.2, wide=wide),
+            tuple(tensor.to(products) for tensor in x.policy),
             upstream,
         )
 
     got, truth, yardstick = (
         differentiate(ours, x.policy, upstream),
-        by_formula(torch.float64),
-        by_formula(torch.float32),
+        by_formula(torch.float64, torch.float64),
+        by_formula(torch.float32, dtype if native else torch.float32),
     )
     assert_close(got[0], truth[0], yardstick[0], "objective")
     for label, actual, true, eager in zip(("hidden", "weight", "bias"), got[1:], truth[1:], yardstick[1:], strict=True):
@@ -909,6 +964,25 @@ def test_dynamic_shapes_compile_once() -> None:
     assert len(compiles) == 1
 
 
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_compile_does_not_trace_the_measurement(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's own tensors have no data and take no time: what they measured would be wrong for good."""
+    head.native_products.cache_clear()
+    operands: list[type] = []
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: (operands.append(type(a)), product(a, b))[1])
+    x = pair_inputs(dtype=dtype)
+
+    def call(hidden: Tensor, weight: Tensor) -> Tensor:
+        objective, _ = LinearSPOLoss(route="recompute_free")(hidden, weight, x.labels)
+        return objective + linear_kl_loss(hidden, weight, x.ref_hidden, x.ref_weight)
+
+    got, want = differentiate(compiled(call), x.policy[:2]), differentiate(call, x.policy[:2])
+    assert operands and set(operands) == {Tensor}
+    for actual, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 @ROUTE
 def test_compile_linear_spo_loss(route: str) -> None:
     x = pair_inputs(dtype=torch.float32)
@@ -965,7 +1039,7 @@ def op_arguments(op: str) -> tuple[Any, ...]:
             False,
             *options,
         ),
-        "linear_kl_loss_fwd": (*policy, *x.reference, torch.rand(12), True, True, True, *options),
+        "linear_kl_loss_fwd": (*policy, *x.reference, torch.rand(12), torch.float32, True, True, True, *options),
         "linear_spo_loss_fwd": (
             *policy,
             x.labels,
@@ -980,6 +1054,7 @@ def op_arguments(op: str) -> tuple[Any, ...]:
             0.2,
             IGNORE,
             False,
+            torch.float32,
             True,
             True,
             True,
