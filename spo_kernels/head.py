@@ -424,22 +424,8 @@ def kl_loss_fwd(
     gradients = _Gradients(head, needs, gradient_dtype, one_tile=len(tiles) <= 1)
     loss = head.hidden.new_zeros((), dtype=tile.wide)
     for selected in tiles:
-        tile.select(selected)
-        reference.select(selected)
-        gradients.select(selected, tile)
-        logits = tile.fill(0, columns, slope=True)
-        ref_logits = reference.fill(0, columns)
-        weights = row_weight[selected]
-        if head.shard is None:
-            loss += torch.ops.spo_kernels.kl_loss_fwd_(logits, ref_logits, weights)
-        else:  # the gradient has to wait for the other columns' statistics
-            _, *known = _finished(vocabulary.part_of(logits, None, ref_logits), tile)
-            torch.ops.spo_kernels.token_stats_bwd_(
-                None, weights, logits, None, ref_logits, None, *known, vocabulary.IGNORED
-            )
-            loss += known[0] @ weights
-        gradients.add(tile, logits, 0, columns)
-        gradients.finish_rows()
+        loss += _kl_loss_of_tile(selected, tile, reference, row_weight[selected], gradients)
+    del tile, reference  # room for the cast of the sums
     return loss, *gradients.finish()
 
 
@@ -505,6 +491,7 @@ def pair_gradients(
             _gradients_of_tile(rows, tile, labels, upstream, gradients)
         else:
             _gradients_of_long_pair(rows, head, labels, upstream, gradients, options, chunk_size)
+    del tile  # room for the cast of the sums
     return sums.to(wide), *gradients.finish()
 
 
@@ -536,6 +523,27 @@ def _gradients_of_tile(
     torch.ops.spo_kernels.token_stats_bwd_(dlogps, None, logits, local, None, None, *known, vocabulary.IGNORED)
     gradients.add(tile, logits, 0, tile.columns_in_all)
     gradients.finish_rows()
+
+
+def _kl_loss_of_tile(rows: Rows, tile: _Tile, reference: _Tile, row_weight: Tensor, gradients: _Gradients) -> Tensor:
+    """``sum_i row_weight_i KL_i`` of some rows, adding its gradients."""
+    tile.select(rows)
+    reference.select(rows)
+    gradients.select(rows, tile)
+    logits = tile.fill(0, tile.columns_in_all, slope=True)
+    ref_logits = reference.fill(0, tile.columns_in_all)
+    loss: Tensor
+    if tile.shard is None:
+        loss = torch.ops.spo_kernels.kl_loss_fwd_(logits, ref_logits, row_weight)
+    else:  # the gradient has to wait for the other columns' statistics
+        _, *known = _finished(vocabulary.part_of(logits, None, ref_logits), tile)
+        torch.ops.spo_kernels.token_stats_bwd_(
+            None, row_weight, logits, None, ref_logits, None, *known, vocabulary.IGNORED
+        )
+        loss = known[0] @ row_weight
+    gradients.add(tile, logits, 0, tile.columns_in_all)
+    gradients.finish_rows()
+    return loss
 
 
 def _gradients_of_long_pair(

@@ -871,6 +871,19 @@ def test_a_single_tile_needs_no_wider_sum(monkeypatch: pytest.MonkeyPatch) -> No
         assert weight.nbytes <= peak_bytes(lambda loss=loss: loss().backward()) < 2 * weight.nbytes
 
 
+@pytest.mark.skipif(ACTIVE == "reference", reason="plain torch makes temporaries of its own, several a tile")
+def test_the_tile_makes_room_for_the_cast_of_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile of 8 rows takes 128 KiB, the weight's gradient 256 KiB and its sum 512: they are never held together."""
+    monkeypatch.setattr(head, "native_products", lambda device_type, dtype: True)
+    monkeypatch.setattr(head, "_WIDE_TILE_BYTES", 1)
+    monkeypatch.setattr(head, "_LEAST_WIDE_ROWS", 8)
+    monkeypatch.setattr(head, "_CAST_COLUMNS", 256)
+    x = Inputs(4, 4, h=16, v=8192, dtype=torch.bfloat16)
+    hidden, weight = x.hidden.requires_grad_(), x.weight.requires_grad_()
+    peak = peak_bytes(lambda: LinearSPOLoss(route="recompute_free")(hidden, weight, x.labels)[0])
+    assert 3 * weight.nbytes <= peak < 3 * weight.nbytes + (120 << 10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
 @pytest.mark.parametrize("route", ["recompute", "recompute_free"])
 @pytest.mark.parametrize("upstream", [1.0, 0.3])
