@@ -201,6 +201,21 @@ def _kl_loss_backward(ctx: Any, dloss: Tensor, _: Any = None) -> tuple[Tensor | 
     return dlogits, None, None
 
 
+class KlLoss(torch.autograd.Function):
+    """`kl_loss_fwd` with its gradient, for eager mode, as `TokenStats`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, dlogits = torch.ops.spo_kernels.kl_loss_fwd(*inputs)
+        ctx.save_for_backward(dlogits)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return _kl_loss_backward(ctx, dloss)
+
+
 class KlLossOverwrite(torch.autograd.Function):
     """``kl_loss_fwd_`` with its gradient: the unit gradient has replaced the logits when forward returns."""
 
