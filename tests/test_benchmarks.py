@@ -17,7 +17,7 @@ from torch import Tensor
 # Last, so that the tree does not shadow the installed package.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import ROOT, bars, gpu, growth, head, measure, report
+from benchmarks import ROOT, bars, gpu, growth, head, measure, report, step
 from benchmarks import __main__ as cli
 from benchmarks.ops import OPS, WORKLOADS, Case
 from benchmarks.providers import DEFAULT_PROVIDERS, PROVIDERS
@@ -121,14 +121,36 @@ def test_step_agrees_with_float64_and_writes_its_page(tmp_path: Path) -> None:
         "--layers",
         "1",
     ]
-    providers = ["--providers", "ours", "ours_inplace", "eager", "model_only"]
-    assert cli.main(["step", *TINY, *sizes, *providers, "--out", str(tmp_path)]) == 0
+    providers = ["ours", "ours_inplace", "ours_head", "eager", "model_only"]
+    assert cli.main(["step", *TINY, *sizes, "--providers", *providers, "--out", str(tmp_path)]) == 0
     rows = {row["provider"]: row for row in read(only(tmp_path, "step-*.csv"))}
-    assert list(rows) == providers[1:]
-    for name in ("ours", "ours_inplace", "eager"):
+    assert list(rows) == [*providers, "refresh"]
+    for name in ("ours", "ours_inplace", "ours_head", "eager"):
         assert float(rows[name]["error_loss"]) < 1e-5
         assert 0 < float(rows[name]["error_grad"]) < 1e-4
-    assert "| ours_inplace |" in only(tmp_path, "step-*.md").read_text()
+        share = float(rows["refresh"]["wall_ms"]) / 8
+        assert float(rows[name]["with_refresh_ms"]) == pytest.approx(float(rows[name]["wall_ms"]) + share, rel=1e-4)
+    page = only(tmp_path, "step-*.md").read_text()
+    assert "| ours_inplace |" in page
+    # Everyone multiplies matrices; row kernels run in our steps alone.
+    (row_kernels,) = (line for line in page.splitlines() if line.startswith("| row kernels |"))
+    ours, eager, refresh = row_kernels.strip("| ").split(" | ")[1:]
+    assert not ours.endswith("(0%)") and eager == refresh == "0.0 (0%)"
+
+
+@pytest.mark.parametrize(
+    ("operator", "part"),
+    [
+        ("spo_kernels::kl_loss_fwd_", "row kernels"),
+        ("aten::addmm", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("aten::_log_softmax_backward_data", "log-softmax"),
+        ("aten::_fused_adamw_", "optimizer and clipping"),
+        ("aten::mul", "everything else"),
+    ],
+)
+def test_a_profile_knows_the_parts_of_a_step(operator: str, part: str) -> None:
+    assert step.part_of(operator) == part
 
 
 HEAD_TABLES = [(loss, pass_name) for loss in ("pairs", "kl") for pass_name in ("fwd", "fwd_bwd")]
@@ -461,9 +483,9 @@ def test_the_gpu_report_goes_on_after_a_failure(
 
 def test_every_command_of_the_gpu_report_is_one_that_exists(tmp_path: Path) -> None:
     for quick in (False, True):
-        for step in gpu.steps("cuda", tmp_path, quick):
-            if "-m" in step.command:
-                module, *arguments = step.command[2:]
+        for part in gpu.steps("cuda", tmp_path, quick):
+            if "-m" in part.command:
+                module, *arguments = part.command[2:]
                 assert importlib.util.find_spec(module)
                 if module == "benchmarks":
                     cli._parser().parse_args(arguments)

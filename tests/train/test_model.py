@@ -189,10 +189,25 @@ def test_draws_follow_the_distribution() -> None:
     assert frequencies[probabilities == 0].sum() == 0
 
 
-def test_draw_never_takes_an_impossible_token_at_the_edges() -> None:
-    logits = torch.tensor([[-torch.inf, 0.3, 1.7, -torch.inf]] * 2)
+@pytest.mark.parametrize("vocabulary", [4, 128, 129, 1500])  # within a block, one, one and a token, several
+def test_draw_inverts_the_distribution_function(vocabulary: int) -> None:
+    rows = 500
+    logits = 3 * torch.randn(rows, vocabulary, generator=generator())
+    logits[:, 1::3] = -torch.inf
+    uniform = torch.rand(rows, dtype=torch.float64, generator=generator(1))
+    drawn = model_module._draw(logits, uniform)
+    ends = F.softmax(logits, -1).double().cumsum(-1)
+    below, upto = ((ends - p)[range(rows), drawn] / ends[:, -1] for p in (F.softmax(logits, -1).double(), 0))
+    assert (below - 1e-6 <= uniform).all() and (uniform <= upto + 1e-6).all()  # sums in float32
+    assert logits[range(rows), drawn].isfinite().all()
+
+
+@pytest.mark.parametrize("first", [1, 126, 127, 600])  # inside a block, at its end, across two
+def test_draw_never_takes_an_impossible_token_at_the_edges(first: int) -> None:
+    logits = torch.full((2, 700), -torch.inf)
+    logits[:, first], logits[:, first + 1] = 0.3, 1.7
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert model_module._draw(logits, edges).tolist() == [1, 2]
+    assert model_module._draw(logits, edges).tolist() == [first, first + 1]
 
 
 def test_sample_refuses_nan(model: Llama) -> None:
