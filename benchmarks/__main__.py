@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ROOT, bars, everything, floors, gpu, growth, head, report, step
+from benchmarks import ROOT, bars, everything, floors, gpu, growth, head, levels, report, step
 from benchmarks.ops import DEFAULT_CASES, WORKLOADS, Case, Workload
 from benchmarks.providers import DEFAULT_PROVIDERS, PROVIDERS
 from benchmarks.run import CaseRunner, Settings, failures_of_ours, set_simd_level
@@ -26,6 +26,16 @@ def _shape(text: str) -> tuple[int, ...]:
     if len(shape) != 2 or min(shape) < 1:
         raise argparse.ArgumentTypeError(f"must be NxV, such as 4096x32000, got {text!r}")
     return shape
+
+
+def _head_shape(text: str) -> tuple[int, ...]:
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"must be NxHxV, such as 4096x768x32000, got {text!r}")
+    rows, hidden, vocabulary = map(int, parts)
+    if rows % (2 * head.DEFAULT_PAIRS):
+        raise argparse.ArgumentTypeError(f"N must be a multiple of {2 * head.DEFAULT_PAIRS}, got {text!r}")
+    return rows, hidden, vocabulary
 
 
 def _count(text: str) -> int:
@@ -75,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(DTYPES)} (default: those of the cases; float32 and bfloat16 for --shapes)",
     )
     ops.add_argument("--ops", type=_workloads, nargs="+", metavar="OP", help="op or op.pass (default: all)")
-    ops.add_argument("--providers", choices=PROVIDERS, nargs="+", metavar="NAME", help="default: all but ours_avx2")
+    ops.add_argument(
+        "--providers", choices=PROVIDERS, nargs="+", metavar="NAME", help="default: all at the best SIMD level"
+    )
     ops.add_argument("--scale", type=float, default=1.0, help="factor on the normal logits; 40 makes exp() denormal")
     ops.add_argument("--runs", type=_count, default=1, help="repeat everything; a row of the CSV for each run")
 
@@ -105,6 +117,21 @@ def _parser() -> argparse.ArgumentParser:
     bar.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="time that ratios compare")
     bar.add_argument("--shapes", type=_shape, nargs="+", metavar="NxV", help="instead of the bars' own shapes")
     bar.add_argument("--providers", choices=PROVIDERS, nargs="+", metavar="NAME", help="leave the others unmeasured")
+    bar.add_argument(
+        "--groups", choices=bars.GROUPS, nargs="+", default=[*bars.GROUPS], metavar="GROUP", help="ops, head, calls"
+    )
+    bar.add_argument(
+        "--head-shape", type=_head_shape, default=(4096, 768, 32000), metavar="NxHxV", help="of the head's"
+    )
+
+    level = commands.add_parser(
+        "levels",
+        parents=[common],
+        help="time the SIMD levels of the CPU kernels beside each other",
+        description="Every SIMD level that this CPU has, in every dtype, beyond the caches and within them.",
+    )
+    level.add_argument("--shapes", type=_shape, nargs="+", default=[*levels.SHAPES], metavar="NxV")
+    level.add_argument("--dtypes", choices=DTYPES, nargs="+", default=[*levels.DTYPES], metavar="DTYPE")
 
     grow = commands.add_parser(
         "growth",
@@ -184,6 +211,11 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     return cases
 
 
+def run_levels(options: argparse.Namespace, environment: report.Environment, settings: Settings) -> int:
+    cases = [Case(shape, DTYPES[name]) for shape in options.shapes for name in options.dtypes]
+    return levels.run_levels(options, cases, environment, settings)
+
+
 def run_ops(options: argparse.Namespace, environment: report.Environment, settings: Settings) -> int:
     workloads = [workload for group in options.ops or [WORKLOADS] for workload in group]
     providers = options.providers or DEFAULT_PROVIDERS
@@ -229,7 +261,7 @@ def _measured(options: argparse.Namespace) -> tuple[list[report.Record], list[Pa
     """(rows of the ops CSVs, pages) of the files named, or of the newest of each kind under --out."""
     files = options.files
     if not files:
-        kinds = ("ops-*.csv", "step-*.md", "head-*.md", "models-*.md", "growth-*.md", "bars-*.md")
+        kinds = ("ops-*.csv", "step-*.md", "head-*.md", "models-*.md", "growth-*.md", "levels-*.md", "bars-*.md")
         files = [found[-1] for kind in kinds if (found := sorted(options.out.glob(kind)))]
     tables, pages = ([file for file in files if file.suffix == suffix] for suffix in (".csv", ".md"))
     records = [record for table in tables for record in report.read_csv(table)]
@@ -279,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "step": step.run_step,
             "head": head.run_head,
             "growth": growth.run_growth,
+            "levels": run_levels,
             "gpu": gpu.run_gpu,
         }[options.command]
         return run(options, environment, settings)

@@ -1,4 +1,7 @@
-"""The project's speed bars: what must hold on the machine at hand, measured over several runs."""
+"""The project's speed bars: what must hold on the machine at hand, measured over several runs.
+
+Three groups: the row ops, the head, and what a call costs beside the op that it calls.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import argparse
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from benchmarks import report
+import spo_kernels
+from benchmarks import head, measure, report
 from benchmarks.ops import Case, Workload
 from benchmarks.providers import PROVIDERS
 from benchmarks.report import Row
@@ -49,12 +54,24 @@ _DENORMAL = (
     (_LOGPS_FWD_BWD, "ours_inplace", 1.3),
     (_KL_FWD, "ours", 1.3),
 )
+# Of the head's pair loss, forward and backward: (provider, dtype) -> (most time over eager's, most MiB beside
+# inputs and gradients, whether a float32 sum of the weight's gradient may come on top).
+_HEAD = {
+    ("recompute_free", "float32"): (0.85, 64.0, True),  # a tile
+    ("recompute", "float32"): (1.05, 64.0, False),
+    ("recompute_free", "bfloat16"): (0.27, 64.0, True),
+    ("recompute", "bfloat16"): (0.30, 96.0, False),
+}
+_HEAD_PEAK_SHARE = 0.86
+_CALL_SHAPE = (4, 64)
+_CALL_MICROSECONDS = 30.0
+GROUPS = ("ops", "head", "calls")
 
 
 @dataclass(frozen=True)
 class Bar:
     title: str
-    case: Case
+    case: str
     needed: float
     at_least: bool
 
@@ -76,44 +93,178 @@ def _measured(case: Case, rows: Mapping[tuple[Workload, str], Row], clock: str) 
         # over_ours relates everyone to ours of the same round, so it relates any two of them
         times = [getattr(rows.get((workload, name)), over, None) for name in (peer, ours)]
         value = times[0] / times[1] if times[0] and times[1] else None
-        yield Bar(f"{workload}: {ours} over {peer}", case, needed[case.dtype], at_least=True), value
+        yield Bar(f"{workload}: {ours} over {peer}", str(case), needed[case.dtype], at_least=True), value
     for workload, ours, shares in _SHARES:
         share = getattr(rows.get((workload, ours)), "limit_share", None)
-        yield Bar(f"{workload}: {ours}, share of read bandwidth", case, shares[case.dtype], at_least=True), share
+        yield Bar(f"{workload}: {ours}, share of read bandwidth", str(case), shares[case.dtype], at_least=True), share
     for workload, ours, most in _MEMORY:
         extra = getattr(rows.get((workload, ours)), "extra_mib", None)
         tensor_mib = torch.Size(case.shape).numel() * case.dtype.itemsize / (1 << 20)
         value = None if extra is None else extra / tensor_mib
-        yield Bar(f"{workload}: {ours}, extra memory in [N, V] tensors", case, most, at_least=False), value
+        yield Bar(f"{workload}: {ours}, extra memory in [N, V] tensors", str(case), most, at_least=False), value
 
 
 def run_bars(options: argparse.Namespace, environment: report.Environment, settings: Settings) -> int:
-    allowed = options.providers or PROVIDERS
-    needed = ("ours", "ours_inplace", "ours_avx2", "eager", "compile")
-    providers = [name for name in needed if name in allowed]
-    cases = [Case(shape, dtype) for dtype in (_F32, _BF16) for shape in options.shapes] if options.shapes else _CASES
-    writer = report.CsvWriter(report.output_path(options.out, "bars"), Row, environment)
-    values: dict[Bar, list[float]] = {}
-    all_rows: list[Row] = []
+    measurements = {"ops": _OpBars, "head": _HeadBars, "calls": _CallBars}
+    groups = [measurements[name](options, environment, settings) for name in options.groups]
     for run in range(options.runs):
-        for case in cases:
-            print(f"run {run + 1} of {options.runs}: {case}", flush=True)
-            rows = _run_case(case, settings, providers, run)
-            writer.write(rows.values())
-            all_rows += rows.values()
-            for bar, value in _measured(case, rows, options.clock):
-                values.setdefault(bar, []).extend([] if value is None else [value])
+        for group in groups:
+            group.run(run)
+    bars = [(bar, values) for group in groups for bar, values in group.values.items()]
+    notes = [note for group in groups for note in group.notes()]
+    page = report.output_path(options.out, "bars", ".md")
+    text = f"**Bars.** {report.machine_line(environment)}\n\n{_markdown(bars, options, notes)}"
+    page.write_text(text + "\n")
+    problems = sorted({problem for group in groups for problem in group.problems})
+    print("", text, *problems, "", page, sep="\n")
+    return 1 if any(group.wrong for group in groups) else 0
+
+
+class _Bars:
+    """Bars of one group, with a value for each run."""
+
+    def __init__(self, options: argparse.Namespace, environment: report.Environment, settings: Settings) -> None:
+        self._options = options
+        self._environment = environment
+        self._settings = settings
+        self.values: dict[Bar, list[float]] = {}
+        self.problems: set[str] = set()  # of anyone; why something was not timed
+        self.wrong = False  # a result of ours
+
+    def run(self, run: int) -> None:
+        raise NotImplementedError
+
+    def notes(self) -> list[str]:
+        return []
+
+    def _add(self, bar: Bar, value: float | None) -> None:
+        self.values.setdefault(bar, []).extend([] if value is None else [value])
+
+
+class _OpBars(_Bars):
+    def __init__(self, options: argparse.Namespace, environment: report.Environment, settings: Settings) -> None:
+        super().__init__(options, environment, settings)
+        allowed = options.providers or PROVIDERS
+        needed = ("ours", "ours_inplace", "ours_avx2", "eager", "compile")
+        self._providers = [name for name in needed if name in allowed]
+        self._cases = (
+            [Case(shape, dtype) for dtype in (_F32, _BF16) for shape in options.shapes] if options.shapes else _CASES
+        )
+        self._writer = report.CsvWriter(report.output_path(options.out, "bars"), Row, environment)
+        self._limits: set[tuple[float, str]] = set()
+
+    def run(self, run: int) -> None:
+        for case in self._cases:
+            print(f"run {run + 1} of {self._options.runs}: {case}", flush=True)
+            rows = _run_case(case, self._settings, self._providers, run)
+            self._writer.write(rows.values())
+            self._limits |= {(row.read_gb_per_s or 0, row.limit_source) for row in rows.values() if row.limit_source}
+            self.problems |= {f"{row.provider}: {row.status}" for row in rows.values() if row.status != "ok"}
+            self.wrong |= bool(failures_of_ours(list(rows.values())))
+            for bar, value in _measured(case, rows, self._options.clock):
+                self._add(bar, value)
             for workload, ours, most in _DENORMAL:
-                if ours in providers:
-                    bar = Bar(f"{workload}: {ours}, randn x 40 over randn", case, most, at_least=False)
-                    wall, cpu = denormal_ratio(workload, ours, case, settings)
-                    values.setdefault(bar, []).append(wall if options.clock == "wall" else cpu)
-    wrong = failures_of_ours(all_rows)
-    notes = {f"{row.provider}: {row.status}" for row in all_rows if row.status != "ok"}
-    text = f"**Bars.** {report.machine_line(environment)}\n\n{_markdown(values, options, all_rows)}"
-    writer.path.with_suffix(".md").write_text(text + "\n")
-    print("", text, *sorted(notes), "", writer.path, writer.path.with_suffix(".md"), sep="\n")
-    return 1 if wrong else 0
+                if ours in self._providers:
+                    bar = Bar(f"{workload}: {ours}, randn x 40 over randn", str(case), most, at_least=False)
+                    wall, cpu = denormal_ratio(workload, ours, case, self._settings)
+                    self._add(bar, wall if self._options.clock == "wall" else cpu)
+
+    def notes(self) -> list[str]:
+        best = max(self._limits, default=(0.0, "not measured"))
+        return [f"Read limit up to {best[0]:.1f} GB/s ({best[1]})."]
+
+
+class _HeadBars(_Bars):
+    def __init__(self, options: argparse.Namespace, environment: report.Environment, settings: Settings) -> None:
+        super().__init__(options, environment, settings)
+        self._writer = report.CsvWriter(report.output_path(options.out, "bars_head"), head.HeadRow, environment)
+
+    def run(self, run: int) -> None:
+        n, hidden, vocabulary = self._options.head_shape
+        sizes = argparse.Namespace(
+            pairs=head.DEFAULT_PAIRS,
+            tokens=n // (2 * head.DEFAULT_PAIRS),
+            hidden=hidden,
+            vocabulary=vocabulary,
+            providers=("recompute_free", "recompute", "eager", "eager_float"),
+        )
+        for dtype in ("float32", "bfloat16"):
+            case = f"[{n}, {hidden}] x [{vocabulary}, {hidden}] {dtype}"
+            print(f"run {run + 1} of {self._options.runs}: head {case}", flush=True)
+            rows = {row.provider: row for row in head.run_loss(sizes, self._settings, dtype, "pairs", ["fwd_bwd"])}
+            self._writer.write(rows.values())
+            self.problems |= {f"head {name} {dtype}: {row.status}" for name, row in rows.items() if row.status != "ok"}
+            self.wrong |= any(row.status != "ok" for name, row in rows.items() if name in head.OURS)
+            for (name, of_dtype), (most_time, most_mib, with_sum) in _HEAD.items():
+                if of_dtype != dtype:
+                    continue
+                row = rows[name]
+                most_mib += vocabulary * hidden * 4 / (1 << 20) if with_sum else 0
+                share = f"head: {name}, share of the products' peak"
+                self._add(Bar(f"head: {name} over eager", case, most_time, at_least=False), row.over_eager)
+                self._add(Bar(share, case, _HEAD_PEAK_SHARE, at_least=True), row.peak_share)
+                self._add(Bar(f"head: {name}, extra MiB", case, most_mib, at_least=False), row.extra_mib)
+
+
+class _Nothing(torch.autograd.Function):
+    """What torch charges for a function of autograd in Python, whatever it does."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return logits.new_empty(logits.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, dlogps: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient, None
+
+
+class _CallBars(_Bars):
+    """Microseconds that a small call's checks and autograd take beside the ops it calls."""
+
+    def __init__(self, options: argparse.Namespace, environment: report.Environment, settings: Settings) -> None:
+        super().__init__(options, environment, settings)
+        self._nothing: list[float] = []
+
+    def notes(self) -> list[str]:
+        typical = statistics.median(self._nothing)
+        return [f"A torch.autograd.Function that does nothing takes {typical:.0f} us, forward and backward."]
+
+    def run(self, run: int) -> None:
+        print(f"run {run + 1} of {self._options.runs}: calls", flush=True)
+        device = self._settings.device
+        logits = torch.randn(_CALL_SHAPE, device=device, requires_grad=True)
+        labels = torch.zeros(_CALL_SHAPE[:1], dtype=torch.int64, device=device)
+        upstream = torch.rand(_CALL_SHAPE[:1], device=device)
+        plain, ops = logits.detach(), torch.ops.spo_kernels
+        _, kl, stats = ops.token_stats_fwd(plain, labels, None, None, -100, False)
+
+        def forward() -> torch.Tensor:
+            return spo_kernels.token_logps(logits, labels)
+
+        calls = {
+            "op forward": lambda: ops.token_stats_fwd(plain, labels, None, None, -100, False),
+            "op backward": lambda: ops.token_stats_bwd(upstream, None, plain, labels, None, None, kl, stats, -100),
+            "forward": forward,
+            "both": lambda: torch.autograd.grad(forward(), logits, upstream),
+            "nothing": lambda: torch.autograd.grad(_Nothing.apply(logits, plain), logits, upstream),
+        }
+        entries = {name: measure.Entry(call) for name, call in calls.items()}
+        samples = measure.interleave(entries, device, self._settings.repeats)
+        us = {name: 1e6 * statistics.median(times.wall) for name, times in samples.items()}
+        self._nothing.append(us["nothing"])
+        for title, value in (
+            ("forward", us["forward"] - us["op forward"]),
+            ("backward", us["both"] - us["forward"] - us["op backward"]),
+        ):
+            bar = Bar(
+                f"token_logps: a call's {title} beside the op, us",
+                str(Case(_CALL_SHAPE, _F32)),
+                _CALL_MICROSECONDS,
+                False,
+            )
+            self._add(bar, value)
 
 
 def _run_case(case: Case, settings: Settings, providers: list[str], run: int) -> dict[tuple[Workload, str], Row]:
@@ -123,18 +274,14 @@ def _run_case(case: Case, settings: Settings, providers: list[str], run: int) ->
     return {(workload, row.provider): row for workload in workloads for row in runner.run(workload, run)}
 
 
-def _markdown(values: Mapping[Bar, list[float]], options: argparse.Namespace, rows: list[Row]) -> str:
+def _markdown(bars: list[tuple[Bar, list[float]]], options: argparse.Namespace, notes: list[str]) -> str:
     lines = []
-    for bar, measured in values.items():
+    for bar, measured in bars:
         sign = "≥" if bar.at_least else "≤"
         spread = f"{min(measured):.3g}-{max(measured):.3g}" if measured else ""
         median = f"{statistics.median(measured):.3g}" if measured else ""
-        lines.append([bar.title, str(bar.case), f"{sign} {bar.needed:g}", median, spread, bar.verdict(measured)])
+        lines.append([bar.title, bar.case, f"{sign} {bar.needed:.3g}", median, spread, bar.verdict(measured)])
     held = sum("pass" in line[-1] for line in lines)
-    limits = {(row.read_gb_per_s or 0, row.limit_source) for row in rows if row.limit_source}
-    best = max(limits, default=(0.0, "not measured"))
-    return (
-        report.markdown_table(["bar", "case", "needed", "median", "runs", "result"], lines, 2)
-        + f"\n\n{held} of {len(lines)} bars hold; medians of {options.runs} runs, {options.clock} time. "
-        + f"Read limit up to {best[0]:.1f} GB/s ({best[1]})."
-    )
+    summary = f"{held} of {len(lines)} bars hold; medians of {options.runs} runs, {options.clock} time."
+    table = report.markdown_table(["bar", "case", "needed", "median", "runs", "result"], lines, 2)
+    return f"{table}\n\n{' '.join([summary, *notes])}"

@@ -20,6 +20,7 @@ _RUNS = {
     "head": "head",
     "models": "head --models --repeats 3 --pairs 1 --tokens 128",
     "growth": "growth",
+    "levels": "levels",
     "bars": "bars",
 }
 # Small enough to try all of it in a minute; the models have the sizes they have.
@@ -28,7 +29,8 @@ _QUICK = {
     "step": "--repeats 1 --pairs 1 --tokens 8 --vocabulary 130 --hidden 64 --layers 1 --providers ours eager",
     "head": "--repeats 1 --pairs 1 --tokens 8 --vocabulary 130 --hidden 64 --providers recompute eager",
     "growth": "--repeats 1 --rows 8 16 --vocabulary 64 128 --hidden 16",
-    "bars": "--repeats 1 --runs 1 --shapes 16x150 --providers ours ours_inplace eager",
+    "levels": "--repeats 1 --shapes 16x150",
+    "bars": "--repeats 1 --runs 1 --shapes 16x150 --providers ours ours_inplace eager --head-shape 16x8x130",
 }
 
 

@@ -32,6 +32,7 @@ from benchmarks import measure, report
 from benchmarks.run import Settings
 from spo_kernels.head import native_products
 
+DEFAULT_PAIRS = 8
 _ALPHA = 0.1
 _PEAK_SIZE = 2048
 # The gate: relative to float64, by norm. Eager in bfloat16 rounds the logits, which costs it percents.
@@ -218,7 +219,7 @@ class HeadRow:
 
 
 def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
-    parser.add_argument("--pairs", type=count, default=8, help="pairs P")
+    parser.add_argument("--pairs", type=count, default=DEFAULT_PAIRS, help="pairs P")
     parser.add_argument("--tokens", type=count, default=256, help="tokens a sequence: N = 2 P tokens rows")
     parser.add_argument("--hidden", type=count, default=768)
     parser.add_argument("--vocabulary", type=count, default=32000)

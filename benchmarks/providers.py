@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -160,11 +160,13 @@ PROVIDERS: dict[str, Provider] = {
         inplace=True,
         missing=partial(_no_gpu_or_not_installed, "quack"),
     ),
-    "ours_avx2": Provider(_ours(inplace=False), simd="avx2", missing=partial(_no_simd_level, "avx2")),
 }
-
-# Measured when asked for by name, or by `bars`.
-OPTIONAL_PROVIDERS = ("ours_avx2",)
+# Measured when asked for by name, or by `bars` and `levels`.
+OPTIONAL_PROVIDERS = tuple(f"ours_{level}{inplace}" for level in ("avx2", "portable") for inplace in ("", "_inplace"))
+for _name in OPTIONAL_PROVIDERS:
+    _, _level, *_inplace = _name.split("_")
+    _best = PROVIDERS["ours_inplace" if _inplace else "ours"]
+    PROVIDERS[_name] = replace(_best, simd=_level, missing=partial(_no_simd_level, _level))
 DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if name not in OPTIONAL_PROVIDERS)
 
 
