@@ -176,9 +176,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PAGE",
         help="put them between the result markers of these pages (none named: benchmarks/README.md)",
     )
-    floor = commands.add_parser("floors", help="the least time of the ops on GPUs, from bytes and bandwidth alone")
+    floor = commands.add_parser("floors", help="what the ops and the head could do on GPUs, from data sheets alone")
     floor.add_argument("--shapes", type=_shape, nargs="+", default=[(8192, 32000), (8192, 128256), (8192, 151936)])
     floor.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    floor.add_argument("--widths", type=_count, nargs="+", default=[576, 768, 1024, 2048, 4096], metavar="H")
     return parser
 
 
@@ -301,7 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "all":
             return everything.run_all(options)
         if options.command == "floors":
-            print(floors.markdown([Case(shape, DTYPES[options.dtype]) for shape in options.shapes]))
+            print(floors.markdown([Case(shape, DTYPES[options.dtype]) for shape in options.shapes]), "", sep="\n")
+            print(floors.head_markdown(options.widths))
             return 0
         settings, simd = _settings(options)
         environment = report.environment(arguments, options.device, simd)

@@ -29,11 +29,15 @@ from spo_kernels.vocabulary import Part, Shard
 _TILE_ROWS, _TILE_BYTES, _LEAST_COLUMNS = 4096, 16 << 20, 1024
 # Rows of a tile as wide as the vocabulary, which the gradients within the forward need: 64 MiB, but never below 512.
 _WIDE_TILE_BYTES, _LEAST_WIDE_ROWS = 64 << 20, 512
+# Up to this width H the statistics come from the product itself where a backend has a kernel for that. On paper
+# (benchmarks/README.md) it wins there if its product reaches 63 to 77 % of the library's rate; nobody has measured it.
+_FUSED_HIDDEN = 1024
 # Columns whose weight, or whose products, are cast at a time where half precision is involved.
 _CAST_COLUMNS = 4096
 # How much faster native products must be.
 _NATIVE_MARGIN = 1.25
-# Blocks have a multiple of this many columns, so that every row of a tile starts aligned.
+# Blocks have a multiple of this many columns, so that every row of a tile starts aligned, as do the rows of a weight
+# whose statistics come from the product.
 _ALIGNED_COLUMNS = 16
 
 Rows = slice | Tensor  # of the hidden states: a range, or the indices of those that were kept
@@ -114,6 +118,20 @@ def stored_dtype(device_type: str, dtype: torch.dtype, capped: bool) -> torch.dt
     return dtype if native else accumulate_dtype(dtype)
 
 
+def _is_fused(head: Head, options: LogitOptions) -> bool:
+    """Whether the statistics of a head's logits come from the product, without logits in memory."""
+    dispatch_key = torch._C._dispatch_key_for_device(head.hidden.device.type)
+    width = head.hidden.shape[1]
+    return (
+        width <= _FUSED_HIDDEN
+        and width % _ALIGNED_COLUMNS == 0
+        and head.weight.is_contiguous()
+        and torch._C._dispatch_has_kernel_for_dispatch_key("spo_kernels::linear_part_fwd", dispatch_key)
+        and head.hidden.dtype in (torch.bfloat16, torch.float16)
+        and _product_dtype(head.hidden, options) == head.hidden.dtype
+    )
+
+
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float, *, first: bool) -> None:
     """``total += scale a b``, or ``= scale a b`` if first: what total held then, NaN included, is not read.
 
@@ -128,13 +146,14 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float, *, first: boo
 
 
 class _Tile:
-    """Logits of one head, a tile at a time in one buffer."""
+    """Logits of one head, a tile at a time in one buffer, or their statistics without a buffer."""
 
     def __init__(self, head: Head, options: LogitOptions, rows: int, columns: int) -> None:
         self._head = head
         self._options = options
         self._dtype = _product_dtype(head.hidden, options)
-        self._buffer = head.hidden.new_empty(rows, columns, dtype=self._dtype)
+        self._size = (rows, columns)
+        self.is_fused = _is_fused(head, options)
         self.scale = options.logit_scale / options.temperature  # dz / d(h W^T + b), apart from the softcap's slope
         self._slope: Tensor | None = None
         self.shard = head.shard
@@ -150,7 +169,7 @@ class _Tile:
 
     def fill(self, begin: int, end: int, *, slope: bool = False) -> Tensor:
         """Logits ``[n, end - begin]`` of the selected rows; with slope also what `dlogits` needs."""
-        logits = self._buffer[: self._hidden.shape[0], : end - begin]
+        logits = self._memory[: self._hidden.shape[0], : end - begin]
         softcap = self._options.softcap
         factor = self.scale if softcap is None else self._options.logit_scale / softcap
         for b, e in self._blocks(begin, end):
@@ -165,6 +184,18 @@ class _Tile:
             self._slope = 1 - logits.square() if slope else None
             logits.mul_(softcap / self._options.temperature)
         return logits
+
+    @functools.cached_property
+    def _memory(self) -> Tensor:
+        return self._head.hidden.new_empty(self._size, dtype=self._dtype)
+
+    def part(self, labels: Tensor | None) -> Part:
+        """Statistics of the selected rows over all columns, where `is_fused`."""
+        local = self.local_labels(labels, 0, self.columns_in_all)
+        stats, picked = torch.ops.spo_kernels.linear_part_fwd(
+            self._hidden, self._head.weight, self._head.bias, local, self.scale
+        )
+        return Part(stats.double(), picked.new_empty(0, dtype=torch.float64), picked.double())
 
     def dlogits(self, gradient: Tensor) -> Tensor:
         """What the products of the backward multiply by `scale`, from the gradient of what `fill` gave."""
@@ -280,6 +311,8 @@ def _stats_of_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(logps, kl, stats)`` of some rows, block by block, as the row op has them."""
     tile.select(rows)
+    if reference is None and tile.is_fused:
+        return _finished(tile.part(None if labels is None else labels[rows]), tile)
     if reference is not None:
         reference.select(rows)
     selected = None if labels is None else labels[rows]

@@ -80,12 +80,15 @@ def test_command_line_measures_and_tabulates(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_floors_are_bytes_over_bandwidth(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["floors", "--shapes", "8192x32000"]) == 0
+    assert cli.main(["floors", "--shapes", "8192x32000", "--widths", "768"]) == 0
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     h100 = lines[0].index("H100 SXM, us")
     table = {cells[0]: cells[h100] for cells in lines[2:]}
     assert table["token_logps.fwd"] == f"{1e6 * 8192 * 32000 * 2 / 3.35e12:.0f}"
     assert table["token_kl.fwd_bwd"] == f"{1e6 * 8192 * 32000 * 2 * 5 / 3.35e12:.0f}"
+    # A logit is 1536 operations, and 4 bytes that a kernel which keeps it does not move.
+    product = 2 * 768 / 989e12
+    assert lines[-1][:3] == ["768", "72%", f"{product / (product + 4 / 3.35e12):.0%}"]
 
 
 def test_share_of_the_limit_and_its_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

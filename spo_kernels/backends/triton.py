@@ -36,6 +36,19 @@ class BlockConfig(NamedTuple):
     threads: int
 
 
+class ProductConfig(NamedTuple):
+    """Of a kernel that multiplies matrices: rows by columns of a program's block, and what it sums over at a time."""
+
+    rows: int
+    columns: int
+    inner: int
+    threads: int
+
+
+# 64 products at a time spill on an RTX 50, 512 threads on most.
+PRODUCT = ProductConfig(128, 128, 32, 256)
+
+
 def row_config(V: int, itemsize: int, tensors: int, aligned: bool) -> RowConfig:
     """For rows of V elements, read from this many tensors at once, itemsize the smaller of theirs in bytes.
 
@@ -68,13 +81,17 @@ def _rows(logits: Tensor, name: str) -> _Rows:
             f"{name} must be [N, V] or [B, T, V] with a unit last stride, "
             f"got {list(logits.shape)} with strides {logits.stride()}"
         )
-    if not (logits.is_cuda or triton.knobs.runtime.interpret):
-        raise ValueError(
-            f"{name} must be on a GPU (or TRITON_INTERPRET=1 be set before the import), got {logits.device}"
-        )
+    _check_device(logits, name)
     if logits.dim() == 2:
         return _Rows(1, logits.stride(0), 0)
     return _Rows(logits.shape[1], logits.stride(0), logits.stride(1))
+
+
+def _check_device(tensor: Tensor, name: str) -> None:
+    if not (tensor.is_cuda or triton.knobs.runtime.interpret):
+        raise ValueError(
+            f"{name} must be on a GPU (or TRITON_INTERPRET=1 be set before the import), got {tensor.device}"
+        )
 
 
 def _aligned(*tensors: Tensor | None) -> bool:
@@ -226,3 +243,51 @@ def scale_(tensor: Tensor, scale: Tensor) -> None:
             kernels.scale_kernel[(tensor.shape[:-1].numel() * triton.cdiv(V, config.block),)](
                 tensor, scale, V, *rows, BLOCK=config.block, num_warps=config.threads // _WARP
             )
+
+
+def linear_part_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`spo_kernels.reference.linear_part_fwd` for half precision, without the logits in memory."""
+    if hidden.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"hidden must be bfloat16 or float16, got {hidden.dtype}")
+    _check_device(hidden, "hidden")
+    if not weight.is_contiguous():
+        raise ValueError(f"weight must be contiguous, got strides {weight.stride()}")
+    (N, H), V = hidden.shape, weight.shape[0]
+    blocks = triton.cdiv(V, PRODUCT.columns)
+    row_blocks = triton.cdiv(N, PRODUCT.rows)
+    # Two programs a multiprocessor, and no split without columns.
+    blocks_per_split = triton.cdiv(blocks, min(blocks, triton.cdiv(2 * _processors(hidden), max(row_blocks, 1))))
+    splits = triton.cdiv(blocks, blocks_per_split)
+    tops, totals = hidden.new_empty(2, splits, N, dtype=torch.float32)
+    picked = hidden.new_empty(0 if labels is None else (splits, N), dtype=torch.float32)
+    if N:
+        with torch.cuda.device_of(hidden):
+            kernels.linear_part_fwd_kernel[(row_blocks, splits)](
+                hidden.contiguous(),
+                weight,
+                _per_row(bias),
+                _per_row(labels),
+                tops,
+                totals,
+                None if labels is None else picked,
+                scale,
+                N,
+                V,
+                H,
+                blocks_per_split,
+                BLOCK_N=PRODUCT.rows,
+                BLOCK_V=PRODUCT.columns,
+                BLOCK_H=PRODUCT.inner,
+                num_warps=PRODUCT.threads // _WARP,
+            )
+    shift = tops.amax(0)
+    shift = torch.where(shift == -torch.inf, 0, shift)
+    logsum = (totals * (tops - shift).exp()).sum(0).log()
+    return torch.stack([shift, logsum]), picked if labels is None else picked.amax(0)
+
+
+def _processors(tensor: Tensor) -> int:
+    """Multiprocessors of a tensor's GPU; 1 in the interpreter."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1

@@ -21,10 +21,10 @@ collect_ignore = ["test_triton_interpreter.py", "test_triton_compiles.py"] if IN
 
 @pytest.fixture(autouse=True, scope="session")
 def bfloat16_as_on_a_gpu() -> Iterator[None]:
-    """Casts to bf16 round to nearest even, and arithmetic in bf16 is refused.
+    """Casts to bf16 round to nearest even, and arithmetic in bf16 is refused, products of matrices excepted.
 
     The interpreter holds bf16 as 16-bit integers. It truncates where a GPU rounds, and adds, multiplies and compares
-    the integers; kernels that widen before they compute, as ours must, never do the latter.
+    the integers, in products of matrices too; but for products, kernels must widen before they compute.
     """
     if not INTERPRETING:
         yield
@@ -46,10 +46,17 @@ def bfloat16_as_on_a_gpu() -> Iterator[None]:
             raise TypeError(f"{op.__name__} on bf16 in a kernel: widen the operands first")
         return original_binary(self, left, right, op)
 
+    def dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *args: Any) -> TensorHandle:
+        if tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar):
+            a, b = (cast(self, operand, tl.float32) for operand in (a, b))
+        return original_dot(self, a, b, *args)
+
     original_cast, original_binary = InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op
+    original_dot = InterpreterBuilder.create_dot
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "cast_impl", cast)
         patch.setattr(InterpreterBuilder, "binary_op", binary)
+        patch.setattr(InterpreterBuilder, "create_dot", dot)
         yield
 
 

@@ -33,6 +33,12 @@ LARGEST, SMALLER = 128256, (1000, 32768)
 HARDEST = (("bf16", None), ("bf16", "bf16"), ("fp64", "fp64"))
 
 
+# Arguments of which Triton knows nothing, whatever the tensors.
+_NEVER_ALIGNED = ("T", "ignore_index", "factor", "blocks_per_split")
+# Matrix instructions of NVIDIA's architectures, and of AMD's.
+_MATRIX = re.compile(r"\b(?:[HW]GMMA|HMMA|UTC\w*MMA|v_mfma_\w+)\b")
+
+
 class Case(NamedTuple):
     """One compilation; ``absent`` names the arguments that are None in it, ``ones`` those that are the constant 1."""
 
@@ -64,6 +70,14 @@ def cases(V: int, dtypes: Iterable[tuple[str, str | None]], alignments: Iterable
     yield Case("scale_kernel", "bf16", None, blocks, block.threads)
 
 
+def products() -> Iterator[Case]:
+    """Products with their statistics, of all arguments and of those it cannot do without."""
+    rows, columns, inner, threads = launch.PRODUCT
+    blocks = {"BLOCK_N": rows, "BLOCK_V": columns, "BLOCK_H": inner}
+    yield Case("linear_part_fwd_kernel", "bf16", None, blocks, threads)
+    yield Case("linear_part_fwd_kernel", "bf16", None, blocks, threads, True, ("bias", "labels", "picked"))
+
+
 def variants(V: int) -> Iterator[Case]:
     """Launches with arguments left out, and with sizes of 1, which Triton makes constants."""
     block = launch.block_config(V)
@@ -82,7 +96,8 @@ def source(case: Case) -> ASTSource:
     """The kernel with the argument types of a launch; aligned: pointers, V and strides are multiples of 16."""
     wide = "fp64" if case.dtype == "fp64" else "fp32"
     types = dict.fromkeys(("logps", "dlogps", "stats", "losses", "row_weight", "scale", "kl", "dkl"), f"*{wide}")
-    types |= dict.fromkeys(("logits", "dlogits", "tensor"), f"*{case.dtype}")
+    types |= dict.fromkeys(("tops", "totals", "picked"), "*fp32") | {"factor": "fp32"}
+    types |= dict.fromkeys(("logits", "dlogits", "tensor", "hidden", "weight", "bias"), f"*{case.dtype}")
     types |= {"ref_logits": f"*{case.ref_dtype}", "mask": "*i1", "labels": "*i64"}
     absent = case.absent if case.ref_dtype else (*case.absent, "ref_logits", "mask", "kl", "dkl")
 
@@ -91,17 +106,18 @@ def source(case: Case) -> ASTSource:
     constants |= {argument: 1 for argument in case.ones if argument in kernel.arg_names}
     constants |= {argument: None for argument in absent if argument in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    divisible = [name for name in kernel.arg_names if case.aligned and name not in (*constants, "T", "ignore_index")]
+    divisible = [name for name in kernel.arg_names if case.aligned and name not in (*constants, *_NEVER_ALIGNED)]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def resources(compiled: Any) -> dict[str, Any]:
-    """Registers, what was spilled, and the vector loops, read from the machine code."""
+    """Registers, what was spilled, matrix instructions and the vector loops, read from the machine code."""
     if "amdgcn" in compiled.asm:
         found = dict(re.findall(r"\.(vgpr_count|[vs]gpr_spill_count):\s*(\d+)", compiled.asm["amdgcn"]))
         spills = int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])
-        return {"registers": int(found["vgpr_count"]), "spills": spills, "loops": []}
+        matrix = len(_MATRIX.findall(compiled.asm["amdgcn"]))
+        return {"registers": int(found["vgpr_count"]), "spills": spills, "matrix": matrix, "loops": []}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -109,7 +125,8 @@ def resources(compiled: Any) -> dict[str, Any]:
         text = machine_code.run(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
     found = dict(re.findall(r"\b(REG|STACK):(\d+)", usage))
     loops = [loop._asdict() for loop in machine_code.vector_loops(compiled.metadata.name, text)]
-    return {"registers": int(found["REG"]), "spills": int(found["STACK"]), "loops": loops}
+    matrix = len(_MATRIX.findall(text))
+    return {"registers": int(found["REG"]), "spills": int(found["STACK"]), "matrix": matrix, "loops": loops}
 
 
 def compile_for(target: str, case: Case) -> dict[str, Any]:
@@ -124,7 +141,7 @@ def compile_for(target: str, case: Case) -> dict[str, Any]:
 
 
 def cases_for(target: str) -> list[Case]:
-    todo = list(cases(LARGEST, HARDEST, (True,))) + list(cases(LARGEST, HARDEST[1:2], (False,)))
+    todo = list(products()) + list(cases(LARGEST, HARDEST, (True,))) + list(cases(LARGEST, HARDEST[1:2], (False,)))
     if target == THOROUGH:
         # A smaller configuration has fewer threads, which do the same: one dtype will do.
         todo += [case for V in SMALLER for case in cases(V, HARDEST[1:2], (True,))]

@@ -50,7 +50,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_kernels_compile_without_spills(compiled: list[dict[str, Any]], target: str) -> None:
     results = [result for result in compiled if result["target"] == target]
     kernels = {result["kernel"] for result in results}
-    assert kernels == {"token_stats_fwd_kernel", "token_stats_bwd_kernel", "kl_loss_fwd_kernel", "scale_kernel"}
+    rows = {"token_stats_fwd_kernel", "token_stats_bwd_kernel", "kl_loss_fwd_kernel", "scale_kernel"}
+    assert kernels == {*rows, "linear_part_fwd_kernel"}
+    assert {result["kernel"] for result in results if result["matrix"]} == {"linear_part_fwd_kernel"}
     spilling = [result for result in results if result["spills"]]
     assert not spilling
 
