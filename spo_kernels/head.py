@@ -89,7 +89,8 @@ def native_products(device_type: str, dtype: torch.dtype) -> bool:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    return _NATIVE_MARGIN * seconds(dtype) < seconds(torch.float32)
+    with torch._C._DisableTorchDispatch():  # the first call may come under fake tensors, which take no time
+        return _NATIVE_MARGIN * seconds(dtype) < seconds(torch.float32)
 
 
 def _product_dtype(hidden: Tensor, options: LogitOptions) -> torch.dtype:

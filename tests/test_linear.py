@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from oracle import ACTIVE, HALF_DTYPES, IGNORE, assert_close, assert_same
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spo_kernels
@@ -977,13 +978,28 @@ def test_dynamic_shapes_compile_once() -> None:
     assert len(compiles) == 1
 
 
-@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
-def test_compile_does_not_trace_the_measurement(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler's own tensors have no data and take no time: what they measured would be wrong for good."""
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """Types of the operands that `native_products` measures with, not yet called."""
     head.native_products.cache_clear()
     operands: list[type] = []
     product = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b: (operands.append(type(a)), product(a, b))[1])
+    return operands
+
+
+def test_fake_tensors_do_not_measure(measured: list[type]) -> None:
+    """They have no data and take no time: what they measured would be wrong for good."""
+    x = pair_inputs(dtype=torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        hidden, weight = (mode.from_tensor(tensor).requires_grad_() for tensor in x.policy[:2])
+        loss, _ = LinearSPOLoss(route="recompute_free")(hidden, weight, mode.from_tensor(x.labels))
+    assert isinstance(loss, FakeTensor)
+    assert measured and set(measured) == {Tensor}
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_compile_does_not_trace_the_measurement(dtype: torch.dtype, measured: list[type]) -> None:
     x = pair_inputs(dtype=dtype)
 
     def call(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -991,7 +1007,7 @@ def test_compile_does_not_trace_the_measurement(dtype: torch.dtype, monkeypatch:
         return objective + linear_kl_loss(hidden, weight, x.ref_hidden, x.ref_weight)
 
     got, want = differentiate(compiled(call), x.policy[:2]), differentiate(call, x.policy[:2])
-    assert operands and set(operands) == {Tensor}
+    assert measured and set(measured) == {Tensor}
     for actual, expected in zip(got, want, strict=True):
         torch.testing.assert_close(actual, expected)
 
