@@ -194,7 +194,9 @@ def kl_loss(
     """``sum_i row_weight_i KL_i``, computing the gradient in the forward, while each row is still in cache.
 
     One sweep over the logits instead of two: cheaper than ``(row_weight * token_kl(...)).sum()`` when a backward will
-    follow. The backward multiplies the stored gradient by the upstream scalar and can run once.
+    follow. The backward multiplies the stored gradient by the upstream scalar and can run once. float16 logits take two
+    sweeps all the same: before the loss scale that comes with the backward, most of their gradient is below float16's
+    range.
 
     Args:
         logits, ref_logits, mask: as in `token_kl`.
@@ -215,7 +217,8 @@ def kl_loss(
     if overwrite_logits:
         _check_inplace(logits, "overwrite_logits")
 
-    if process_group is not None or vocab_shards is not None or not (torch.is_grad_enabled() and logits.requires_grad):
+    sharded = process_group is not None or vocab_shards is not None
+    if sharded or not waits_for_upstream(logits.dtype) or not (torch.is_grad_enabled() and logits.requires_grad):
         kl = token_kl(
             logits,
             ref_logits,
@@ -283,6 +286,14 @@ def _token_stats(
     return torch.ops.spo_kernels.sharded_token_stats_fwd(
         logits, labels, ref_logits, mask, ignore_index, inplace_backward, start, size, group
     )
+
+
+def waits_for_upstream(dtype: torch.dtype) -> bool:
+    """Whether a gradient in this dtype can be computed in the forward, before the upstream scalar is known.
+
+    Not in float16: the scalar may be the loss scale that keeps gradients within its range.
+    """
+    return dtype != torch.float16
 
 
 def output_dtype(logits: Tensor) -> torch.dtype:

@@ -108,8 +108,7 @@ def stored_dtype(device_type: str, dtype: torch.dtype, capped: bool) -> torch.dt
     """Dtype in which the gradients that a forward computed wait for the backward's upstream scalar.
 
     bfloat16 where that is the dtype of their products, which have rounded them already: half the memory, and no sum
-    in float32 at all where one tile holds every row. float16 waits in float32: before the loss scale that comes with
-    the backward its gradients would be below its range.
+    in float32 at all where one tile holds every row. (float16 does not come here: see `functional.waits_for_upstream`.)
 
     Args:
         device_type, dtype: of the hidden states.

@@ -45,6 +45,7 @@ from spo_kernels.functional import (
     describe,
     output_dtype,
     sum_sequences,
+    waits_for_upstream,
 )
 from spo_kernels.head import Head, LogitOptions, Needs, stored_dtype
 from spo_kernels.vocabulary import checked_shard
@@ -263,8 +264,8 @@ def linear_kl_loss(
     A tile is as wide as the vocabulary, so that a row's gradient is known while its logits are there: with its backward
     this takes four matrix products where ``(row_weight * linear_token_kl(...)).sum()`` takes six, for more memory. Two
     tiles of 32 MiB, or of 256 rows where that is more; beside them the gradients, in float32 (in bfloat16 where
-    matrix products are). The backward multiplies them by the upstream scalar and can run once. Without gradients this
-    is that sum, and its memory.
+    matrix products are). The backward multiplies them by the upstream scalar and can run once. Without gradients, and
+    for float16 (see `kl_loss`), this is that sum, and its memory.
 
     Args:
         hidden, weight, ref_hidden, ref_weight, mask, bias, ref_bias: as in `linear_token_kl`.
@@ -280,7 +281,7 @@ def linear_kl_loss(
     head, ref_head = checked_heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     weights = checked_row_weight(mask, row_weight, hidden, "hidden")
     needs = needs_of(head)
-    if not (torch.is_grad_enabled() and any(needs)):
+    if not (torch.is_grad_enabled() and any(needs) and waits_for_upstream(head.hidden.dtype)):
         kl = linear_token_kl(
             *head[:2],
             *ref_head[:2],

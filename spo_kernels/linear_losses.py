@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from spo_kernels import head, ops, vocabulary
-from spo_kernels.functional import check_rows, output_dtype, sequence_of_rows, sum_sequences
+from spo_kernels.functional import (
+    check_rows,
+    output_dtype,
+    sequence_of_rows,
+    sum_sequences,
+    waits_for_upstream,
+)
 from spo_kernels.linear import (
     as_rows,
     autocast_head,
@@ -159,6 +165,7 @@ class LinearSPOLoss(nn.Module):
             only after the last pair; for a running average that lags by a step pass its `running_mean` as normalizer
             and update it with `SPOMetrics.chosen_logps` and `rejected_logps`); and tiles that hold every pair, chosen
             and rejected rows. "auto" takes it where the weights allow it, and recomputes the pairs that are too long.
+            float16 recomputes, and refuses "recompute_free": see `kl_loss`.
             The KL's coefficient is always known. Without gradients no route computes any.
     """
 
@@ -259,7 +266,11 @@ class LinearSPOLoss(nn.Module):
         pairs = counts.shape[0] // 2  # the compiler has no divmod of a dynamic size
         if counts.shape[0] % 2:
             raise ValueError(f"hidden must hold P chosen and then P rejected sequences, got {counts.shape[0]} in all")
-        at_once = self._gradients_at_once(pair_weight) and torch.is_grad_enabled() and any(needs_of(policy))
+        at_once = (
+            self._gradients_at_once(pair_weight, policy.hidden.dtype)
+            and torch.is_grad_enabled()
+            and any(needs_of(policy))
+        )
         unit: Tensor | None = None
         if at_once:
             unit, sums = self._loss_and_sums(policy, labels, cu_seqlens, counts, pair_weight)
@@ -297,9 +308,16 @@ class LinearSPOLoss(nn.Module):
             objective = objective + self.beta * kl
         return objective, spo_metrics(preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards)
 
-    def _gradients_at_once(self, pair_weight: Tensor | None) -> bool:
-        """Whether the route is the one without recomputation, for these pair weights."""
+    def _gradients_at_once(self, pair_weight: Tensor | None, dtype: torch.dtype) -> bool:
+        """Whether the route is the one without recomputation, for these pair weights and a head of this dtype."""
         if self.route == "recompute":
+            return False
+        if not waits_for_upstream(dtype):
+            if self.route == "recompute_free":
+                raise ValueError(
+                    f'route "recompute_free" computes gradients before the loss scale that {dtype} needs is known: use '
+                    '"recompute" or "auto", or bfloat16'
+                )
             return False
         by_pair = (
             pair_weight is not None

@@ -229,6 +229,19 @@ def test_kl_loss_within_the_budget(overwrite: bool, dtype: torch.dtype) -> None:
     assert_close(leaf.grad, true.dlogits, yardstick.dlogits, "dlogits")
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_kl_loss_of_float16_gets_its_loss_scale_before_it_is_rounded(overwrite: bool) -> None:
+    """As a gradient scaler calls: the gradient is far below float16's range, times the upstream scalar well within."""
+    logits, ref_logits = torch.randn(2, 4, 300, dtype=torch.float64)
+    logits, ref_logits, row_weight = logits.half(), ref_logits.half(), torch.full((4,), 1e-6)
+    leaf = logits.clone().requires_grad_()
+    (kl_loss(leaf * 1, ref_logits, row_weight=row_weight, overwrite_logits=overwrite) * 2.0**20).backward()
+    exact = logits.double().requires_grad_()
+    (token_kl(exact, ref_logits.double()) * row_weight.double()).sum().mul(2.0**20).backward()
+    assert leaf.grad is not None and exact.grad is not None
+    assert (leaf.grad.double() - exact.grad).norm() < 1e-3 * exact.grad.norm()
+
+
 def test_kl_loss_overwrites_the_logits_only_when_told() -> None:
     logits, _, ref_logits, _ = batch(4, 9)
     for overwrite in (False, True):
