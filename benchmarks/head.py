@@ -230,7 +230,11 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
     parser.add_argument("--passes", choices=PASSES, nargs="+", default=[*PASSES], metavar="PASS", help="fwd, fwd_bwd")
     parser.add_argument("--providers", choices=NAMES, nargs="+", metavar="NAME", help="default: all")
     parser.add_argument(
-        "--models", action="store_true", help="heads of real models in place of --vocabulary and --hidden"
+        "--models",
+        nargs="*",
+        choices=MODELS,
+        metavar="MODEL",
+        help=f"heads of real models in place of --vocabulary and --hidden: {', '.join(MODELS)} (none named: all)",
     )
 
 
@@ -425,10 +429,11 @@ def run_head(options: argparse.Namespace, environment: report.Environment, setti
     for loss in options.losses:
         if not names & PROVIDERS[loss].keys():
             raise ValueError(f"none of {', '.join(sorted(names))} has the loss {loss!r}: leave it out of --losses")
-    heads = MODELS if options.models else {"": (options.vocabulary, options.hidden)}
-    writer = report.CsvWriter(
-        report.output_path(options.out, "models" if options.models else "head"), HeadRow, environment
-    )
+    of_models = options.models is not None
+    heads = {"": (options.vocabulary, options.hidden)}
+    if of_models:
+        heads = {name: MODELS[name] for name in options.models or MODELS}
+    writer = report.CsvWriter(report.output_path(options.out, "models" if of_models else "head"), HeadRow, environment)
     page = writer.path.with_suffix(".md")
     rows: list[HeadRow] = []
     for name, (options.vocabulary, options.hidden) in heads.items():
@@ -438,8 +443,8 @@ def run_head(options: argparse.Namespace, environment: report.Environment, setti
                 done = run_loss(options, settings, dtype, loss, options.passes)
                 writer.write(done)
                 rows += done
-    text = f"{report.machine_line(environment)} {_models(rows) if options.models else _markdown(rows)}"
-    text = f"**{'Heads of real models' if options.models else 'The head'}.** {text}"
+    text = f"{report.machine_line(environment)} {_models(rows) if of_models else _markdown(rows)}"
+    text = f"**{'Heads of real models' if of_models else 'The head'}.** {text}"
     page.write_text(text + "\n")
     print(text, "", writer.path, page, sep="\n")
     return 1 if any(row.provider in OURS and row.status != "ok" for row in rows) else 0
