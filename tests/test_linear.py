@@ -842,7 +842,7 @@ def test_gradients_made_in_the_forward_wait_as_wide_as_they_need(
 
 @pytest.mark.parametrize("route", ["recompute", "auto"])
 def test_float16_gradients_get_their_loss_scale_before_they_are_rounded(route: str, native: bool) -> None:
-    """As a gradient scaler calls: the gradient is far below float16's range, times the upstream scalar far above."""
+    """As a gradient scaler calls: the gradient is far below float16's range, times the upstream scalar within."""
     x = pair_inputs(h=16, v=300, dtype=torch.float16)
     loss = LinearSPOLoss(beta=1e-5, route=route)
     pair_weight = torch.full((3,), 1e-6)
