@@ -462,8 +462,8 @@ PART = 16384  # kPart of csrc/cpu/row_kernels.h
 
 
 def rows_of_unlike_parts(dtype: torch.dtype, v: int) -> Case:
-    """[6, v] of several parts: what their sums must not lose when they come together."""
-    case = make_case(6, v, dtype)
+    """[7, v] of several parts: what their sums must not lose when they come together."""
+    case = make_case(7, v, dtype)
     logits, ref_logits = case.logits, case.ref_logits
     logits[0, :PART] += 40  # all of the probability in the first part, in the last, and of the reference in another
     logits[1, -9:] += 40
@@ -475,7 +475,8 @@ def rows_of_unlike_parts(dtype: torch.dtype, v: int) -> Case:
     logits[4, 5] = 200  # p = 1 in a part whose shift is not the row's in the reference
     ref_logits[4, -5] = 300
     ref_logits[5] = logits[5]
-    case.labels[:] = torch.tensor([0, v - 1, 7, v - 1, 5, PART])
+    logits[6] *= 40  # one stretch after another outgrows its shift
+    case.labels[:] = torch.tensor([0, v - 1, 7, v - 1, 5, PART, 0])
     case.mask[:] = True
     return case
 
@@ -526,7 +527,7 @@ def test_a_row_does_not_depend_on_who_shares_it(backend: Backend, v: int, dtype:
     """Bitwise: rows that threads take whole, and rows that they take in parts."""
     case = rows_of_unlike_parts(dtype, 2 * PART + 4101)
     case = replace(case, logits=case.logits[:, -v:], ref_logits=case.ref_logits[:, -v:], labels=case.labels % v)
-    weight = torch.rand(6, dtype=reference.accumulate_dtype(dtype))
+    weight = torch.rand(7, dtype=reference.accumulate_dtype(dtype))
     weight[1] = 0
     torch.set_num_threads(1)
     whole, loss = run(backend, case), backend.kl_loss_fwd(case.logits, case.ref_logits, weight, False)
