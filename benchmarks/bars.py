@@ -178,6 +178,13 @@ class _HeadBars(_Bars):
     def __init__(self, options: argparse.Namespace, environment: report.Environment, settings: Settings) -> None:
         super().__init__(options, environment, settings)
         self._writer = report.CsvWriter(report.output_path(options.out, "bars_head"), head.HeadRow, environment)
+        self._products: dict[str, list[float]] = {}  # by dtype: time of the products alone over eager's
+
+    def notes(self) -> list[str]:
+        return [
+            f"The head's products alone take {statistics.median(ratios):.2f} of eager's time in {dtype}."
+            for dtype, ratios in self._products.items()
+        ]
 
     def run(self, run: int) -> None:
         n, hidden, vocabulary = self._options.head_shape
@@ -195,6 +202,9 @@ class _HeadBars(_Bars):
             self._writer.write(rows.values())
             self.problems |= {f"head {name} {dtype}: {row.status}" for name, row in rows.items() if row.status != "ok"}
             self.wrong |= any(row.status != "ok" for name, row in rows.items() if name in head.OURS)
+            self._products.setdefault(dtype, []).extend(
+                row.over_eager / row.over_products for row in rows.values() if row.over_eager and row.over_products
+            )
             for (name, of_dtype), (most_time, most_mib, with_sum) in _HEAD.items():
                 if of_dtype != dtype:
                     continue
@@ -221,15 +231,19 @@ class _Nothing(torch.autograd.Function):
 
 
 class _CallBars(_Bars):
-    """Microseconds that a small call's checks and autograd take beside the ops it calls."""
+    """Microseconds that a small call takes beside the ops it calls and beside what torch charges anyone's Function."""
 
     def __init__(self, options: argparse.Namespace, environment: report.Environment, settings: Settings) -> None:
         super().__init__(options, environment, settings)
         self._nothing: list[float] = []
+        self._both: list[float] = []
 
     def notes(self) -> list[str]:
-        typical = statistics.median(self._nothing)
-        return [f"A torch.autograd.Function that does nothing takes {typical:.0f} us, forward and backward."]
+        nothing, both = statistics.median(self._nothing), statistics.median(self._both)
+        return [
+            f"A torch.autograd.Function that does nothing takes {nothing:.0f} us, forward and backward; a call beside "
+            f"its ops alone {both:.0f}."
+        ]
 
     def run(self, run: int) -> None:
         print(f"run {run + 1} of {self._options.runs}: calls", flush=True)
@@ -254,17 +268,12 @@ class _CallBars(_Bars):
         samples = measure.interleave(entries, device, self._settings.repeats)
         us = {name: 1e6 * statistics.median(times.wall) for name, times in samples.items()}
         self._nothing.append(us["nothing"])
+        self._both.append(us["both"] - us["op forward"] - us["op backward"])
         for title, value in (
-            ("forward", us["forward"] - us["op forward"]),
-            ("backward", us["both"] - us["forward"] - us["op backward"]),
+            ("a forward beside its op, us", us["forward"] - us["op forward"]),
+            ("forward and backward beside their ops and an empty Function, us", self._both[-1] - us["nothing"]),
         ):
-            bar = Bar(
-                f"token_logps: a call's {title} beside the op, us",
-                str(Case(_CALL_SHAPE, _F32)),
-                _CALL_MICROSECONDS,
-                False,
-            )
-            self._add(bar, value)
+            self._add(Bar(f"token_logps: {title}", str(Case(_CALL_SHAPE, _F32)), _CALL_MICROSECONDS, False), value)
 
 
 def _run_case(case: Case, settings: Settings, providers: list[str], run: int) -> dict[tuple[Workload, str], Row]:

@@ -1,7 +1,7 @@
 """How cost grows: time and memory against rows, vocabulary and threads, of a row op and of the head.
 
-Each point is the code of `ops` and `head` at one size: `token_kl`, forward and backward, and the pair loss
-from hidden states. The exponent of a line is the slope of its points in logarithms, by least squares: 1 is linear.
+Each point is the code of `ops` and `head` at one size, forward and backward: `token_kl`, and from hidden states the
+pair loss and the KL. The exponent of a line is the slope of its points in logarithms, by least squares: 1 is linear.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from benchmarks.run import CaseRunner, Settings
 _WORKLOAD = next(workload for workload in WORKLOADS if str(workload) == "token_kl.fwd_bwd")
 _ROW_PROVIDERS = ("ours", "ours_inplace", "eager")
 _HEAD_PROVIDERS = ("recompute_free", "recompute", "eager")
+# What is measured, by the loss of `head` where it is one.
+_WHAT = {"token_kl": None, "head pair loss": "pairs", "head KL": "kl"}
 _TOKENS = 64
 _AXES = {"rows": "rows N", "vocabulary": "vocabulary V", "threads": "threads"}
 
@@ -45,7 +47,7 @@ class GrowthRow:
     """One implementation at one size; forward and backward, float32."""
 
     axis: str
-    what: str  # token_kl or head
+    what: str  # one of _WHAT
     provider: str
     rows: int
     vocabulary: int
@@ -98,8 +100,10 @@ def _measure(size: Size, options: argparse.Namespace, settings: Settings) -> Ite
         vocabulary=size.vocabulary,
         providers=_HEAD_PROVIDERS,
     )
-    for head_row in head.run_loss(sizes, settings, "float32", "pairs", ["fwd_bwd"]):
-        yield _row(size, "head", head_row)
+    for what, loss in _WHAT.items():
+        if loss is not None:
+            for head_row in head.run_loss(sizes, settings, "float32", loss, ["fwd_bwd"]):
+                yield _row(size, what, head_row)
 
 
 def _row(size: Size, what: str, row: Any) -> GrowthRow:
@@ -165,7 +169,7 @@ def _markdown(rows: list[GrowthRow], hidden: int) -> str:
 
     cells = [
         [
-            " ".join(line),
+            ": ".join(line),
             slope(time["rows"].get(line)),
             slope(time["vocabulary"].get(line)),
             slope(time["threads"].get(line)),
@@ -197,8 +201,9 @@ def plot(rows: list[GrowthRow], path: Path) -> None:
     colours = {"eager": "#d1495b", "recompute": "#6a994e"}
     panels = [(axis, "wall_ms", "ms") for axis in _AXES]
     panels += [(axis, "extra_mib", "peak MiB beyond inputs") for axis in ("rows", "vocabulary")]
-    figure, axes = plt.subplots(2, len(panels), figsize=(3.4 * len(panels), 6.4), layout="constrained", squeeze=False)
-    for what, of_what in zip(("token_kl", "head"), axes, strict=True):
+    size = (3.4 * len(panels), 3.2 * len(_WHAT))
+    figure, axes = plt.subplots(len(_WHAT), len(panels), figsize=size, layout="constrained", squeeze=False)
+    for what, of_what in zip(_WHAT, axes, strict=True):
         for (axis, value, label), panel in zip(panels, of_what, strict=True):
             for (line_of, provider), points in _lines(rows, axis, value).items():
                 if line_of == what:

@@ -209,6 +209,7 @@ def test_bars_are_all_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert sum(line.endswith("| not measured |") for line in lines) == 2 * 5 + 1
     assert all("pass (" in line or "MISS (" in line for line in lines if "not measured" not in line)
     assert "A torch.autograd.Function that does nothing takes" in printed
+    assert "The head's products alone take" in printed
     for name in ("bars-*.csv", "bars_head-*.csv"):
         assert read(only(tmp_path, name))
 
@@ -529,13 +530,15 @@ def test_growth_measures_every_axis_and_draws_it(tmp_path: Path) -> None:
         (row["axis"], row["what"], row["provider"], row["rows"], row["vocabulary"], row["threads"]) for row in rows
     }
     lines = [("token_kl", name) for name in ("ours", "ours_inplace", "eager")]
-    lines += [("head", name) for name in ("recompute_free", "recompute", "eager")]
+    lines += [
+        (what, name) for what in ("head pair loss", "head KL") for name in ("recompute_free", "recompute", "eager")
+    ]
     sizes = [("rows", "4", "50", "2"), ("rows", "8", "50", "2"), ("vocabulary", "4", "50", "2")]
     sizes += [("vocabulary", "4", "100", "2"), ("threads", "4", "50", "1"), ("threads", "4", "50", "2")]
     assert points == {(axis, *line, *rest) for line in lines for axis, *rest in sizes}
     assert all(row["status"] == "ok" and float(row["wall_ms"]) > 0 for row in rows)
     page = only(tmp_path, "growth-*.md").read_text()
-    assert "| head recompute_free |" in page and "rows 4 to 8, vocabulary 50 to 100, threads 1 to 2" in page
+    assert "| head KL: recompute_free |" in page and "rows 4 to 8, vocabulary 50 to 100, threads 1 to 2" in page
     assert only(tmp_path, "growth-*.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -560,6 +563,6 @@ def test_all_measures_everything_and_writes_the_page(tmp_path: Path, capsys: pyt
     assert cli.main([*arguments, "--figure", str(figure)]) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "last year's" not in text
-    for part in ("| `token_kl` | 16 x 150 |", "**The head.", "| token_kl ours |", "| ours |", "| token_logps.fwd:"):
+    for part in ("| `token_kl` | 16 x 150 |", "**The head.", "| token_kl: ours |", "| ours |", "| token_logps.fwd:"):
         assert part in text, part
     assert figure.read_bytes().startswith(b"\x89PNG")
