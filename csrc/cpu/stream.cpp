@@ -16,7 +16,8 @@ std::atomic<std::uint32_t> sink;
 
 template <int ahead>
 inline void prefetch(const float* p) {
-  if (ahead) __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) + ahead));
+  // Into L2, as the row kernels do: faster than into L1.
+  if (ahead) __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) + ahead), 0, 2);
 }
 
 // xor: one short instruction a vector, so that memory is what is measured.
@@ -63,11 +64,11 @@ double fastest(std::initializer_list<void (*)(T*, std::int64_t)> parts, T* data,
 }  // namespace
 
 double stream_read(const float* data, std::int64_t n, int threads) {
-  return fastest<const float>({read_part<1, 0>, read_part<1, 4096>, read_part<4, 0>, read_part<4, 4096>}, data, n,
+  return fastest<const float>({read_part<1, 0>, read_part<1, 4608>, read_part<4, 0>, read_part<4, 4608>}, data, n,
                               threads);
 }
 double stream_inplace(float* data, std::int64_t n, int threads) {
-  return fastest<float>({inplace_part<0>, inplace_part<4096>}, data, n, threads);
+  return fastest<float>({inplace_part<0>, inplace_part<4608>}, data, n, threads);
 }
 
 }  // namespace spo::cpu
