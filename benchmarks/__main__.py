@@ -144,7 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     every = commands.add_parser(
         "all",
         help="everything on benchmarks/README.md anew: tables and figures",
-        description="Runs ops, step, head, growth and bars in turn and puts what they measured into the page. "
+        description="Runs ops, step, head (of real models too), growth, levels and bars in turn and puts what they "
+        "measured into the page, in place of all that stands between its result markers. "
         "Goes on after a failure and exits with 1; results of commands that ran are kept.",
     )
     everything.add_arguments(every)

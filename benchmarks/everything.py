@@ -13,12 +13,12 @@ from benchmarks import ROOT
 PAGE = ROOT / "benchmarks" / "README.md"
 FIGURE = ROOT / "benchmarks" / "figures" / "growth.png"
 
-# In the order in which they run. A call of the largest head takes seconds even at 256 rows.
+# In the order in which they run.
 _RUNS = {
     "ops": "ops",
     "step": "step",
     "head": "head",
-    "models": "head --models --repeats 3 --pairs 1 --tokens 128",
+    "models": "head --models --repeats 3",
     "growth": "growth",
     "levels": "levels",
     "bars": "bars",

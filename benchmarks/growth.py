@@ -93,16 +93,11 @@ def _measure(size: Size, options: argparse.Namespace, settings: Settings) -> Ite
     for row in runner.run(_WORKLOAD, 0):
         yield _row(size, "token_kl", row)
     del runner
-    sizes = argparse.Namespace(
-        pairs=size.rows // (2 * _tokens(options)),
-        tokens=_tokens(options),
-        hidden=options.hidden,
-        vocabulary=size.vocabulary,
-        providers=_HEAD_PROVIDERS,
-    )
+    tokens = _tokens(options)
+    of_head = head.Size(size.rows // (2 * tokens), tokens, options.hidden, size.vocabulary)
     for what, loss in _WHAT.items():
         if loss is not None:
-            for head_row in head.run_loss(sizes, settings, "float32", loss, ["fwd_bwd"]):
+            for head_row in head.LossRunner(of_head, "float32", loss, settings, _HEAD_PROVIDERS).run("fwd_bwd"):
                 yield _row(size, what, head_row)
 
 

@@ -18,7 +18,7 @@ import argparse
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -48,6 +48,17 @@ MODELS = {
     "Qwen2.5 0.5B": (151936, 896),
     "Gemma 3 1B": (262144, 1152),
 }
+
+
+class Size(NamedTuple):
+    pairs: int
+    tokens: int  # of a sequence
+    hidden: int
+    vocabulary: int
+
+    @property
+    def rows(self) -> int:
+        return 2 * self.pairs * self.tokens
 
 
 class Inputs(NamedTuple):
@@ -221,8 +232,10 @@ class HeadRow:
 
 
 def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
-    parser.add_argument("--pairs", type=count, default=DEFAULT_PAIRS, help="pairs P")
-    parser.add_argument("--tokens", type=count, default=256, help="tokens a sequence: N = 2 P tokens rows")
+    parser.add_argument("--pairs", type=count, help=f"pairs P (default: {DEFAULT_PAIRS}; 1 with --models)")
+    parser.add_argument(
+        "--tokens", type=count, help="tokens a sequence: N = 2 P tokens rows (default: 256; 128 with --models)"
+    )
     parser.add_argument("--hidden", type=count, default=768)
     parser.add_argument("--vocabulary", type=count, default=32000)
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["float32", "bfloat16"], metavar="DTYPE")
@@ -248,19 +261,19 @@ def _leaves(x: Inputs) -> dict[str, Tensor]:
     return {"hidden": x.hidden, "weight": x.weight}
 
 
-def _make_inputs(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> Inputs:
+def _make_inputs(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
     generator = torch.Generator(device).manual_seed(0)
-    shape = (2 * options.pairs, options.tokens)
+    shape = (2 * size.pairs, size.tokens)
 
-    def noise(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device)
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
 
     # Logits of unit variance: a softmax that is neither flat nor a point.
-    hidden, weight = noise(*shape, options.hidden), noise(options.vocabulary, options.hidden) / options.hidden**0.5
-    labels = torch.randint(options.vocabulary, shape, generator=generator, device=device)
+    hidden, weight = noise(*shape, size.hidden), noise(size.vocabulary, size.hidden) / size.hidden**0.5
+    labels = torch.randint(size.vocabulary, shape, generator=generator, device=device)
     # A policy that has moved from its reference.
-    ref_hidden = hidden + noise(*shape, options.hidden) / 2
-    ref_weight = weight + noise(*weight.shape) / (4 * options.hidden**0.5)
+    ref_hidden = hidden + noise(*shape, size.hidden) / 2
+    ref_weight = weight + noise(*weight.shape) / (4 * size.hidden**0.5)
     return Inputs(
         hidden.to(dtype).requires_grad_(),
         weight.to(dtype).requires_grad_(),
@@ -274,7 +287,7 @@ Truth = dict[str, Tensor]
 
 
 def _truth(loss: Loss, x: Inputs) -> Truth:
-    """The loss and its gradients in float64, a sequence of a pair at a time, so that the logits fit."""
+    """The loss and its gradients in float64, a pair at a time, so that the logits fit."""
     hidden, weight = (leaf.detach().double().requires_grad_() for leaf in (x.hidden, x.weight))
     ref_hidden, ref_weight = x.ref_hidden.double(), x.ref_weight.double()
     pairs = len(x.labels) // 2
@@ -300,20 +313,18 @@ def _truths(loss: str, providers: Iterable[Provider], x: Inputs) -> dict[bool, T
     return {pairs: _truth(_eager if pairs else over_tokens, x) for pairs in needed}
 
 
-def _gate(provider: Provider, x: Inputs, truth: Truth) -> dict[str, float]:
-    """Relative errors of loss and gradients, by norm."""
+def _gate(loss_of: Loss, x: Inputs, truth: Truth, scale: int) -> dict[str, float]:
+    """Relative errors of loss and gradients, by norm; scale: what they are to be multiplied by."""
     _clear(x)
-    loss = provider.loss(x)
+    loss = loss_of(x)
     loss.backward()
-    # The truth is a sum over pairs.
-    scale = len(x.labels) // 2 if provider.pairs else 1
     got = {"loss": loss.detach(), **{name: leaf.grad for name, leaf in _leaves(x).items()}}
     errors = {}
     for name, value in got.items():
         if value is None:
             errors[name] = math.inf
             continue
-        error, size = 0.0, 0.0  # rows at a time: a weight of a large model twice more in float64 would not fit
+        error, size = 0.0, 0.0  # some elements at a time: a weight of a large model twice more in float64 would not fit
         for part, true in zip(value.reshape(-1).split(1 << 24), truth[name].reshape(-1).split(1 << 24), strict=True):
             error += float((part.double() * scale - true).square().sum())
             size += float(true.square().sum())
@@ -345,9 +356,7 @@ def _products_entry(x: Inputs, loss: str, pass_name: str) -> measure.Entry:
     return measure.Entry(call)
 
 
-def _entry(provider: Provider, x: Inputs, pass_name: str) -> measure.Entry:
-    loss = torch.compile(provider.loss) if provider.compiled else provider.loss
-
+def _entry(loss: Loss, x: Inputs, pass_name: str) -> measure.Entry:
     def forward() -> None:
         with torch.no_grad():
             loss(x)
@@ -361,83 +370,90 @@ def _entry(provider: Provider, x: Inputs, pass_name: str) -> measure.Entry:
     return measure.Entry(forward if pass_name == "fwd" else both, clear, clear)
 
 
-def run_loss(
-    options: argparse.Namespace, settings: Settings, dtype_name: str, loss: str, passes: Sequence[str]
-) -> list[HeadRow]:
-    """Everyone who has the loss, at the size that options give (`add_arguments`)."""
-    dtype, device = DTYPES[dtype_name], settings.device
-    providers = {
-        name: provider
-        for name, provider in PROVIDERS[loss].items()
-        if name in (options.providers or PROVIDERS[loss]) and not (provider.half_only and dtype == torch.float32)
-    }
-    x = _make_inputs(options, dtype, device)
-    truths = _truths(loss, providers.values(), x)
-    errors = {name: _gate(provider, x, truths[provider.pairs]) for name, provider in providers.items()}
-    del truths
-    return [
-        row
-        for pass_name in passes
-        for row in _run_pass(options, settings, dtype_name, loss, pass_name, providers, x, errors)
-    ]
+class LossRunner:
+    """Everyone who has a loss, at one size and dtype: compared with float64 once, then timed pass by pass."""
 
+    def __init__(
+        self, size: Size, dtype_name: str, loss: str, settings: Settings, names: Iterable[str] | None = None
+    ) -> None:
+        self._size, self._dtype_name, self._loss, self._settings = size, dtype_name, loss, settings
+        dtype = DTYPES[dtype_name]
+        self._providers = {
+            name: provider
+            for name, provider in PROVIDERS[loss].items()
+            if name in (names or PROVIDERS[loss]) and not (provider.half_only and dtype == torch.float32)
+        }
+        # Compiled for this size alone, those that compile inside included.
+        torch._dynamo.reset()
+        self._losses = {
+            name: torch.compile(provider.loss, dynamic=False, fullgraph=True) if provider.compiled else provider.loss
+            for name, provider in self._providers.items()
+        }
+        self._inputs = _make_inputs(size, dtype, settings.device)
+        truths = _truths(loss, self._providers.values(), self._inputs)
+        self._errors = {
+            # The truth is a sum over pairs.
+            name: _gate(self._losses[name], self._inputs, truths[provider.pairs], size.pairs if provider.pairs else 1)
+            for name, provider in self._providers.items()
+        }
 
-def _run_pass(
-    options: argparse.Namespace,
-    settings: Settings,
-    dtype_name: str,
-    loss: str,
-    pass_name: str,
-    providers: dict[str, Provider],
-    x: Inputs,
-    errors: dict[str, dict[str, float]],
-) -> list[HeadRow]:
-    dtype, device = x.hidden.dtype, settings.device
-    n = x.labels.numel()
-    rows: dict[str, HeadRow] = {}
-    entries: dict[str, measure.Entry] = {}
-    gradients = sum(leaf.nbytes for leaf in _leaves(x).values()) if pass_name == "fwd_bwd" else 0
-    for label, provider in providers.items():
-        if provider.backward_only and pass_name == "fwd":
-            continue
-        row = HeadRow(loss, pass_name, label, dtype_name, n, options.hidden, options.vocabulary, options.pairs)
-        rows[label] = row
-        row.units = _units(provider, loss, pass_name)
-        row.error_loss, row.error_hidden, row.error_weight = errors[label].values()
-        # In half precision one loss of a few pairs tells less than the gradients do.
-        worst = max(errors[label].values())
-        if not worst <= _GATE_BUDGET[dtype]:
+    def run(self, pass_name: str) -> list[HeadRow]:
+        rows: dict[str, HeadRow] = {}
+        entries: dict[str, measure.Entry] = {}
+        for label, provider in self._providers.items():
+            if provider.backward_only and pass_name == "fwd":
+                continue
+            rows[label] = self._gated_row(label, pass_name)
+            if rows[label].status == "":
+                entries[label] = _entry(self._losses[label], self._inputs, pass_name)
+                self._measure_memory(rows[label], entries[label])
+        self._measure_time(rows, entries, pass_name)
+        return list(rows.values())
+
+    def _gated_row(self, label: str, pass_name: str) -> HeadRow:
+        errors, size = self._errors[label], self._size
+        row = HeadRow(
+            self._loss, pass_name, label, self._dtype_name, size.rows, size.hidden, size.vocabulary, size.pairs
+        )
+        row.units = self._units(label, pass_name)
+        row.error_loss, row.error_hidden, row.error_weight = errors.values()
+        worst = max(errors.values())
+        if not worst <= _GATE_BUDGET[DTYPES[self._dtype_name]]:
             row.status = f"wrong: off by {worst:.3g}, relative"
-            continue
-        entry = entries[label] = _entry(provider, x, pass_name)
-        entry.call()  # compiles
-        peak = measure.peak_memory(entry, device)
+        return row
+
+    def _measure_memory(self, row: HeadRow, entry: measure.Entry) -> None:
+        entry.call()  # without gradients a compiled loss is another one
+        peak = measure.peak_memory(entry, self._settings.device)
+        leaves = _leaves(self._inputs).values()
+        gradients = sum(leaf.nbytes for leaf in leaves) if row.pass_name == "fwd_bwd" else 0
         row.extra_mib = (peak.allocator - gradients) / (1 << 20)
         row.extra_resident_mib = None if peak.resident is None else (peak.resident - gradients) / (1 << 20)
-    peaks = {key: _peak_entry(key, device) for key in {torch.float32, dtype}}
-    beside = {f"peak {key}": entry for key, entry in peaks.items()}
-    beside["products"] = _products_entry(x, loss, pass_name)
-    samples = measure.interleave(entries | beside, device, settings.repeats)
-    per_s = {key: 2 * _PEAK_SIZE**3 / min(samples[f"peak {key}"].wall) for key in peaks}
-    unit = 2 * n * options.hidden * options.vocabulary
-    eager_times = [samples[label].wall for label in ("eager", "eager_float") if label in entries]
-    fastest = min(eager_times, key=statistics.median) if eager_times else None
-    for label in entries:
-        row, times = rows[label], samples[label]
-        row.status, row.rounds = "ok", len(times.wall)
-        row.wall_ms, row.cpu_ms = (1e3 * statistics.median(values) for values in (times.wall, times.cpu))
-        row.wall_p20_ms, row.wall_p80_ms = (1e3 * measure.quantile(times.wall, q) for q in (0.2, 0.8))
-        row.peak_gflop_per_s, row.native_gflop_per_s = per_s[torch.float32] / 1e9, per_s[dtype] / 1e9
-        units = _units(providers[label], loss, pass_name)
-        row.peak_share = 1e3 * units * unit / per_s[_product_dtype(providers[label], dtype, device)] / row.wall_ms
-        row.over_products = measure.paired_ratio(times.wall, samples["products"].wall)
-        if fastest is not None:
-            row.over_eager = measure.paired_ratio(times.wall, fastest)
-    return list(rows.values())
 
+    def _measure_time(self, rows: dict[str, HeadRow], entries: dict[str, measure.Entry], pass_name: str) -> None:
+        dtype, device = DTYPES[self._dtype_name], self._settings.device
+        peaks = {key: _peak_entry(key, device) for key in {torch.float32, dtype}}
+        beside = {f"peak {key}": entry for key, entry in peaks.items()}
+        beside["products"] = _products_entry(self._inputs, self._loss, pass_name)
+        samples = measure.interleave(entries | beside, device, self._settings.repeats)
+        per_s = {key: 2 * _PEAK_SIZE**3 / min(samples[f"peak {key}"].wall) for key in peaks}
+        unit = 2 * self._size.rows * self._size.hidden * self._size.vocabulary
+        eager_times = [samples[label].wall for label in ("eager", "eager_float") if label in entries]
+        fastest = min(eager_times, key=statistics.median) if eager_times else None
+        for label in entries:
+            row, times = rows[label], samples[label]
+            row.status, row.rounds = "ok", len(times.wall)
+            row.wall_ms, row.cpu_ms = (1e3 * statistics.median(values) for values in (times.wall, times.cpu))
+            row.wall_p20_ms, row.wall_p80_ms = (1e3 * measure.quantile(times.wall, q) for q in (0.2, 0.8))
+            row.peak_gflop_per_s, row.native_gflop_per_s = per_s[torch.float32] / 1e9, per_s[dtype] / 1e9
+            per_s_of_its = per_s[_product_dtype(self._providers[label], dtype, device)]
+            row.peak_share = 1e3 * self._units(label, pass_name) * unit / per_s_of_its / row.wall_ms
+            row.over_products = measure.paired_ratio(times.wall, samples["products"].wall)
+            if fastest is not None:
+                row.over_eager = measure.paired_ratio(times.wall, fastest)
 
-def _units(provider: Provider, loss: str, pass_name: str) -> int:
-    return FORWARD_UNITS[loss] if pass_name == "fwd" else provider.units
+    def _units(self, label: str, pass_name: str) -> int:
+        return FORWARD_UNITS[self._loss] if pass_name == "fwd" else self._providers[label].units
 
 
 def _product_dtype(provider: Provider, dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -457,13 +473,21 @@ def run_head(options: argparse.Namespace, environment: report.Environment, setti
     writer = report.CsvWriter(report.output_path(options.out, "models" if of_models else "head"), HeadRow, environment)
     page = writer.path.with_suffix(".md")
     rows: list[HeadRow] = []
-    for name, (options.vocabulary, options.hidden) in heads.items():
+    for name, (vocabulary, hidden) in heads.items():
+        # A call at a large model's size takes seconds even at 256 rows, and eager gigabytes.
+        pairs, tokens = (
+            options.pairs or (1 if of_models else DEFAULT_PAIRS),
+            options.tokens or (128 if of_models else 256),
+        )
+        size = Size(pairs, tokens, hidden, vocabulary)
         for dtype in options.dtypes:
             for loss in options.losses:
-                print(f"{name or 'head'}: [{options.vocabulary}, {options.hidden}] {dtype}, {loss}", flush=True)
-                done = run_loss(options, settings, dtype, loss, options.passes)
-                writer.write(done)
-                rows += done
+                print(f"{name or 'head'}: [{vocabulary}, {hidden}] {dtype}, {loss}", flush=True)
+                runner = LossRunner(size, dtype, loss, settings, options.providers)
+                for pass_name in options.passes:
+                    done = runner.run(pass_name)
+                    writer.write(done)
+                    rows += done
     text = f"{report.machine_line(environment)} {_models(rows) if of_models else _markdown(rows)}"
     text = f"**{'Heads of real models' if of_models else 'The head'}.** {text}"
     page.write_text(text + "\n")

@@ -208,6 +208,8 @@ PROVIDER_LABELS = {
     "compile_float": "compile `.float()`",
     "cross_entropy": "cross_entropy",
     "trl": "TRL",
+    "liger": "Liger",
+    "quack": "quack",
 }
 _DTYPE_LABELS = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
 PASS_LABELS = {

@@ -462,6 +462,7 @@ def test_a_gpu_is_timed_between_events_with_cold_caches(monkeypatch: pytest.Monk
 
 def test_every_provider_that_is_measured_by_default_is_drawn() -> None:
     assert set(DEFAULT_PROVIDERS) <= set(report._COLOURS)
+    assert set(PROVIDERS) == set(report.PROVIDER_LABELS)
 
 
 def test_peers_that_need_a_gpu_say_so() -> None:
