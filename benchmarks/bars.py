@@ -171,8 +171,10 @@ class _OpBars(_Bars):
                     self._add(bar, wall if self._options.clock == "wall" else cpu)
 
     def notes(self) -> list[str]:
-        best = max(self._limits, default=(0.0, "not measured"))
-        return [f"Read limit up to {best[0]:.1f} GB/s ({best[1]})."]
+        if not self._limits:
+            return ["Read limit: not measured."]
+        least, most = min(self._limits), max(self._limits)
+        return [f"Read limit {least[0]:.0f} to {most[0]:.0f} GB/s ({most[1]})."]
 
 
 class _HeadBars(_Bars):

@@ -8,8 +8,8 @@ it gets a plain sum of log-probs, the same matrix products without pairs.
 Work is counted in units of one matrix product of all rows, 2 N H V operations. Forward and backward of the pair loss
 are three for who keeps the logits or has the gradients in the forward, four for who recomputes; of the KL, which has
 two heads of which one learns, four and six. The share of the peak is the time these products take at the peaks measured
-beside (a square product of each dtype, best of all rounds), over the time taken. Products of these shapes do not reach
-that peak: beside everyone run the fewest products that the loss takes, alone, whole and into memory that is there.
+beside (a square product of each dtype, in the same round), over the time taken. Products of other shapes have another
+peak: beside everyone run the fewest products that the loss takes, alone, whole and into memory that is there.
 """
 
 from __future__ import annotations
@@ -415,7 +415,7 @@ class LossRunner:
         row = HeadRow(
             self._loss, pass_name, label, self._dtype_name, size.rows, size.hidden, size.vocabulary, size.pairs
         )
-        row.units = self._units(label, pass_name)
+        row.units = FORWARD_UNITS[self._loss] if pass_name == "fwd" else self._providers[label].units
         row.error_loss, row.error_hidden, row.error_weight = errors.values()
         worst = max(errors.values())
         if not worst <= _GATE_BUDGET[DTYPES[self._dtype_name]]:
@@ -436,7 +436,7 @@ class LossRunner:
         beside = {f"peak {key}": entry for key, entry in peaks.items()}
         beside["products"] = _products_entry(self._inputs, self._loss, pass_name)
         samples = measure.interleave(entries | beside, device, self._settings.repeats)
-        per_s = {key: 2 * _PEAK_SIZE**3 / min(samples[f"peak {key}"].wall) for key in peaks}
+        per_s = {key: 2 * _PEAK_SIZE**3 / statistics.median(samples[f"peak {key}"].wall) for key in peaks}
         unit = 2 * self._size.rows * self._size.hidden * self._size.vocabulary
         eager_times = [samples[label].wall for label in ("eager", "eager_float") if label in entries]
         fastest = min(eager_times, key=statistics.median) if eager_times else None
@@ -446,14 +446,12 @@ class LossRunner:
             row.wall_ms, row.cpu_ms = (1e3 * statistics.median(values) for values in (times.wall, times.cpu))
             row.wall_p20_ms, row.wall_p80_ms = (1e3 * measure.quantile(times.wall, q) for q in (0.2, 0.8))
             row.peak_gflop_per_s, row.native_gflop_per_s = per_s[torch.float32] / 1e9, per_s[dtype] / 1e9
-            per_s_of_its = per_s[_product_dtype(self._providers[label], dtype, device)]
-            row.peak_share = 1e3 * self._units(label, pass_name) * unit / per_s_of_its / row.wall_ms
+            peak = samples[f"peak {_product_dtype(self._providers[label], dtype, device)}"]
+            squares = (row.units or 0) * unit / (2 * _PEAK_SIZE**3)
+            row.peak_share = squares * measure.paired_ratio(peak.wall, times.wall)
             row.over_products = measure.paired_ratio(times.wall, samples["products"].wall)
             if fastest is not None:
                 row.over_eager = measure.paired_ratio(times.wall, fastest)
-
-    def _units(self, label: str, pass_name: str) -> int:
-        return FORWARD_UNITS[self._loss] if pass_name == "fwd" else self._providers[label].units
 
 
 def _product_dtype(provider: Provider, dtype: torch.dtype, device: torch.device) -> torch.dtype:

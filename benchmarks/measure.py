@@ -132,7 +132,8 @@ class Bandwidth:
 
     On a CPU with the compiled kernels, their own streaming loops (several streams, prefetch, `threads` threads); plain
     torch reductions fall short of that, so on a CPU without the kernels they are a stand-in, and `source` says so.
-    `sample` is called once in every round of the timing it is the limit for; the limit is the best of all samples.
+    `sample` is called once in every round of the timing it is the limit for, the warm-up included. A round's calls are
+    compared with the best loop of that round: other tenants of a machine's memory may halve its rate for minutes.
     """
 
     def __init__(self, nbytes: int, device: torch.device, threads: int) -> None:
@@ -146,7 +147,8 @@ class Bandwidth:
 
             self._control = cpu.load()
         self.source = "stream loops" if self._control or device.type == "cuda" else "torch.sum and torch.add_ (too low)"
-        self.read = self.update = 0.0
+        self.read: list[float] = []  # bytes a second, by round
+        self.update: list[float] = []
 
     def sample(self) -> None:
         if self._control:
@@ -156,8 +158,8 @@ class Bandwidth:
         else:
             read, _ = self._clock.time(self._array.sum)
             update, _ = self._clock.time(lambda: self._array.add_(0.0))
-        self.read = max(self.read, self._nbytes / read)
-        self.update = max(self.update, 2 * self._nbytes / update)
+        self.read.append(self._nbytes / read)
+        self.update.append(2 * self._nbytes / update)
 
 
 def touch(tensors: Sequence[Tensor]) -> None:

@@ -44,8 +44,8 @@ class Row:
     cpu_p80_ms: float | None = None
     model_mb: float | None = None  # the byte model: the least the op must move
     gb_per_s: float | None = None  # of the byte model
-    limit_share: float | None = None  # time the byte model takes at the measured limits, over wall_ms; None if tiny
-    read_gb_per_s: float | None = None  # measured limit of read-only loops
+    limit_share: float | None = None  # time the byte model takes at the limits of the same round, over the call's
+    read_gb_per_s: float | None = None  # measured limit of read-only loops, median over rounds
     update_gb_per_s: float | None = None  # and of read-and-write loops
     limit_source: str = ""
     extra_mib: float | None = None  # peak of torch's allocations beyond the inputs
@@ -290,8 +290,8 @@ def environment_line(records: Sequence[Record]) -> str:
     limits = [(float(r["read_gb_per_s"]), float(r["update_gb_per_s"])) for r in records if r.get("read_gb_per_s")]
     reached = ""
     if limits:
-        read, update = (max(column) for column in zip(*limits, strict=True))
-        reached = f" Limits measured beside, at most: read {read:.0f} GB/s, read and write {update:.0f} GB/s."
+        read, update = (f"{min(column):.0f} to {max(column):.0f}" for column in zip(*limits, strict=True))
+        reached = f" Limits measured beside: read {read} GB/s, read and write {update} GB/s."
     return machine_line(env) + reached
 
 

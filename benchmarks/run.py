@@ -255,7 +255,10 @@ class CaseRunner:
         tensor_bytes = self.problem(op).inputs[op.arguments[0]].nbytes
         bandwidth = measure.Bandwidth(tensor_bytes, self.settings.device, self.settings.threads)
         samples = measure.interleave(entries, self.settings.device, self.settings.repeats, bandwidth.sample)
-        limit = traffic.read / bandwidth.read + traffic.update / bandwidth.update
+        limits = [
+            traffic.read / read + traffic.update / update
+            for read, update in zip(bandwidth.read[1:], bandwidth.update[1:], strict=True)  # the first is the warm-up's
+        ]
         for name, times in samples.items():
             row = rows[name]
             median = statistics.median(times.wall)
@@ -267,8 +270,11 @@ class CaseRunner:
             row.cpu_ms, row.cpu_p20_ms, row.cpu_p80_ms = (1e3 * measure.quantile(times.cpu, q) for q in (0.5, 0.2, 0.8))
             row.model_mb = (traffic.read + traffic.update) / 1e6
             row.gb_per_s = (traffic.read + traffic.update) / 1e9 / median
-            row.limit_share = limit / median if tensor_bytes >= _LIMITED_BYTES else None
-            row.read_gb_per_s, row.update_gb_per_s = bandwidth.read / 1e9, bandwidth.update / 1e9
+            if tensor_bytes >= _LIMITED_BYTES:
+                row.limit_share = measure.paired_ratio(limits, times.wall)
+            row.read_gb_per_s, row.update_gb_per_s = (
+                statistics.median(rates) / 1e9 for rates in (bandwidth.read, bandwidth.update)
+            )
             row.limit_source = bandwidth.source
             for ours in ("ours", "ours_inplace"):
                 if ours in samples:
