@@ -16,10 +16,9 @@
 //   arithmetic is the limit: theirs is into L1, 2 KB ahead; the other way their gradients and KL lose 15 to 20 %.
 // - Flush-to-zero while a kernel runs (see row_ops.cpp): probabilities below 1e-38 otherwise take a microcode assist,
 //   15 to 28 times slower on rows with a wide spread.
-// - Tried in kl_loss, whose limit is what it reads and writes back: the next row into L2 while the gradient finds its
-// own
-//   there (float32: 54.5 to 51.0 ms at [4096, 32000], nothing at 151936; bfloat16: 3 to 9 % slower), into L1 (slower
-//   everywhere), and the gradient from the row's end to its beginning (no difference).
+// - Tried in kl_loss, whose limit is what it reads and writes back: the next row into L2 while the gradient finds
+//   its own there (float32: 54.5 to 51.0 ms at [4096, 32000], nothing at 151936; bfloat16: 3 to 9 % slower), into L1
+//   (slower everywhere), and the gradient from the row's end to its beginning (no difference).
 #pragma once
 
 #include <cfloat>
