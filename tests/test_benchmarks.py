@@ -113,10 +113,8 @@ def test_share_of_the_limit_and_its_plot(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert cli.main(["ops", *TINY, *out, *arguments, "ours", "ours_inplace", "eager"]) == 0
     for row in read(only(tmp_path, "ops-*.csv")):
         # Times at the limits over times taken: moved / 2e7, / 8e7 and / 4e7; of three tensors two at twice the rate.
-        moved, at_limits = (
-            66 * 32000 * 4 * (1 if row["pass_name"] == "fwd" else 3),
-            1 if row["pass_name"] == "fwd" else 2 / 3,
-        )
+        tensors, at_limits = (1, 1) if row["pass_name"] == "fwd" else (3, 2 / 3)
+        moved = 66 * 32000 * 4 * tensors
         assert float(row["model_mb"]) == pytest.approx(moved / 1e6, rel=1e-5)
         assert float(row["gb_per_s"]) == pytest.approx(moved / 1e6 / 2, rel=1e-4)
         assert float(row["limit_share"]) == pytest.approx(moved * at_limits / 4e7, rel=1e-4)
