@@ -113,24 +113,15 @@ SPO_INLINE void for_blocks(const T* z, const R* r, std::int64_t V, std::int64_t 
   if (whole < V) f(Tail<T>(z + whole, V - whole).data, Tail<R>(r + whole, V - whole).data, 1);
 }
 
-template <class T>
+// The maximum, or with kNegated that of -z.
+template <bool kNegated = false, class T>
 float block_max(const T* z, std::int64_t groups) {
   F32 m[4] = {F32(-INFINITY), F32(-INFINITY), F32(-INFINITY), F32(-INFINITY)}, x[4];
   for (std::int64_t g = 0; g < groups; ++g) {
     load_group(z + g * kGroup, x);
-    for (int k = 0; k < 4; ++k) m[k] = max(m[k], x[k]);
+    for (int k = 0; k < 4; ++k) m[k] = max(m[k], kNegated ? F32() - x[k] : x[k]);
   }
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
-}
-
-template <class T>
-float block_min(const T* z, std::int64_t groups) {
-  F32 m[4] = {F32(-INFINITY), F32(-INFINITY), F32(-INFINITY), F32(-INFINITY)}, x[4];
-  for (std::int64_t g = 0; g < groups; ++g) {
-    load_group(z + g * kGroup, x);
-    for (int k = 0; k < 4; ++k) m[k] = max(m[k], F32() - x[k]);
-  }
-  return -reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
 // A sum of exponentials of one part in the making: sum of exp(z - shift).
@@ -144,7 +135,7 @@ struct ExpSum {
     const std::int64_t n = V < kFirst ? V : kFirst;
     const float first = n < kGroup ? block_max(Tail<T>(z, n).data, 1) : block_max(z, n / kGroup);
     shift = first > -FLT_MAX ? first : -FLT_MAX;
-    if (n == kFirst) wide = shift - block_min(z, n / kGroup) > kWide;
+    if (n == kFirst) wide = shift + block_max<true>(z, n / kGroup) > kWide;
   }
   // Raise the shift to m if it is larger; returns by how much.
   double raise(float m) {
