@@ -191,6 +191,7 @@ def _settings(options: argparse.Namespace) -> tuple[Settings, str]:
     if options.device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda needs a GPU that this torch can use")
+        options.device = torch.device("cuda", options.device.index or 0)  # set_device needs an index
         torch.cuda.set_device(options.device)  # events and streams are those of the current device
     if options.threads:
         torch.set_num_threads(options.threads)

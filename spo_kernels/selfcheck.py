@@ -190,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             parser.error("--device cuda needs a GPU that this torch can use")
+        device = torch.device("cuda", device.index or 0)  # set_device needs an index
         torch.cuda.set_device(device)  # events and streams are those of the current device
     rows = args.rows or DEFAULT_ROWS[device.type]
     bandwidth = copy_bandwidth(device, args.repeats) / 1e9

@@ -12,7 +12,13 @@
 #include "../cuda/row_ops.h"
 #include "arguments.h"
 
-#if !defined(SPO_CUDA_EMULATOR) && TORCH_FEATURE_VERSION < TORCH_VERSION_2_13_0
+// torch's stable ABI gives the current stream from 2.13 on; before that it comes from a shim function of CUDA builds.
+// Headers before 2.13 do not define TORCH_VERSION_2_13_0, and an undefined name counts as 0 in #if.
+#if !defined(TORCH_VERSION_2_13_0) || TORCH_FEATURE_VERSION < TORCH_VERSION_2_13_0
+#define SPO_STREAM_FROM_SHIM
+#endif
+
+#if !defined(SPO_CUDA_EMULATOR) && defined(SPO_STREAM_FROM_SHIM)
 // Part of every CUDA build of torch, and of no other: weak, so that the library loads without one.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
@@ -33,10 +39,10 @@ class OnDevice {
   cuda::Launch launch{};
   explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
     const int32_t device = t.get_device_index();
-#if TORCH_FEATURE_VERSION < TORCH_VERSION_2_13_0
+#if defined(SPO_STREAM_FROM_SHIM)
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "spo_kernels: this torch has no CUDA");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
 #else
     void* stream = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
 #endif

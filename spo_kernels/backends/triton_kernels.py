@@ -39,6 +39,15 @@ def _exp(x):
 
 
 @triton.jit
+def _quotient(a, b):
+    """Correctly rounded quotient. Triton's float32 ``/`` is ``div.full.f32`` (2 ulp), where ``x / x`` need not be 1."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
 def _origin(top):
     """What to subtract before an exponential: the maximum, or 0 where only -inf was seen (-inf - -inf would be NaN)."""
     return tl.where(top == float("-inf"), 0.0, top)
@@ -145,7 +154,7 @@ def _kl_stats(
     total = tl.sum(total * keep, 0)
     ref_total = tl.sum(ref_total * _exp(ref_move), 0)
     # One logarithm of the quotient: those of the stats are rounded, and their difference may be all there is.
-    kl = gap / total + tl.log(ref_total / total)
+    kl = _quotient(gap, total) + tl.log(_quotient(ref_total, total))
     return shift, tl.log(total), ref_shift, tl.log(ref_total), kl
 
 
