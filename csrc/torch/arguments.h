@@ -39,9 +39,15 @@ inline Rows rows_of(const Tensor& t, const char* name, bool writable) {
   Rows rows;
   rows.data = writable ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
   rows.dtype = dtype_of(t, name);
-  rows.T = std::max<int64_t>(t.size(-2), 1);
-  rows.stride_t = t.stride(-2);
-  rows.stride_b = t.dim() == 3 ? t.stride(0) : 0;
+  rows.stride_b = t.stride(0);
+  if (t.dim() == 2) return rows;
+  const int64_t T = t.size(1), stride_t = t.stride(1);
+  if (t.stride(0) == T * stride_t) {  // evenly spaced: no division a row
+    rows.stride_b = stride_t;
+  } else {
+    rows.T = std::max<int64_t>(T, 1);
+    rows.stride_t = stride_t;
+  }
   return rows;
 }
 
