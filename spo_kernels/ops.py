@@ -78,13 +78,6 @@ def _(tensor: Tensor, scale: Tensor) -> None:
     return None
 
 
-# Statistics of a head's logits from its product, for backends that have a kernel for both; with the others the product
-# comes first, then a row op. Neither fake nor gradient: only ops over a head call it, and those have theirs.
-library.define(
-    "linear_part_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, float scale) "
-    "-> (Tensor stats, Tensor picked)"
-)
-
 # The forward over shards: logits are this process's columns, labels are global. With the statistics of the whole
 # vocabulary known, the gradient of a shard is the row op's own.
 

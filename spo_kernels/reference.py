@@ -136,22 +136,3 @@ def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, i
 def scale_(tensor: Tensor, scale: Tensor) -> None:
     """``tensor *= scale`` for a 0-d scale; a scale of 1 leaves the memory untouched."""
     tensor.mul_(scale)
-
-
-def linear_part_fwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``(stats [2, N], picked [N])`` of the logits ``scale (hidden weight^T + bias)``, rounded to the operands' dtype.
-
-    hidden ``[N, H]``, weight ``[C, H]``, bias ``[C]``; the C columns are all of a vocabulary or a part of it. stats are
-    shift and logsum as in `token_stats_fwd`; picked the labels' logits, -inf for `LABEL_ELSEWHERE`, ``[0]`` without
-    labels. Both in the accumulation dtype.
-    """
-    dtype = accumulate_dtype(hidden.dtype)
-    wide_bias = None if bias is None else bias.to(dtype)
-    logits = (scale * torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), wide_bias)).to(hidden.dtype)
-    stats = torch.stack(_log_softmax_stats(logits, dtype))
-    if labels is None:
-        return stats, stats.new_empty(0)
-    picked = logits.to(dtype).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
-    return stats, torch.where(labels == LABEL_ELSEWHERE, -torch.inf, picked)

@@ -112,16 +112,16 @@ def all_near(actual: list[Tensor], expected: list[Tensor]) -> None:
         near(got, want)
 
 
+def set_tile_sizes(monkeypatch: pytest.MonkeyPatch, **sizes: int | None) -> None:
+    monkeypatch.setitem(head.TILE_SIZES, "cpu", head.TILE_SIZES["cpu"]._replace(**sizes))
+
+
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of so few rows and columns that small inputs take many, uneven ones at the ends included."""
-    monkeypatch.setattr(head, "_TILE_ROWS", 5)
-    monkeypatch.setattr(head, "_TILE_BYTES", 1)
-    monkeypatch.setattr(head, "_LEAST_COLUMNS", 10)
+    set_tile_sizes(monkeypatch, rows=5, bytes=1, least_columns=10, wide_bytes=1, least_wide_rows=8)
     monkeypatch.setattr(head, "_ALIGNED_COLUMNS", 4)
     monkeypatch.setattr(head, "_CAST_COLUMNS", 7)
-    monkeypatch.setattr(head, "_WIDE_TILE_BYTES", 1)
-    monkeypatch.setattr(head, "_LEAST_WIDE_ROWS", 8)
 
 
 @pytest.fixture(params=[False, True], ids=["float32_products", "native_products"])
@@ -472,6 +472,32 @@ def test_masked_rows_are_dropped_before_the_product() -> None:
     assert not dhidden[x.labels == IGNORE].any()
 
 
+def test_a_tile_of_whole_rows_takes_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product, a row op, and copies of the results; blocks of columns have their parts merged on top."""
+    x = Inputs(96, v=1024, dtype=torch.float32)
+    labels = x.labels.clamp(min=0)
+
+    def calls(rows: int) -> int:
+        set_tile_sizes(monkeypatch, bytes=rows * 1024 * 4, least_forward_rows=1)
+        return len(forward_loop(head.Head(x.hidden, x.weight, None), labels).names)
+
+    of_tile = (calls(8) - calls(16)) / 6  # 12 tiles, and 6
+    assert of_tile <= 14  # six of which compute or copy; the others are views
+
+
+def test_whole_rows_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, options = Inputs(4, 6), OPTIONS["all"]
+    set_tile_sizes(monkeypatch, bytes=5 * 37 * 8, least_forward_rows=2)
+    logits, ref_logits = logits_of(*x.policy, **options), logits_of(*x.reference, **options)
+    logps, entropy = linear_token_logps(x.hidden, x.weight, x.labels, x.bias, return_entropy=True, **options)
+    near(logps, logps_of(logits, x.labels))
+    near(entropy, entropy_of(logits).where(x.labels != IGNORE, 0))
+    kl = linear_token_kl(
+        x.hidden, x.weight, x.ref_hidden, x.ref_weight, x.mask, x.bias, x.ref_bias, chunk_size=7, **options
+    )
+    near(kl, kl_of(logits, ref_logits).where(x.mask, 0))
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
 def test_what_is_frozen_costs_no_product(frozen: str) -> None:
     x = Inputs(40)
@@ -515,10 +541,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 @pytest.mark.skipif(ACTIVE == "reference", reason="plain torch makes temporaries of its own, several a tile")
 @pytest.mark.parametrize("route", ["recompute", "recompute_free"])
 def test_peak_memory_does_not_grow_with_the_rows(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "_TILE_ROWS", 256)
-    monkeypatch.setattr(head, "_TILE_BYTES", 1 << 20)
-    monkeypatch.setattr(head, "_WIDE_TILE_BYTES", 2 << 20)
-    monkeypatch.setattr(head, "_LEAST_WIDE_ROWS", 64)
+    set_tile_sizes(monkeypatch, rows=256, bytes=1 << 20, wide_bytes=2 << 20, least_wide_rows=64)
     loss = LinearSPOLoss(route=route)
     peaks = []
     for pairs in (4, 32):
@@ -658,8 +681,7 @@ ROUTE = pytest.mark.parametrize("route", ["recompute", "recompute_free", "auto"]
 def test_linear_spo_loss_is_spo_loss_of_the_logits(
     upstream: float, case: str, route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "_WIDE_TILE_BYTES", 1)
-    monkeypatch.setattr(head, "_LEAST_WIDE_ROWS", 20)  # two pairs to a tile, then one
+    set_tile_sizes(monkeypatch, wide_bytes=1, least_wide_rows=20)  # two pairs to a tile, then one
     x, options = pair_inputs(), dict(OBJECTIVES[case])
     pair_weight = options.pop("pair_weight", None)
     loss = LinearSPOLoss(route=route, **options)
@@ -906,8 +928,7 @@ def test_a_single_tile_needs_no_wider_sum(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_tile_makes_room_for_the_cast_of_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile of 8 rows takes 128 KiB, the weight's gradient 256 KiB and its sum 512: they are never held together."""
     monkeypatch.setattr(head, "native_products", lambda device_type, dtype: True)
-    monkeypatch.setattr(head, "_WIDE_TILE_BYTES", 1)
-    monkeypatch.setattr(head, "_LEAST_WIDE_ROWS", 8)
+    set_tile_sizes(monkeypatch, wide_bytes=1, least_wide_rows=8)
     monkeypatch.setattr(head, "_CAST_COLUMNS", 256)
     x = Inputs(4, 4, h=16, v=8192, dtype=torch.bfloat16)
     hidden, weight = x.hidden.requires_grad_(), x.weight.requires_grad_()

@@ -210,14 +210,7 @@ def test_compile(processes: Processes, shards: tuple[int, ...]) -> None:
 
 # ---- from hidden states
 
-TILES = {
-    "_TILE_ROWS": 5,
-    "_TILE_BYTES": 1,
-    "_LEAST_COLUMNS": 10,
-    "_ALIGNED_COLUMNS": 4,
-    "_WIDE_TILE_BYTES": 2**11,
-    "_LEAST_WIDE_ROWS": 12,
-}
+TILES = head.TileSizes(rows=5, bytes=1, least_columns=10, least_forward_rows=None, wide_bytes=2**11, least_wide_rows=12)
 OPTIONS = {"temperature": 1.3, "softcap": 3.0, "logit_scale": 0.6}
 
 
@@ -274,8 +267,8 @@ def head_result(
     """(outputs, gradient of hidden, of this process's weight, of its bias (0 if it has none))."""
     with pytest.MonkeyPatch.context() as patch:
         # So small that there are several, and of other sizes in every process.
-        for constant, value in TILES.items():
-            patch.setattr(head, constant, value)
+        patch.setitem(head.TILE_SIZES, "cpu", TILES)
+        patch.setattr(head, "_ALIGNED_COLUMNS", 4)
         x = dict(inputs)
         x["hidden"] = inputs["hidden"].detach().clone().requires_grad_()
         for key in ("weight", "bias", "ref_weight", "ref_bias"):

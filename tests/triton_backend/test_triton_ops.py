@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -33,9 +32,8 @@ from oracle import (
 from torch import Tensor
 
 import spo_kernels
-from spo_kernels import backends, head, reference
+from spo_kernels import backends, reference
 from spo_kernels.backends import Backend
-from spo_kernels.backends import triton_kernels as kernels
 
 INF, NAN = math.inf, math.nan
 
@@ -367,137 +365,6 @@ def test_scale(backend: Backend, dtype: torch.dtype, loads: list[int]) -> None:
 
 
 HEAD_DTYPES = [torch.bfloat16, torch.float16]
-
-
-def make_head(n: int, v: int, h: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden, weight, bias, labels; logits of a few units."""
-    hidden, weight, bias = torch.randn(n, h), torch.randn(v, h) * 2 / h**0.5, torch.randn(v)
-    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), torch.randint(v, (n,))
-
-
-def check_part(
-    backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Against float64 logits of the same inputs, which may be rounded to the inputs' dtype either way once."""
-    with poisoned_memory():
-        stats, picked = backend.linear_part_fwd(hidden, weight, bias, labels, scale)
-    assert stats.shape == (2, len(hidden)) and stats.dtype == picked.dtype == torch.float32
-    logits = scale * (hidden.double() @ weight.double().T + (0 if bias is None else bias.double()))
-    off = 0.51 * ulp(logits, hidden.dtype) + 1e-5  # rounded once, of a product summed in float32
-    lse = stats.double().sum(0)
-    assert (lse - logits.logsumexp(-1)).abs().le(off.amax(-1)).all()
-    assert stats[0].sub(logits.amax(-1)).abs().le(off.amax(-1)).all()
-    if labels is not None:
-        at = labels.clamp(min=0)[:, None]
-        error = (picked - logits.gather(-1, at)[:, 0]).abs()
-        elsewhere = labels == reference.LABEL_ELSEWHERE
-        assert (picked[elsewhere] == -INF).all()
-        assert error[~elsewhere].le(off.gather(-1, at)[:, 0][~elsewhere]).all()
-    return stats, picked
-
-
-# 128 x 128 blocks of 64 products: sizes of one block, of one more element than that, and of several, uneven ones. The
-# interpreter has one multiprocessor, so there are two splits where there are several blocks of columns.
-@pytest.mark.parametrize("dtype", HEAD_DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "v", "h"), [(1, 1, 1), (5, 128, 64), (129, 129, 65), (7, 700, 100), (300, 257, 16)])
-def test_linear_part_over_sizes(backend: Backend, n: int, v: int, h: int, dtype: torch.dtype) -> None:
-    hidden, weight, bias, labels = make_head(n, v, h, dtype)
-    stats, picked = check_part(backend, hidden, weight, bias, labels, 1.0)
-    expected, expected_picked = reference.linear_part_fwd(hidden, weight, bias, labels, 1.0)
-    torch.testing.assert_close(stats, expected, rtol=0, atol=0.05)
-    torch.testing.assert_close(picked, expected_picked, rtol=0.01, atol=0.05)
-    check_part(backend, hidden, weight, None, None, -0.7)
-
-
-@pytest.mark.parametrize("dtype", HEAD_DTYPES, ids=str)
-def test_linear_part_of_other_layouts_and_labels(backend: Backend, dtype: torch.dtype) -> None:
-    hidden, weight, bias, labels = make_head(9, 300, 48, dtype)
-    labels[::2] = reference.LABEL_ELSEWHERE
-    got = check_part(backend, hidden, weight, bias, labels, 1.3)
-    wide = torch.cat([hidden, hidden], -1)[:, :48]
-    for actual, expected in zip(backend.linear_part_fwd(wide, weight, bias, labels, 1.3), got, strict=True):
-        assert_same(actual, expected, "of another layout")
-    with pytest.raises(ValueError, match=r"weight must be contiguous, got strides \(1, 300\)"):
-        backend.linear_part_fwd(hidden, weight.T.contiguous().T, bias, labels, 1.3)
-    none = backend.linear_part_fwd(hidden[:0], weight, bias, labels[:0], 1.0)
-    assert [list(x.shape) for x in none] == [[2, 0], [0]]
-
-
-def test_linear_part_of_rows_beyond_numbers(backend: Backend) -> None:
-    """A bias of -inf is a token that cannot be; a row of NaN is NaN and touches no other."""
-    hidden, weight, bias, labels = make_head(4, 300, 16, torch.bfloat16)
-    bias[:200] = -INF
-    labels[0] = 3
-    hidden[2] = NAN
-    stats, picked = backend.linear_part_fwd(hidden, weight, bias, labels, 1.0)
-    assert stats[1].isnan().tolist() == [False, False, True, False]
-    assert picked[0] == -INF
-    whole = [0, 1, 3]
-    check_part(backend, hidden[whole], weight[200:], bias[200:], None, 1.0)
-    lse = (hidden[whole].double() @ weight[200:].double().T + bias[200:].double()).logsumexp(-1)
-    torch.testing.assert_close(stats.double().sum(0)[whole], lse, rtol=0, atol=0.02)
-    nothing, _ = backend.linear_part_fwd(hidden[:1], weight, torch.full_like(bias, -INF), None, 1.0)
-    assert nothing.tolist() == [[0.0], [-INF]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_linear_part_refuses_other_dtypes(backend: Backend, dtype: torch.dtype) -> None:
-    x = torch.zeros(1, 1, dtype=dtype)
-    with pytest.raises(ValueError, match="hidden must be bfloat16 or float16, got"):
-        backend.linear_part_fwd(x, x, None, None, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("width", "options", "fused"),
-    [
-        (32, {}, True),
-        (1024, {}, True),
-        (1040, {}, False),
-        (33, {}, False),
-        (32, {"softcap": 5.0}, False),
-        (32, {"dtype": torch.float32}, False),
-        (32, {"transposed": True}, False),
-    ],
-)
-def test_the_head_fuses_where_that_gains(
-    width: int, options: dict[str, Any], fused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(head, "native_products", lambda device_type, dtype: True)
-    launches: list[int] = []
-    monkeypatch.setattr(
-        kernels,
-        "linear_part_fwd_kernel",
-        Recorder(kernels.linear_part_fwd_kernel, launches),
-    )
-    hidden, weight, bias, labels = make_head(6, 150, width, options.get("dtype", torch.bfloat16))
-    if "transposed" in options:
-        weight = weight.T.contiguous().T
-    softcap = options.get("softcap")
-    labels[4] = IGNORE
-    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    scales = {"temperature": 1.3, "softcap": softcap, "logit_scale": 0.7}
-    logps = spo_kernels.linear_token_logps(hidden, weight, labels, bias, **scales)
-    assert bool(launches) == fused
-    gradients = torch.autograd.grad(logps, leaves, torch.linspace(-1, 2, 6))
-    wide = [x.detach().double().requires_grad_() for x in leaves]
-    z = 0.7 * (wide[0] @ wide[1].T + wide[2])
-    z = (z if softcap is None else softcap * (z / softcap).tanh()) / 1.3
-    truth_logps = z.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0] * (labels != IGNORE)
-    torch.testing.assert_close(logps.detach().double(), truth_logps.detach(), rtol=0, atol=0.05)
-    for got, want in zip(gradients, torch.autograd.grad(truth_logps, wide, torch.linspace(-1, 2, 6)), strict=True):
-        assert (got.double() - want).norm() <= 0.02 * want.norm()
-
-
-class Recorder:
-    """A kernel whose launches are counted."""
-
-    def __init__(self, kernel: Any, launches: list[int]) -> None:
-        self._kernel = kernel
-        self._launches = launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        self._launches.append(math.prod(grid))
-        return self._kernel[grid]
 
 
 @pytest.mark.parametrize("inplace", [False, True])
