@@ -110,8 +110,8 @@ def torch_flags() -> tuple[list[str], list[str], str]:
 
     root = Path(torch.__file__).parent
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:016x}"
-    # libtorch.so loads libtorch_cuda.so, where the weak stream function is found. No strong symbol needs libtorch.so, and
-    # Ubuntu's linker drops such libraries by default.
+    # The weak stream function is found in libtorch_cuda.so, which libtorch.so loads. No strong symbol needs
+    # libtorch.so, and Ubuntu's linker drops such libraries by default.
     link = [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
     return [target, "-isystem", str(root / "include")], link, torch.__version__
 

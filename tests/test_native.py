@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from spo_kernels.backends import cpu
+from spo_kernels.backends import cpu, cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc/cpu"
@@ -40,6 +40,17 @@ def test_undefined_symbols_are_stable(library: Path) -> None:
     symbols = {line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()}
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
     assert not {symbol for symbol in symbols if not ALLOWED_SYMBOLS.fullmatch(symbol)}
+
+
+@pytest.mark.skipif(cuda.library_path() is None, reason="built without CUDA")
+def test_the_cuda_library_brings_the_library_with_the_stream() -> None:
+    """The stream function is a weak symbol: without libtorch.so the library links and loads, and every call fails."""
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not installed")
+    path = cuda.library_path()
+    assert path is not None
+    listing = subprocess.run(["readelf", "-d", path], check=True, capture_output=True, text=True).stdout
+    assert {"libtorch.so", "libtorch_cpu.so"} <= set(re.findall(r"NEEDED.*\[(.+)\]", listing))
 
 
 def setup_constant(name: str) -> dict[str, str]:
