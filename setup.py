@@ -48,6 +48,18 @@ X86_LEVELS = {
 # Contraction is written out, as above. No fast-math: what may be approximate is written out too.
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Wno-deprecated-gpu-targets"]
 CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+OLDEST_ARCHITECTURE = (8, 0)
+
+# Names that TORCH_CUDA_ARCH_LIST may hold, as in torch.utils.cpp_extension; the old ones are older than 8.0.
+NAMED_ARCHITECTURES = {
+    "Ampere": "8.0 8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0 10.3 12.0 12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+}
+OLD_NAMES = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")
 
 
 def cuda_home() -> Path | None:
@@ -68,8 +80,44 @@ def cuda_home() -> Path | None:
 
 
 def cuda_architectures() -> list[str]:
-    """Those of TORCH_CUDA_ARCH_LIST, e.g. ``8.0;9.0+PTX``."""
-    return (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).replace(";", " ").split()
+    """Architectures of TORCH_CUDA_ARCH_LIST as numbers, e.g. ``["8.0", "9.0a", "12.0+PTX"]``, each once."""
+    value = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    found = [item for entry in re.split(r"[;,\s]+", value) if entry for item in architectures_of_entry(entry)]
+    if not found:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST holds no architecture, got {value!r}")
+    return list(dict.fromkeys(found))
+
+
+def architectures_of_entry(entry: str) -> list[str]:
+    """The architectures of one entry of TORCH_CUDA_ARCH_LIST: a number, a name or ``native``."""
+    if entry == "native":
+        return native_architectures()
+    for name in (entry, entry.removesuffix("+PTX")):
+        if name in NAMED_ARCHITECTURES:
+            *others, last = NAMED_ARCHITECTURES[name].split()
+            return [*others, last if name == entry else last.removesuffix("+PTX") + "+PTX"]
+    number = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", entry)
+    if (number and (int(number[1]), int(number[2])) < OLDEST_ARCHITECTURE) or entry.split("+")[0] in OLD_NAMES:
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST must hold 8.0 or newer only, got {entry!r}: the CUDA kernels need 8.0 (Ampere); "
+            "take the entry off the list, or set SPO_CUDA=0 to build without CUDA kernels"
+        )
+    if number is None:
+        raise SystemExit(
+            "TORCH_CUDA_ARCH_LIST must hold numbers (9.0, 9.0a, 12.0+PTX), native or the names "
+            f"{', '.join(NAMED_ARCHITECTURES)}, got {entry!r}"
+        )
+    return [f"{number[1]}.{number[2]}{number[3]}{number[4] or ''}"]
+
+
+def native_architectures() -> list[str]:
+    """Architectures of the GPUs that the torch in the build environment sees."""
+    import torch
+
+    seen = sorted({torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())})
+    if not seen:
+        raise SystemExit("TORCH_CUDA_ARCH_LIST=native needs a GPU that torch sees, got none: give numbers such as 9.0")
+    return [item for major, minor in seen for item in architectures_of_entry(f"{major}.{minor}")]
 
 
 def cuda_fact() -> str:
@@ -86,12 +134,9 @@ def gencode_flags() -> list[str]:
     """``-gencode`` of every architecture."""
     flags = []
     for item in cuda_architectures():
-        version, plus, ptx = item.partition("+")
-        number = version.replace(".", "")
-        if not number.rstrip("af").isdigit() or (plus and ptx != "PTX"):
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: cannot read {item!r}; 9.0 or 12.0+PTX are what it may hold")
+        number, _, ptx = item.replace(".", "").partition("+")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if plus:
+        if ptx:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
