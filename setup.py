@@ -17,12 +17,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 
 import setuptools
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 LIBRARY, CUDA_LIBRARY, CONTROL = "libspo_kernels.so", "libspo_kernels_cuda.so", "_control"
 
 # The oldest torch the library runs with, as torch spells it (major, minor << 56 and 48).
@@ -130,6 +131,23 @@ def cuda_fact() -> str:
     return f"nvcc {release[1] if release else 'of unknown version'}, for {' '.join(cuda_architectures())}"
 
 
+def cxx() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def build_facts() -> dict[str, str]:
+    """What the libraries are built with, as macros that the installed package reports."""
+    import torch
+
+    version = subprocess.run([cxx(), "--version"], check=True, capture_output=True, text=True).stdout
+    return {
+        "SPO_COMPILER": version.splitlines()[0],
+        "SPO_TORCH_VERSION": torch.__version__,
+        "SPO_TORCH_TARGET": ".".join(map(str, TORCH_TARGET)),
+        "SPO_CUDA_FACT": cuda_fact(),
+    }
+
+
 def gencode_flags() -> list[str]:
     """``-gencode`` of every architecture."""
     flags = []
@@ -149,16 +167,26 @@ def cpu_sources() -> dict[str, list[str]]:
     return sources
 
 
-def torch_flags() -> tuple[list[str], list[str], str]:
-    """Compile flags, link flags and version of the torch in the build environment."""
+def torch_flags() -> tuple[list[str], list[str]]:
+    """Compile flags and link flags of the torch in the build environment."""
     import torch
 
     root = Path(torch.__file__).parent
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:016x}"
-    # libtorch.so loads libtorch_cuda.so, where the weak stream function is found. No strong symbol needs libtorch.so, and
-    # Ubuntu's linker drops such libraries by default.
+    # libtorch.so loads libtorch_cuda.so, where the weak stream function is found. No strong symbol needs libtorch.so,
+    # and Ubuntu's linker drops such libraries by default.
     link = [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
-    return [target, "-isystem", str(root / "include")], link, torch.__version__
+    return [target, *system_headers(root / "include")], link
+
+
+def system_headers(folder: str | Path) -> list[str]:
+    """Flags for headers in this folder. Error messages name them relative to it, without paths of the build machine."""
+    return ["-isystem", str(folder), f"-ffile-prefix-map={folder}/="]
+
+
+def shell(words: list[str]) -> str:
+    """A command line for a ninja file: quoted for the shell, and with ``$`` as ninja wants it."""
+    return shlex.join(words).replace("$", "$$")
 
 
 class NinjaBuild(build_ext):
@@ -166,7 +194,10 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         package = ROOT / "spo_kernels" if self.inplace else Path(self.build_lib).resolve() / "spo_kernels"
-        build = Path(self.build_temp).resolve()
+        # setuptools gives an editable build a temporary folder, in which nothing would be incremental.
+        build = ROOT / "build/editable" if self.inplace else Path(self.build_temp).resolve()
+        # ninja does not see that a compiler or torch was replaced: each combination has a folder of its own.
+        build /= f"{zlib.crc32(repr(build_facts()).encode()):08x}"
         package.mkdir(parents=True, exist_ok=True)
         build.mkdir(parents=True, exist_ok=True)
         self.write_ninja_file(build / "build.ninja", package)
@@ -177,60 +208,58 @@ class NinjaBuild(build_ext):
         import pybind11
         from ninja import ninja_syntax
 
-        compiler = os.environ.get("CXX", "g++")
+        compiler = cxx()
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         if os.environ.get("SPO_SANITIZE") == "1":
             extra += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
-        torch_compile, torch_link, torch_version = torch_flags()
-        version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-        facts = {
-            "SPO_COMPILER": version.splitlines()[0],
-            "SPO_TORCH_VERSION": torch_version,
-            "SPO_TORCH_TARGET": ".".join(map(str, TORCH_TARGET)),
-            "SPO_CUDA_FACT": cuda_fact(),
-        }
-        python = [f"-D{name}={c_string(value)}" for name, value in facts.items()]
-        python += ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11.get_include()]
+        torch_compile, torch_link = torch_flags()
+        python = [f"-D{name}={c_string(value)}" for name, value in build_facts().items()]
+        python += [*system_headers(sysconfig.get_paths()["include"]), *system_headers(pybind11.get_include())]
         control = package / (CONTROL + sysconfig.get_config_var("EXT_SUFFIX"))
+
+        # Label errors and device assertions name a source file relative to the repository.
+        own_sources = f"-ffile-prefix-map={ROOT}/="
+        common = shell([*COMMON_FLAGS, own_sources])
 
         with path.open("w") as file:
             writer = ninja_syntax.Writer(file)
             writer.rule(
                 "compile",
-                f"{compiler} -MMD -MF $out.d {shlex.join(COMMON_FLAGS)} $flags {shlex.join(extra)} -c $in -o $out",
+                f"{shell([compiler])} -MMD -MF $out.d {common} $flags {shell(extra)} -c $in -o $out",
                 depfile="$out.d",
                 deps="gcc",
             )
-            writer.rule("link", f"{compiler} -shared {shlex.join(extra)} $in $flags -o $out")
+            writer.rule("link", f"{shell([compiler])} -shared {shell(extra)} $in $flags -o $out")
 
             def compile_object(source: str, flags: list[str]) -> str:
                 out = source.replace("/", "_") + ".o"
-                writer.build(out, "compile", str(ROOT.resolve() / source), variables={"flags": shlex.join(flags)})
+                writer.build(out, "compile", str(ROOT / source), variables={"flags": shell(flags)})
                 return out
 
             objects = [compile_object(source, flags) for source, flags in cpu_sources().items()]
             objects.append(compile_object("csrc/torch/ops_cpu.cpp", torch_compile))
             link = [*torch_link, f"-Wl,-soname,{LIBRARY}", "-pthread"]
-            writer.build(str(package / LIBRARY), "link", objects, variables={"flags": shlex.join(link)})
+            writer.build(str(package / LIBRARY), "link", objects, variables={"flags": shell(link)})
             (package / CUDA_LIBRARY).unlink(missing_ok=True)  # of an earlier build in place
             if home := cuda_home():
                 nvcc = [str(home / "bin/nvcc"), "-ccbin", compiler, *NVCC_FLAGS, *gencode_flags()]
-                writer.rule("nvcc", f"{shlex.join(nvcc)} -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+                nvcc.append(f'-Xcompiler="{own_sources}"')  # nvcc takes an unquoted comma or space as the flag's end
+                writer.rule("nvcc", f"{shell(nvcc)} -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
                 objects = []
                 for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-                    objects += writer.build(f"{source.stem}.cuda.o", "nvcc", str(source.resolve()))
-                include = ["-isystem", str(home / "include")]
+                    objects += writer.build(f"{source.stem}.cuda.o", "nvcc", str(source))
+                include = system_headers(home / "include")
                 objects.append(compile_object("csrc/torch/ops_cuda.cpp", [*torch_compile, *include]))
                 link = [*torch_link, f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-pthread"]
                 link.append(f"-Wl,-soname,{CUDA_LIBRARY}")
-                writer.build(str(package / CUDA_LIBRARY), "link", objects, variables={"flags": shlex.join(link)})
-            link = [f"-L{package}", f"-l:{LIBRARY}", "'-Wl,-rpath,$$ORIGIN'"]
+                writer.build(str(package / CUDA_LIBRARY), "link", objects, variables={"flags": shell(link)})
+            link = [f"-L{package}", f"-l:{LIBRARY}", "-Wl,-rpath,$ORIGIN"]
             writer.build(
                 str(control),
                 "link",
                 compile_object("csrc/python/control.cpp", python),
                 implicit=str(package / LIBRARY),
-                variables={"flags": " ".join(link)},
+                variables={"flags": shell(link)},
             )
 
     def get_outputs(self) -> list[str]:

@@ -1,12 +1,18 @@
-"""The build: the architectures of the CUDA kernels.
+"""The build: architectures of the CUDA kernels, paths with a space, what the libraries and the sdist hold, the version.
 
 setup.py is imported, not run: no test here needs nvcc or builds a whole library.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +21,9 @@ import pytest
 import setuptools
 import torch
 from torch.utils import cpp_extension
+
+import spo_kernels
+from spo_kernels.backends import cpu, cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,3 +132,110 @@ def test_native_architectures(
         return
     with pytest.raises(SystemExit, match=r"got '7\.5'" if capabilities else "needs a GPU that torch sees"):
         setup.cuda_architectures()
+
+
+@pytest.fixture
+def spaced_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The ninja file of a build in which every path has spaces, with a CUDA toolkit that is none."""
+    root, build, toolkit = (tmp_path / name for name in ("a tree b", "a build b", "a toolkit b"))
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    shutil.copy(ROOT / "setup.py", root)
+    build.mkdir()
+    (toolkit / "include").mkdir(parents=True)
+    (toolkit / "include/cuda_runtime.h").touch()
+    nvcc = toolkit / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho release 13.0\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    monkeypatch.setenv("SPO_CUDA", "1")
+    monkeypatch.setenv("PATH", str(nvcc.parent), prepend=":")
+    for name in ("TORCH_CUDA_ARCH_LIST", "CXX", "CXXFLAGS", "SPO_SANITIZE"):
+        monkeypatch.delenv(name, raising=False)
+    module = imported_setup(root / "setup.py", monkeypatch)
+    module.NinjaBuild(setuptools.Distribution()).write_ninja_file(build / "build.ninja", root / "spo_kernels")
+    return build
+
+
+def ninja(build: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "ninja", "-C", str(build), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def test_a_path_with_a_space_is_one_word_of_every_command(spaced_build: Path) -> None:
+    root, toolkit = (spaced_build.parent / name for name in ("a tree b", "a toolkit b"))
+    lines = [line for line in ninja(spaced_build, "-t", "commands").splitlines() if not line.startswith("ninja: ")]
+    commands = [shlex.split(line) for line in lines]
+    words = {word for command in commands for word in command}
+    assert not [word for word in words if re.match(r"(tree|build|toolkit|b)\b", word)], "a path is cut at its space"
+    sources = [
+        "cpu/row_ops.cpp",
+        "torch/ops_cpu.cpp",
+        "cuda/row_ops_f32.cu",
+        "torch/ops_cuda.cpp",
+        "python/control.cpp",
+    ]
+    assert {str(root / "csrc" / source) for source in sources} <= words
+    assert {f"-L{root / 'spo_kernels'}", f"-L{toolkit / 'lib64'}", str(toolkit / "include")} <= words
+    assert {str(toolkit / "bin/nvcc"), f'-Xcompiler="-ffile-prefix-map={root}/="'} <= words
+    assert str(root / "spo_kernels/libspo_kernels_cuda.so") in words
+    assert "-Wl,-rpath,$ORIGIN" in words
+
+
+def test_a_build_in_a_folder_with_a_space_is_incremental(spaced_build: Path) -> None:
+    target = "csrc_cpu_simd_level.cpp.o"
+    ninja(spaced_build, target)
+    assert (spaced_build / target).stat().st_size > 0
+    assert "no work to do" in ninja(spaced_build, target)
+    (spaced_build.parent / "a tree b/csrc/cpu/simd_level.h").touch()
+    assert "no work to do" not in ninja(spaced_build, "-n", target), "the header is not among what ninja tracks"
+
+
+LIBRARIES = [path for path in (cpu.library_path(), cuda.library_path()) if path is not None]
+if LIBRARIES:
+    LIBRARIES.append(Path(str(cpu.load().__file__)))
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name.split(".")[0])
+def test_libraries_do_not_name_folders_of_the_build_machine(library: Path) -> None:
+    content = library.read_bytes()
+    assert str(ROOT).encode() not in content
+    assert str(Path(torch.__file__).parent).encode() not in content
+    sources = set(re.findall(rb"[\w./+ -]*\.(?:cpp|cuh|cu|h)\b", content))
+    assert not [path for path in sources if path.startswith(b"/")]
+    if library.stem == "libspo_kernels":
+        assert b"csrc/torch/ops_cpu.cpp" in content
+
+
+@pytest.mark.skipif(not LIBRARIES, reason="the compiled kernels were not built")
+def test_a_label_error_names_the_source_file_alone() -> None:
+    with pytest.raises(RuntimeError, match="labels must be in") as refused:
+        cpu.token_stats_fwd(torch.zeros(1, 4), torch.tensor([4]), None, None, -100)
+    assert re.search(r"(^|[ ,(])csrc/torch/ops_cpu\.cpp:\d+", str(refused.value)), refused.value
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert importlib.metadata.version("spo_kernels") == spo_kernels.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", spo_kernels.__version__)
+    assert not re.search(
+        r"^version\b", (ROOT / "pyproject.toml").read_text().split("[project.optional")[0], re.MULTILINE
+    )
+    assert "version=" not in (ROOT / "setup.py").read_text()
+
+
+def test_the_sdist_holds_what_a_build_and_the_tests_need(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    left_out = shutil.ignore_patterns(".*", "*.egg-info", "*.so", "__pycache__", "build", "dist", "out", "venv*")
+    shutil.copytree(ROOT, tree, ignore=left_out)
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=tree, check=True, capture_output=True, timeout=300)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as sdist:
+        held = {name.partition("/")[2] for name in sdist.getnames()}
+    assert archive.name == f"spo_kernels-{spo_kernels.__version__}.tar.gz"
+    for folder in ("csrc", "tests", "spo_kernels", "python"):
+        needed = {str(path.relative_to(tree)) for path in (tree / folder).rglob("*") if path.is_file()}
+        needed -= {name for name in needed if ".egg-info/" in name}
+        assert needed <= held, needed - held
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "benchmarks/__main__.py"} <= held
+    assert not [name for name in held if name.endswith((".png", ".so", ".pyc"))]
