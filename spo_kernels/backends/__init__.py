@@ -24,6 +24,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -159,8 +160,11 @@ def active(device: torch.device | str = "cpu") -> str:
     return chosen.backend
 
 
+@cache
 def get(name: str) -> Backend:
     """The functions of a backend, to be called directly, without autograd.
+
+    Looks for the backend in the file system until it has been had once: every op call comes through here.
 
     Raises ValueError for an unknown name and RuntimeError for a backend that cannot be had.
     """

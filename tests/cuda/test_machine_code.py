@@ -47,6 +47,14 @@ def nvcc_or_skip() -> Path:
     return nvcc
 
 
+def test_device_assertions_name_the_source_file_alone(tmp_path: Path) -> None:
+    assert LIBRARY is not None
+    machine_code.run(machine_code.tool("cuobjdump"), "-xelf", "all", LIBRARY.resolve(), cwd=tmp_path)
+    cubins = [path.read_bytes() for path in tmp_path.glob("*.cubin")]
+    named = {name for cubin in cubins for name in re.findall(rb"[\w./+ -]*row_kernels\.cuh", cubin)}
+    assert named == {b"csrc/cuda/row_kernels.cuh"}
+
+
 def over(loops: list[Loop], gpu: str, most: float) -> list[str]:
     return [f"{loop.kernel}: {loop.share(GPUS[gpu])}" for loop in loops if loop.share(GPUS[gpu])[0] > most]
 
