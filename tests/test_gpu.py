@@ -274,6 +274,24 @@ def test_a_device_that_is_not_the_current_one() -> None:
 
 
 @on_gpu
+def test_values_on_another_device_are_refused() -> None:
+    """The row ops check it themselves: a kernel that reads a host pointer ends the context."""
+    logits, ones = torch.randn(4, 9, device="cuda"), torch.ones(4)
+    op = torch.ops.spo_kernels.token_stats_fwd
+    for name, arguments in {
+        "labels": (torch.zeros(4, dtype=torch.int64), None, None),
+        "ref_logits": (None, torch.randn(4, 9), None),
+        "mask": (None, logits, ones.bool()),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"{name} must be on the device of logits"):
+            op(logits, *arguments, -100, False)
+    with pytest.raises(RuntimeError, match="row_weight must be on the device of logits"):
+        torch.ops.spo_kernels.kl_loss_fwd(logits, logits, ones)
+    with pytest.raises(RuntimeError, match="scale must be on the device of tensor"):
+        torch.ops.spo_kernels.scale_(logits, ones[0])
+
+
+@on_gpu
 @pytest.mark.parametrize("name", [name for name in ("cuda", "triton") if name in backends.available()])
 def test_a_label_out_of_range_stops_the_program(name: str) -> None:
     """A trap leaves the GPU unusable for its process, so it has one of its own."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import os
 import platform
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import emulated
 import pytest
+import torch
 
 from spo_kernels.backends import cpu, cuda
 
@@ -51,6 +54,24 @@ def test_the_cuda_library_brings_the_library_with_the_stream() -> None:
     assert path is not None
     listing = subprocess.run(["readelf", "-d", path], check=True, capture_output=True, text=True).stdout
     assert {"libtorch.so", "libtorch_cpu.so"} <= set(re.findall(r"NEEDED.*\[(.+)\]", listing))
+
+
+# torch's headers are the same on every platform. .ci/run names a folder with the oldest supported torch's.
+HEADERS = {"installed": Path(torch.__file__).parent / "include", "oldest": os.environ.get("SPO_OLDEST_TORCH_HEADERS")}
+
+
+@pytest.mark.parametrize("source", ["ops_cpu.cpp", "ops_cuda.cpp"])
+@pytest.mark.parametrize("torch_version", HEADERS)
+def test_sources_are_legal_with_the_headers_of_torch(torch_version: str, source: str) -> None:
+    """With 2.10 to 2.12 an undefined version once chose code that only 2.13 has."""
+    headers, cuda_headers = HEADERS[torch_version], emulated.cuda_include()
+    if headers is None:
+        pytest.skip("SPO_OLDEST_TORCH_HEADERS is not set")
+    if source == "ops_cuda.cpp" and cuda_headers is None:
+        pytest.skip("no CUDA toolkit, whose headers it takes")
+    include = ["-isystem", headers, *(["-isystem", cuda_headers] if cuda_headers else [])]
+    flags = ["-std=c++20", "-fsyntax-only", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    subprocess.run(["g++", *flags, *include, ROOT / "csrc/torch" / source], check=True, timeout=300)
 
 
 def setup_constant(name: str) -> dict[str, str]:
