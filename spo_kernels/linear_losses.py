@@ -38,6 +38,7 @@ from spo_kernels.losses import (
     check_like,
     check_number,
     checked_importance,
+    checked_mu,
     mean_or_zero,
     pair_error,
     pair_preference,
@@ -160,11 +161,11 @@ class LinearSPOLoss(nn.Module):
         route: "recompute" or "recompute_free" (see the module), the same loss and gradients to rounding, or "auto".
             "recompute_free" computes gradients in the forward, keeps them in float32 (in bfloat16 where matrix
             products are), and can run one backward, which multiplies them by the upstream scalar on the device. It
-            needs pair weights that a pair determines: uniform,
-            `pair_weight`, or a `SoftImportance` whose normalizer is a number or a Tensor ("batch" and "ema" know theirs
-            only after the last pair; for a running average that lags by a step pass its `running_mean` as normalizer
-            and update it with `SPOMetrics.chosen_logps` and `rejected_logps`); and tiles that hold every pair, chosen
-            and rejected rows. "auto" takes it where the weights allow it, and recomputes the pairs that are too long.
+            needs pair weights that a pair determines: uniform, `pair_weight`, or a `SoftImportance` whose normalizer is
+            a number or a Tensor ("batch" and "ema" know theirs only after the last pair; for a running average that
+            lags by a step, call a second `SoftImportance` of "ema" with `SPOMetrics.chosen_logps` and `rejected_logps`,
+            and give its `running_mean` to `set_normalizer`); and tiles that hold every pair, chosen and rejected rows.
+            "auto" takes it where the weights allow it, and recomputes the pairs that are too long.
             float16 recomputes, and refuses "recompute_free": see `kl_loss`.
             The KL's coefficient is always known. Without gradients no route computes any.
     """
@@ -289,13 +290,14 @@ class LinearSPOLoss(nn.Module):
             )
         logps = sums / counts.clamp(min=1) if self.average else sums
         logp_w, logp_l = logps[:pairs], logps[pairs:]
+        mu = checked_mu(self.weight if pair_weight is None else pair_weight, logp_w, logp_l)
         losses, chosen_rewards, rejected_rewards = spo_loss(
             logp_w,
             logp_l,
             reference_chosen_logps,
             reference_rejected_logps,
             alpha=self.alpha,
-            weight=self.weight if pair_weight is None else pair_weight,
+            weight=mu,
             center=self.center,
         )
         preference = objective = mean_or_zero(losses)
@@ -306,7 +308,9 @@ class LinearSPOLoss(nn.Module):
         kl = self._mean_kl(kl_hidden, policy, (kl_ref_hidden, kl_ref_weight, kl_ref_bias), kl_mask, kl_cu_seqlens)
         if kl is not None:
             objective = objective + self.beta * kl
-        return objective, spo_metrics(preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards)
+        return objective, spo_metrics(
+            preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards, mu, self.alpha
+        )
 
     def _gradients_at_once(self, pair_weight: Tensor | None, dtype: torch.dtype) -> bool:
         """Whether the route is the one without recomputation, for these pair weights and a head of this dtype."""

@@ -86,8 +86,10 @@ def _checked_references(chosen: Tensor | None, rejected: Tensor | None, policy: 
     return chosen.detach().to(policy.dtype), rejected.detach().to(policy.dtype)
 
 
-def _checked_weight(weight: PairWeight, logp_w: Tensor, logp_l: Tensor) -> Tensor:
-    """mu [P] as a constant."""
+def checked_mu(weight: PairWeight | None, logp_w: Tensor, logp_l: Tensor) -> Tensor:
+    """mu [P] as a constant; calls a callable weight once."""
+    if weight is None:
+        return torch.ones_like(logp_w.detach())
     mu = weight if isinstance(weight, Tensor) else None
     if mu is None:
         if not callable(weight):
@@ -188,7 +190,7 @@ def spo_loss(
     check_number("beta", beta)
     losses = _PairPreference.apply(logp_w - logp_l, alpha, center)
     if weight is not None:
-        losses = _checked_weight(weight, logp_w, logp_l) * losses
+        losses = checked_mu(weight, logp_w, logp_l) * losses
     if kl is not None:
         if beta == 0:
             raise ValueError("kl must be None where beta is 0: it would have no effect; give beta > 0")
@@ -317,12 +319,16 @@ class SoftImportance(nn.Module):
         normalizer: "batch", the mean of s over the pairs of this call; "ema", a running average of that mean, kept in
             `state_dict` (`running_mean`, `num_updates`), updated by calls in training mode before it is used, set by
             the first of them, and replaced by the batch's mean until there has been one; or a float or 0-d Tensor, for
-            instance what `batch_normalizer` gave for all pairs of an accumulated step.
+            instance what `batch_normalizer` gave for all pairs of an accumulated step. `set_normalizer` changes it.
         process_group: sums and counts of s are all-reduced over it, so ranks may hold different numbers of pairs (none
             included); every rank must call. None: no communication.
         decay: share of the old value that an "ema" update keeps, in [0, 1).
 
     A batch whose mean is not finite (no pair, or a pair with both log-probs -inf) leaves the running average alone.
+
+    The running average and a Tensor normalizer follow ``.to(device)`` and keep their dtype through ``.to(dtype)``,
+    ``.half()`` and ``.bfloat16()``: the average is float32, and a checkpoint that holds it in another dtype loads into
+    float32. Every call in training mode moves the average; `SPOMetrics.mu` has the weights of a step without a call.
     """
 
     running_mean: Tensor
@@ -339,23 +345,47 @@ class SoftImportance(nn.Module):
         super().__init__()
         check_number("gamma", gamma)
         check_number("decay", decay, high=1.0)
+        self.gamma = gamma
+        self.process_group = process_group
+        self.decay = decay
+        self.set_normalizer(normalizer)
+
+    def set_normalizer(self, normalizer: str | float | Tensor) -> None:
+        """Change the normalizer to "batch", "ema", a float or a 0-d Tensor, which is held detached, not copied.
+
+        "ema" starts a running average on the CPU, as `__init__` does; where there has been one before, it goes on.
+        """
         if isinstance(normalizer, str):
             if normalizer not in ("batch", "ema"):
                 raise ValueError(f'normalizer must be "batch", "ema", a float or a 0-d Tensor, got {normalizer!r}')
         elif isinstance(normalizer, Tensor):
             if normalizer.dim() != 0:
                 raise ValueError(f"normalizer must be a 0-d Tensor, got {list(normalizer.shape)}")
+            normalizer = normalizer.detach()
         elif not isinstance(normalizer, (int, float)):
             raise TypeError(
                 f'normalizer must be "batch", "ema", a float or a 0-d Tensor, got {type(normalizer).__name__}'
             )
-        self.gamma = gamma
         self.normalizer = normalizer
-        self.process_group = process_group
-        self.decay = decay
-        if isinstance(normalizer, str) and normalizer == "ema":
-            self.register_buffer("running_mean", torch.zeros(()))
+        if isinstance(normalizer, str) and normalizer == "ema" and not hasattr(self, "running_mean"):
+            # Not the default dtype, which is half precision where a model is made in it.
+            self.register_buffer("running_mean", torch.zeros((), dtype=torch.float32))
             self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftImportance:
+        def keeping_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keeping_dtype, recurse)
+        if isinstance(self.normalizer, Tensor):
+            self.normalizer = keeping_dtype(self.normalizer)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if hasattr(self, "running_mean"):  # assign=True takes the checkpoint's Tensor, in the checkpoint's dtype
+            self.running_mean = self.running_mean.to(torch.float32)
 
     def extra_repr(self) -> str:
         ema = f", decay={self.decay}" if hasattr(self, "running_mean") else ""
@@ -390,6 +420,8 @@ class SoftImportance(nn.Module):
                 f"logp_w must be on the device of SoftImportance's state, got {scores.device} against "
                 f"{self.running_mean.device}; move the module with .to()"
             )
+        if self.running_mean.dtype not in (torch.float32, torch.float64):  # cast behind the module's back
+            raise ValueError(f"running_mean must be float32 or float64, got {self.running_mean.dtype}")
         mean = self._mean(scores).to(self.running_mean.dtype)
         if self.training:
             # where() instead of if: the decision stays on the device
@@ -411,6 +443,8 @@ class SPOMetrics(NamedTuple):
     rejected_rewards: Tensor  # [P]
     accuracy: Tensor  # [] share of pairs with D > 0: the policy's own preference (eq. 6) agrees with the label
     margin: Tensor  # [] mean of D, nats
+    mu: Tensor  # [P] weights of the pairs; 1 without importance
+    preference_error: Tensor  # [P] sigmoid(-alpha D) of eq. 12: 0 where the policy surely prefers the chosen response
 
 
 def mean_or_zero(x: Tensor) -> Tensor:
@@ -425,6 +459,8 @@ def spo_metrics(
     logp_l: Tensor,
     chosen_rewards: Tensor,
     rejected_rewards: Tensor,
+    mu: Tensor,
+    alpha: float,
 ) -> SPOMetrics:
     margin = (logp_w - logp_l).detach()
     return SPOMetrics(
@@ -436,6 +472,8 @@ def spo_metrics(
         rejected_rewards=rejected_rewards,
         accuracy=mean_or_zero((margin > 0).to(margin.dtype)),
         margin=mean_or_zero(margin),
+        mu=mu,
+        preference_error=pair_error(margin, alpha),
     )
 
 
@@ -543,20 +581,23 @@ class SPOLoss(nn.Module):
         if logps.shape[0] % 2:
             raise ValueError(f"logits must hold P chosen and then P rejected sequences, got {logps.shape[0]} in all")
         logp_w, logp_l = logps[:pairs], logps[pairs:]
+        mu = checked_mu(self.weight, logp_w, logp_l)
         losses, chosen_rewards, rejected_rewards = spo_loss(
             logp_w,
             logp_l,
             reference_chosen_logps,
             reference_rejected_logps,
             alpha=self.alpha,
-            weight=self.weight,
+            weight=mu,
             center=self.center,
         )
         preference = objective = mean_or_zero(losses)
         kl = self._mean_kl(kl_logits, kl_ref_logits, kl_mask, kl_cu_seqlens)
         if kl is not None:
             objective = preference + self.beta * kl
-        return objective, spo_metrics(preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards)
+        return objective, spo_metrics(
+            preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards, mu, self.alpha
+        )
 
     def _mean_kl(
         self, logits: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
