@@ -308,9 +308,7 @@ class LinearSPOLoss(nn.Module):
         kl = self._mean_kl(kl_hidden, policy, (kl_ref_hidden, kl_ref_weight, kl_ref_bias), kl_mask, kl_cu_seqlens)
         if kl is not None:
             objective = objective + self.beta * kl
-        return objective, spo_metrics(
-            preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards, mu, self.alpha
-        )
+        return objective, spo_metrics(preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards, mu, self.alpha)
 
     def _gradients_at_once(self, pair_weight: Tensor | None, dtype: torch.dtype) -> bool:
         """Whether the route is the one without recomputation, for these pair weights and a head of this dtype."""

@@ -595,9 +595,7 @@ class SPOLoss(nn.Module):
         kl = self._mean_kl(kl_logits, kl_ref_logits, kl_mask, kl_cu_seqlens)
         if kl is not None:
             objective = preference + self.beta * kl
-        return objective, spo_metrics(
-            preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards, mu, self.alpha
-        )
+        return objective, spo_metrics(preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards, mu, self.alpha)
 
     def _mean_kl(
         self, logits: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None

@@ -549,20 +549,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const std::int64_t end = begin + part_elements < a.V ? begin + part_elements : a.V;
   T* out = row_of<T>(a.dz, row);
 
-  const bool logp = a.dlogps && a.labels && a.labels[row] != a.ignore_index;
-  const bool kl = with_kl && a.dkl && (!a.mask || a.mask[row]);
+  // A row with an upstream gradient of 0 is not read: its logits may be NaN.
+  const A g_logp =
+      a.dlogps && a.labels && a.labels[row] != a.ignore_index ? static_cast<const A*>(a.dlogps)[row] : A{0};
+  const A g_kl = with_kl && a.dkl && (!a.mask || a.mask[row]) ? static_cast<const A*>(a.dkl)[row] : A{0};
+  const bool logp = g_logp != 0, kl = g_kl != 0;
   if (!logp && !kl) return write_zeros<threads_per_row, E>(out, begin, end, a.V);
 
   const std::int64_t label = logp && a.labels[row] != kLabelElsewhere ? a.labels[row] : -1;
   if (logp) check_label(a.labels[row], a.V);
   const auto* stats = static_cast<const A*>(a.stats);
   const RowStats<A> policy(stats[row], stats[a.N + row]);
-  const A g_logp = logp ? static_cast<const A*>(a.dlogps)[row] : A{0};
   const Source<T, E> z(a.z, row, a.V);
   if constexpr (with_kl) {
     if (kl) {
       const Gradient<A> grad(policy, {stats[2 * a.N + row], stats[3 * a.N + row]},
-                             kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp, static_cast<const A*>(a.dkl)[row]);
+                             kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp, g_kl);
       const Source<R, E> r(a.r, row, a.V);
       return write_gradient<threads_per_row, true>(out, z, r, grad, label, begin, end);
     }
