@@ -6,6 +6,8 @@ D = L_w - L_l. Everything here is [P]-sized plain torch, shared by every backend
 
 Log-probs of -inf are legal and follow the equations: an impossible chosen response makes SPO's loss +inf, an impossible
 rejected one makes it 0 (-log(2)/alpha when centred), both at once make D, the loss and the gradient NaN.
+
+A pair of weight 0 is not read: whatever its log-probs are, NaN included, its loss and its gradient are 0.
 """
 
 from __future__ import annotations
@@ -167,7 +169,7 @@ def spo_loss(
         reference_rejected_logps: [P], given together with the above.
         alpha: softness, >= 0; the minimizer of the expected loss is softmax(r / alpha).
         weight: mu, symmetric in the pair and not negative: a Tensor [P], a callable (L_w [P], L_l [P]) -> mu [P] like
-            `SoftImportance`, or None for 1. Never differentiated.
+            `SoftImportance`, or None for 1. Never differentiated. Pairs of weight 0 are not read.
         kl: K_s [S], the token KL of sequences sampled from the policy summed over each, or one value [] for their mean.
         beta: weight of the KL, >= 0. A KL without beta, and a beta without KL, are errors.
         center: leave out the constant log(2)/alpha.
@@ -188,9 +190,13 @@ def spo_loss(
     references = _checked_references(reference_chosen_logps, reference_rejected_logps, logp_w)
     check_number("alpha", alpha)
     check_number("beta", beta)
-    losses = _PairPreference.apply(logp_w - logp_l, alpha, center)
-    if weight is not None:
-        losses = checked_mu(weight, logp_w, logp_l) * losses
+    margin = logp_w - logp_l
+    if weight is None:
+        losses = _PairPreference.apply(margin, alpha, center)
+    else:
+        mu = checked_mu(weight, logp_w, logp_l)
+        losses = _PairPreference.apply(torch.where(mu == 0, 0, margin), alpha, center)
+        losses = torch.where(mu == 0, 0, mu * losses)
     if kl is not None:
         if beta == 0:
             raise ValueError("kl must be None where beta is 0: it would have no effect; give beta > 0")
@@ -442,7 +448,7 @@ class SPOMetrics(NamedTuple):
     chosen_rewards: Tensor  # [P] as `spo_loss` returns them
     rejected_rewards: Tensor  # [P]
     accuracy: Tensor  # [] share of pairs with D > 0: the policy's own preference (eq. 6) agrees with the label
-    margin: Tensor  # [] mean of D, nats
+    margin: Tensor  # [] mean of D, nats; this and accuracy are over the pairs whose mu is not 0
     mu: Tensor  # [P] weights of the pairs; 1 without importance
     preference_error: Tensor  # [P] sigmoid(-alpha D) of eq. 12: 0 where the policy surely prefers the chosen response
 
@@ -463,6 +469,8 @@ def spo_metrics(
     alpha: float,
 ) -> SPOMetrics:
     margin = (logp_w - logp_l).detach()
+    read = mu != 0
+    pairs = read.sum().clamp(min=1)
     return SPOMetrics(
         preference_loss=preference.detach(),
         kl=torch.zeros_like(preference) if kl is None else kl.detach(),
@@ -470,8 +478,8 @@ def spo_metrics(
         rejected_logps=logp_l.detach(),
         chosen_rewards=chosen_rewards,
         rejected_rewards=rejected_rewards,
-        accuracy=mean_or_zero((margin > 0).to(margin.dtype)),
-        margin=mean_or_zero(margin),
+        accuracy=(read & (margin > 0)).sum().to(margin.dtype) / pairs,
+        margin=torch.where(read, margin, 0).sum() / pairs,
         mu=mu,
         preference_error=pair_error(margin, alpha),
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels import LinearSPOLoss
-from spo_kernels.losses import LOSSES, SoftImportance, SPOLoss, dpo_loss, preference_loss, spo_loss
+from spo_kernels.losses import LOSSES, SoftImportance, SPOLoss, SPOMetrics, dpo_loss, preference_loss, spo_loss
 
 ALPHAS = [0.0, 1e-45, 1e-20, 1e-6, 0.01, 0.1, 1.0, 30.0]
 # D: equal, close, typical, and where alpha D leaves the range of exp in float32 and in float64.
@@ -278,6 +278,66 @@ class TestSpoLoss:
         spo_loss(**arguments)
         with pytest.raises(error, match=message):
             spo_loss(**{**arguments, **change})
+
+
+def unread_pairs(poison: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs [6] of which two pairs are `poison`, and weights that are 0 there and nowhere else."""
+    logp_w, logp_l = (x.detach() for x in pairs())
+    logp_w[1], logp_l[1], logp_l[4] = poison, poison, poison
+    return logp_w.requires_grad_(), logp_l.requires_grad_(), torch.tensor([0.3, 0.0, 1.0, 2.0, 0.0, 0.7])
+
+
+class TestPairsOfWeightZero:
+    @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("alpha", [0.0, 1e-45, 0.1])
+    @pytest.mark.parametrize("center", [False, True])
+    @pytest.mark.parametrize("form", ["tensor", "callable", "preference_loss"])
+    def test_spo_loss_does_not_read_them(self, form: str, center: bool, alpha: float, poison: float) -> None:
+        logp_w, logp_l, mu = unread_pairs(poison)
+        weight = (lambda chosen, rejected: mu) if form == "callable" else mu
+        loss = spo_loss if form != "preference_loss" else lambda *args, **kw: preference_loss("spo", *args, **kw)
+        losses, *_ = loss(logp_w, logp_l, alpha=alpha, weight=weight, center=center)
+        read = mu != 0
+        clean = [x.detach()[read].requires_grad_() for x in (logp_w, logp_l)]
+        expected, *_ = spo_loss(*clean, alpha=alpha, weight=mu[read], center=center)
+        assert torch.equal(losses[read], expected)
+        assert losses[~read].tolist() == [0, 0]
+        got = torch.autograd.grad(losses.sum(), (logp_w, logp_l))
+        for ours, theirs in zip(got, torch.autograd.grad(expected.sum(), clean), strict=True):
+            assert torch.equal(ours[read], theirs)
+            assert ours[~read].tolist() == [0, 0]
+
+    def test_a_weight_of_nan_is_not_zero(self) -> None:
+        losses, *_ = spo_loss(*pairs(), weight=torch.tensor([math.nan, 1, 1, 1, 1, 1]))
+        assert losses.isnan().tolist() == [True] + [False] * 5
+
+    @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_spo_loss_module_does_not_read_their_logits(self, inplace: bool, packed: bool, poison: float) -> None:
+        batch = Batch()
+        mu = torch.ones(P)
+        mu[1] = 0
+        logits = batch.logits.detach().clone()
+        logits[[1, P + 1]] = poison
+
+        def run(logits: Tensor) -> tuple[Tensor, Tensor, SPOMetrics]:
+            leaf = logits.detach().requires_grad_()
+            rows, labels, options = leaf * 1, batch.labels, {}
+            if packed:
+                rows, labels = rows.flatten(0, 1), labels.flatten()
+                options = {"cu_seqlens": torch.arange(0, 2 * P * T + 1, T)}
+            module = SPOLoss(0.3, weight=lambda chosen, rejected: mu, inplace_backward=inplace)
+            objective, metrics = module(rows, labels, **options)
+            return objective, torch.autograd.grad(objective, leaf)[0], metrics
+
+        objective, gradient, metrics = run(logits)
+        expected, expected_gradient, expected_metrics = run(batch.logits)
+        assert torch.equal(objective, expected)
+        assert torch.equal(gradient, expected_gradient)
+        assert not gradient[[1, P + 1]].any()
+        for name in ("preference_loss", "accuracy", "margin", "mu"):
+            assert torch.equal(getattr(metrics, name), getattr(expected_metrics, name)), name
 
 
 def hand_written_importance(gamma: float, logp_w: Tensor, logp_l: Tensor, normalizer: Tensor | None = None) -> Tensor:
