@@ -320,28 +320,26 @@ def _shaped(values: Tensor, shape: torch.Size) -> Tensor:
 
 def sum_sequences(values: Tensor, cu_seqlens: Tensor | None, name: str, like: str = "logits") -> Tensor:
     """``[B, T] -> [B]``, or ``[N]`` or ``[1, N]`` with cu_seqlens ``[B + 1] -> [B]``."""
+    check_sequences(values, cu_seqlens, name, like)
+    if cu_seqlens is not None:
+        values = values.flatten()
+    differentiate = torch.is_grad_enabled() and values.requires_grad and not torch.compiler.is_compiling()
+    sums = ops.SequenceSums.apply if differentiate else torch.ops.spo_kernels.sequence_sums
+    return sums(values, cu_seqlens)
+
+
+def check_sequences(values: Tensor, cu_seqlens: Tensor | None, name: str, like: str = "logits") -> None:
+    """values must be ``[B, T]``, or ``[N]`` or ``[1, N]`` with cu_seqlens, which must be on their device."""
     if cu_seqlens is None:
         if values.dim() != 2:
             raise ValueError(f"{name} must be [B, T] without cu_seqlens, got {list(values.shape)}")
-        return values.sum(-1)
+        return
     if values.dim() != 1 and not (values.dim() == 2 and values.shape[0] == 1):
         raise ValueError(f"{name} must be [N] or [1, N] with cu_seqlens, got {list(values.shape)}")
-    values = values.flatten()
-    sequence = sequence_of_rows(cu_seqlens, values, like)
-    return values.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, sequence, values)
-
-
-def sequence_of_rows(cu_seqlens: Tensor, values: Tensor, like: str = "logits") -> Tensor:
-    """Which sequence each of the packed rows ``[N]`` of values belongs to: ``[N]`` int64."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be [B + 1] int32 or int64, got {describe(cu_seqlens)}")
     if cu_seqlens.device != values.device:
         raise ValueError(f"cu_seqlens must be on {values.device} like {like}, got {cu_seqlens.device}")
-    # A device-side check where reading the bounds back would be a sync.
-    legal = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == values.shape[0]) & (cu_seqlens.diff() >= 0).all()
-    torch._assert_async(legal, "cu_seqlens must rise from 0 to the number of rows N")
-    rows = torch.arange(values.shape[0], device=values.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
 
 
 def describe(tensor: Tensor) -> str:

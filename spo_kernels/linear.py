@@ -6,7 +6,8 @@ float16 or float64. Its logits are
     softcap(logit_scale (hidden weight^T + bias)) / temperature,    softcap(x) = softcap tanh(x / softcap)
 
 and never exist but for a tile of some rows by some columns. Rows that are not wanted are dropped before the matrix
-product, which reads their number back to the host. The forward is one matrix product, the backward three (one to have
+product, which reads their number back to the host; in the backward so are rows with an upstream gradient of 0. Rows
+that are dropped are not read: they may be NaN. The forward is one matrix product, the backward three (one to have
 the logits again, which `linear_kl_loss` saves); a weight or hidden states without gradient save theirs. Outputs are
 float32 (float64 for float64), in nats; gradients have the dtype of what they belong to and are accumulated in float32
 across tiles. Under autocast hidden, weight and bias are cast as `torch.nn.functional.linear` would cast them.

@@ -7,12 +7,14 @@ means, is in `spo_kernels.reference`; here is what torch needs to know about the
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo_kernels import head, vocabulary
+from spo_kernels import head, sequences, vocabulary
 from spo_kernels.reference import accumulate_dtype
 
 library = torch.library.Library("spo_kernels", "DEF")
@@ -131,6 +133,30 @@ def _(logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, *args: A
     return _token_stats_like(logits, labels, ref_logits)
 
 
+# Sums of what the row ops gave, the same for every backend. An op because of its gradient: torch.segment_reduce's own
+# gives a sequence one thread of a GPU.
+
+library.define("sequence_sums(Tensor values, Tensor? cu_seqlens) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _sequence_sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Sums ``[B]`` of values ``[B, T]``, or ``[N]`` with cu_seqlens ``[B + 1]``, in their dtype."""
+    if cu_seqlens is None:
+        bounds = sequences.padded_bounds(values)
+    else:
+        bounds = cu_seqlens.contiguous()
+        sequences.check_bounds(bounds, values.shape[0])
+    return sequences.sums(values.flatten().double(), bounds).to(values.dtype)
+
+
+library.impl("sequence_sums", _sequence_sums, "CompositeExplicitAutograd")
+
+
+@_fake("sequence_sums")
+def _(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return values.new_empty(values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+
+
 def _autograd(name: str, backward: Any, setup_context: Any = None) -> None:
     torch.library.register_autograd(f"spo_kernels::{name}", backward, setup_context=setup_context, lib=library)
 
@@ -193,6 +219,33 @@ class TokenStats(torch.autograd.Function):
         return _token_stats_backward(ctx, *gradients)
 
 
+def _sequence_sums_setup(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+    values, cu_seqlens = inputs
+    ctx.shape = values.shape
+    ctx.save_for_backward(cu_seqlens)
+
+
+def _sequence_sums_backward(ctx: Any, dsums: Tensor) -> tuple[Tensor, None]:
+    (cu_seqlens,) = ctx.saved_tensors
+    if cu_seqlens is None:
+        return dsums[:, None].expand(ctx.shape), None
+    return dsums[sequences.of_rows(cu_seqlens, ctx.shape[0])], None
+
+
+class SequenceSums(torch.autograd.Function):
+    """`sequence_sums` with its gradient, for eager mode, as `TokenStats`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        sums = _sequence_sums(values, cu_seqlens)
+        _sequence_sums_setup(ctx, (values, cu_seqlens), sums)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor, None]:
+        return _sequence_sums_backward(ctx, dsums)
+
+
 def _kl_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     dlogits = output[1]
     ctx.mark_non_differentiable(dlogits)
@@ -241,6 +294,7 @@ class KlLossOverwrite(torch.autograd.Function):
 
 _autograd("token_stats_fwd", _token_stats_backward, _token_stats_setup)
 _autograd("sharded_token_stats_fwd", _token_stats_backward, _token_stats_setup)
+_autograd("sequence_sums", _sequence_sums_backward, _sequence_sums_setup)
 _autograd("kl_loss_fwd", _kl_loss_backward, _kl_loss_setup)
 
 
@@ -399,13 +453,16 @@ def _(
     vocab_size: int,
     process_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # A row with an upstream gradient of 0 is not read: its hidden states may be NaN.
+    read = functools.reduce(operator.or_, (upstream != 0 for upstream in (dlogps, dkl) if upstream is not None))
+    kept = _kept(labels, mask, ignore_index)
     return head.token_stats_bwd(
         dlogps,
         dkl,
         head.Head(hidden, weight, bias, shard_of(vocab_start, vocab_size, process_group)),
         labels,
         _ref_head(ref_hidden, ref_weight, ref_bias),
-        _kept(labels, mask, ignore_index),
+        read if kept is None else read & kept,
         kl,
         stats,
         uniform,

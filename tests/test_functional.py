@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from oracle import IGNORE, Result, assert_close, assert_same, assert_within_budget, eager, make_case, truth
 from torch import Tensor
 
-from spo_kernels import get_batch_logps, kl_loss, sequence_logps, token_kl, token_logps, token_logps_kl
+from spo_kernels import functional, get_batch_logps, kl_loss, sequence_logps, token_kl, token_logps, token_logps_kl
 
 OPS = torch.ops.spo_kernels
+NAN, INF = math.nan, math.inf
 Function = Callable[..., Tensor]
 
 
@@ -158,6 +160,94 @@ def test_packed_sequences_are_the_padded_ones(
 
     near(packed(logits), sequence_logps(logits, padded, average=average))
     near(gradient(packed, logits), gradient(lambda z: sequence_logps(z, padded, average=average), logits))
+
+
+def test_sums_of_long_sequences_are_exact_in_both_layouts() -> None:
+    """131072 terms: added one by one in float32 they are off by nats."""
+    values = -5 * torch.rand(2, 131072)
+    exact = values.double().sum(1).float()
+    bounds = torch.tensor([0, 3, 3, 131075, 262147])
+    packed = torch.cat([torch.tensor([-1e30, 1e30, 7]), *values])
+    assert torch.equal(functional.sum_sequences(values, None, "values"), exact)
+    assert functional.sum_sequences(packed, bounds, "values").tolist() == [7, 0, *exact.tolist()]
+    assert functional.sum_sequences(packed[None], bounds.int(), "values").tolist() == [7, 0, *exact.tolist()]
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_sequence_does_not_depend_on_its_neighbours(bad: float) -> None:
+    values = torch.randn(4, 50)
+    sums = functional.sum_sequences(values, None, "values")
+    bounds = torch.arange(5) * 50
+    values[1, 7] = bad
+    for got in (
+        functional.sum_sequences(values, None, "values"),
+        functional.sum_sequences(values.flatten(), bounds, "values"),
+    ):
+        assert_same(got[[0, 2, 3]], sums[[0, 2, 3]])
+        assert_same(got[1], torch.tensor(bad))
+
+
+def test_the_gradient_of_a_sum_is_the_upstream_gradient_of_its_sequence() -> None:
+    values, upstream = torch.randn(7, dtype=torch.float64, requires_grad=True), torch.tensor([0.1, NAN, -3.0, 0.0])
+    bounds = torch.tensor([0, 2, 2, 5, 7])
+    (got,) = torch.autograd.grad(functional.sum_sequences(values, bounds, "values"), values, upstream.double())
+    assert torch.equal(got, upstream.double()[[0, 0, 2, 2, 2, 3, 3]])
+    padded = torch.randn(3, 2, requires_grad=True)
+    (got,) = torch.autograd.grad(functional.sum_sequences(padded, None, "values"), padded, torch.arange(3.0))
+    assert got.tolist() == [[0, 0], [1, 1], [2, 2]]
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 2, 2, 6])], ids=["padded", "packed"])
+def test_opcheck_of_sequence_sums(cu_seqlens: Tensor | None) -> None:
+    shape = (2, 3) if cu_seqlens is None else (6,)
+    torch.library.opcheck(OPS.sequence_sums.default, (torch.randn(shape, requires_grad=True), cu_seqlens))
+
+
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+@pytest.mark.parametrize(
+    "name", ["token_logps", "token_kl", "token_logps_kl", "kl_loss", "sequence_logps", "packed", "average"]
+)
+@INPLACE
+def test_rows_that_are_not_wanted_are_not_read(name: str, inplace: bool, poison: float) -> None:
+    """Ignored, masked and weightless rows, and rows whose upstream gradient is 0."""
+    logits, labels, ref_logits, _ = batch(3, 4, 9)
+    labels = labels.clamp(min=0)
+    marked, silent = torch.zeros(2, 3, 4, dtype=torch.bool)
+    marked[0, 1:3], silent[2] = True, True
+    labels[marked] = IGNORE
+    ends = torch.arange(4) * 4
+
+    def rows(z: Tensor, r: Tensor) -> Tensor:
+        if name == "token_logps":
+            return token_logps(z, labels, inplace_backward=inplace)
+        if name == "token_kl":
+            return token_kl(z, r, ~marked, inplace_backward=inplace)
+        if name == "token_logps_kl":
+            return torch.stack(token_logps_kl(z, labels, r, ~marked, inplace_backward=inplace), -1).sum(-1)
+        if name == "kl_loss":
+            weight = (~(marked | silent)).double() * torch.linspace(1, 2, 12, dtype=torch.float64).view(3, 4)
+            return kl_loss(z, r, row_weight=weight, overwrite_logits=inplace)[None]
+        if name == "packed":
+            return sequence_logps(z.flatten(0, 1), labels.flatten(), cu_seqlens=ends, inplace_backward=inplace)
+        return sequence_logps(z, labels, average=name == "average", inplace_backward=inplace)
+
+    def weighted(z: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = z.clone().requires_grad_()
+        out = rows(leaf * 1, r)
+        weight = torch.linspace(1, 2, out.numel(), dtype=out.dtype).view(out.shape)
+        if len(out) == 3:
+            weight[2] = 0
+        total = (out * weight).where(weight != 0, 0).sum()
+        return total.detach(), torch.autograd.grad(total, leaf)[0]
+
+    want = weighted(logits, ref_logits)
+    unread = marked | silent
+    poisoned, poisoned_ref = logits.clone(), ref_logits.clone()
+    poisoned[unread] = poisoned_ref[unread] = poison
+    got = weighted(poisoned, poisoned_ref)
+    assert_same(got[0], want[0])
+    assert_same(got[1], want[1])
+    assert not got[1][unread].any()
 
 
 def test_packed_sequences_at_the_ends() -> None:
