@@ -48,8 +48,10 @@ def token_logps(
         logits: ``[..., V]``.
         labels: ``[...]`` int64, aligned with logits; ``ignore_index`` marks rows that are not wanted.
         inplace_backward: let the backward overwrite ``logits`` with its gradient, so that no second ``[..., V]`` tensor
-            is needed. Use it when nothing else needs the logits: autograd raises if something else, or a second
-            backward, does. Logits that are a leaf, or whose elements share memory, are refused. Under
+            is needed. Use it when nothing needs the logits once the backward has come this far. Caught: autograd raises
+            in the backward where another function saved the logits and its turn comes later, and so does a second
+            backward. Not caught: whatever reads the logits when the backward is over, to differentiate it or not, gets
+            the gradient's numbers. Logits that are a leaf, or whose elements share memory, are refused. Under
             ``torch.compile`` the result is the same and memory is left to the compiler.
         process_group: the group that holds the vocabulary, or None: this process has all of it. See the module.
         vocab_shards: columns of each process, in the order of ranks; None: all have as many as this one.
@@ -194,17 +196,21 @@ def kl_loss(
     """``sum_i row_weight_i KL_i``, computing the gradient in the forward, while each row is still in cache.
 
     One sweep over the logits instead of two: cheaper than ``(row_weight * token_kl(...)).sum()`` when a backward will
-    follow. The backward multiplies the stored gradient by the upstream scalar and can run once. float16 logits take two
-    sweeps all the same: before the loss scale that comes with the backward, most of their gradient is below float16's
-    range.
+    follow. The backward multiplies the stored gradient by the upstream scalar and can run only once: a second is
+    refused. float16 logits take two sweeps all the same: before the loss scale that comes with the backward, most of
+    their gradient is below float16's range.
 
     Args:
         logits, ref_logits, mask: as in `token_kl`.
         row_weight: ``[...]`` floating, no gradient flows to it; 1 when None. For a mean over S sequences of token sums
             pass ``1 / S`` in every row. Rows of weight 0 are skipped.
-        overwrite_logits: the stored gradient takes the logits' memory: their values are gone when this returns, and
-            autograd raises if something else needs them. The same logits are refused as by ``inplace_backward``, and
-            it says nothing without gradients or under ``torch.compile``, where the logits stay.
+        overwrite_logits: the stored gradient takes the logits' memory: their values are gone when this returns. Caught:
+            autograd raises in the backward where another function saved the logits before, and where anything uses
+            them afterwards and is differentiated, through any tensor that shares their memory. Not caught: whatever
+            reads them afterwards without a gradient (a metric, ``logits.detach()``) gets the gradient's numbers. The
+            same logits are refused as by ``inplace_backward``, and so are views that autograd lets no in-place
+            operation change (of ``chunk``, ``split``, ``unbind``, or made under ``no_grad``); a slice will do. The
+            option changes nothing without gradients or under ``torch.compile``: the logits stay.
         process_group, vocab_shards: see `token_logps`. The gradient then has to wait for the other columns: this is
             ``(row_weight * token_kl(...)).sum()``, and overwrite_logits its ``inplace_backward``.
 
@@ -216,6 +222,7 @@ def kl_loss(
     weight = checked_row_weight(mask, row_weight, logits, "logits")
     if overwrite_logits:
         _check_inplace(logits, "overwrite_logits")
+        _check_markable(logits)
 
     sharded = process_group is not None or vocab_shards is not None
     if sharded or not waits_for_upstream(logits.dtype) or not (torch.is_grad_enabled() and logits.requires_grad):
@@ -233,7 +240,9 @@ def kl_loss(
     weight = _like_rows(weight, rows)
     if torch.compiler.is_compiling():
         return torch.ops.spo_kernels.kl_loss_fwd(rows, ref_rows, weight)[0]
-    return (ops.KlLossOverwrite if overwrite_logits else ops.KlLoss).apply(rows, ref_rows, weight)
+    if not overwrite_logits:
+        return ops.KlLoss.apply(rows, ref_rows, weight)
+    return ops.overwriting_kl_loss(logits, rows, ref_rows, weight)
 
 
 def checked_row_weight(mask: Tensor | None, row_weight: Tensor | None, rows: Tensor, name: str) -> Tensor | None:
@@ -389,3 +398,15 @@ def _check_inplace(logits: Tensor, option: str) -> None:
             if stride <= extent:
                 raise ValueError(f"{option}=True needs logits without shared memory, got strides {logits.stride()}")
             extent += (size - 1) * stride
+
+
+def _check_markable(logits: Tensor) -> None:
+    """Refuse views of which autograd would not see that they have been overwritten."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad and logits._is_view()):
+        return
+    autograd = torch._C._autograd
+    if autograd._get_creation_meta(logits) != autograd.CreationMeta.DEFAULT:
+        raise ValueError(
+            "overwrite_logits=True needs logits that an in-place operation may change, got a view that chunk, split, "
+            "unbind or a no_grad block made; take a slice instead"
+        )

@@ -265,8 +265,8 @@ def linear_kl_loss(
     A tile is as wide as the vocabulary, so that a row's gradient is known while its logits are there: with its backward
     this takes four matrix products where ``(row_weight * linear_token_kl(...)).sum()`` takes six, for more memory. Two
     tiles of 32 MiB, or of 256 rows where that is more; beside them the gradients, in float32 (in bfloat16 where
-    matrix products are). The backward multiplies them by the upstream scalar and can run once. Without gradients, and
-    for float16 (see `kl_loss`), this is that sum, and its memory.
+    matrix products are). The backward multiplies them by the upstream scalar and can run only once: a second is
+    refused. Without gradients, and for float16 (see `kl_loss`), this is that sum, and its memory.
 
     Args:
         hidden, weight, ref_hidden, ref_weight, mask, bias, ref_bias: as in `linear_token_kl`.

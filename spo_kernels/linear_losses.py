@@ -135,11 +135,12 @@ def _(
     return counts.new_empty(()), torch.empty_like(counts), *gradients
 
 
-torch.library.register_autograd(
-    "spo_kernels::linear_spo_loss_fwd",
-    ops.scale_unit_gradients,
-    setup_context=ops.setup_unit_gradients,
-    lib=ops.library,
+ops.register_autograd(
+    "linear_spo_loss_fwd",
+    *ops.unit_gradients_of(
+        'LinearSPOLoss with route "auto" or "recompute_free" can run backward only once: its gradients were computed '
+        'in the forward and scaled in place by the first backward; use route "recompute"'
+    ),
 )
 
 

@@ -157,7 +157,7 @@ def _(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return values.new_empty(values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
-def _autograd(name: str, backward: Any, setup_context: Any = None) -> None:
+def register_autograd(name: str, backward: Any, setup_context: Any = None) -> None:
     torch.library.register_autograd(f"spo_kernels::{name}", backward, setup_context=setup_context, lib=library)
 
 
@@ -171,6 +171,13 @@ def _refuse_double_backward() -> None:
     # Grad mode is on in a backward only under create_graph. Without this the gradient would come back as a constant.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("spo_kernels: these gradients cannot be differentiated again (double backward)")
+
+
+def _runs_once(ctx: Any, message: str) -> None:
+    """RuntimeError in the second backward of a function whose first has overwritten what it saved."""
+    if getattr(ctx, "has_run", False):
+        raise RuntimeError(f"spo_kernels.{message}")
+    ctx.has_run = True
 
 
 def _token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -188,6 +195,12 @@ def _token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _
     if dlogps is None and dkl is None:
         return (None,) * ctx.inputs
     _refuse_double_backward()
+    if ctx.inplace_backward and not torch.compiler.is_compiling():
+        _runs_once(
+            ctx,
+            "functional: with inplace_backward=True (of kl_loss: overwrite_logits=True) backward can run only once: "
+            "the first has replaced the logits by their gradient; leave the option out",
+        )
     logits, labels, *rest = ctx.saved_tensors
     ignore_index = ctx.ignore_index
     if ctx.vocab_start is not None and labels is not None:
@@ -255,6 +268,11 @@ def _kl_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _kl_loss_backward(ctx: Any, dloss: Tensor, _: Any = None) -> tuple[Tensor | None, ...]:
     _refuse_double_backward()
+    _runs_once(
+        ctx,
+        "kl_loss can run backward only once: its gradient was computed in the forward and scaled in place by the first "
+        "backward; use (row_weight * spo_kernels.token_kl(...)).sum()",
+    )
     (dlogits,) = ctx.saved_tensors
     torch.ops.spo_kernels.scale_(dlogits, dloss)
     _written(dlogits)
@@ -277,7 +295,10 @@ class KlLoss(torch.autograd.Function):
 
 
 class KlLossOverwrite(torch.autograd.Function):
-    """``kl_loss_fwd_`` with its gradient: the unit gradient has replaced the logits when forward returns."""
+    """``kl_loss_fwd_`` with its gradient: the unit gradient has replaced the logits when forward returns.
+
+    `Overwritten` comes next. This cannot mark the logits itself: with a second output autograd allows that of no view.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None) -> Tensor:
@@ -292,10 +313,39 @@ class KlLossOverwrite(torch.autograd.Function):
         return _kl_loss_backward(ctx, dloss)
 
 
-_autograd("token_stats_fwd", _token_stats_backward, _token_stats_setup)
-_autograd("sharded_token_stats_fwd", _token_stats_backward, _token_stats_setup)
-_autograd("sequence_sums", _sequence_sums_backward, _sequence_sums_setup)
-_autograd("kl_loss_fwd", _kl_loss_backward, _kl_loss_setup)
+class Overwritten(torch.autograd.Function):
+    """Marks logits that `KlLossOverwrite` has overwritten: an error where autograd asks for a gradient of them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.is_view = logits._is_view()
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, dlogits: Tensor) -> Tensor:
+        # Where the logits are a part of a tensor, a use of its other parts sends zeros here. On a GPU it pays a sync.
+        if not ctx.is_view or dlogits.any():
+            raise RuntimeError(
+                "spo_kernels.kl_loss with overwrite_logits=True has replaced the logits by their gradient, but "
+                "something used them afterwards; leave the option out"
+            )
+        return dlogits  # zeros; for None autograd would drop the gradient of the other parts
+
+
+def overwriting_kl_loss(logits: Tensor, rows: Tensor, ref_rows: Tensor, row_weight: Tensor | None) -> Tensor:
+    """`KlLossOverwrite` of logits as rows, after which autograd knows that the logits have been overwritten."""
+    loss: Tensor = KlLossOverwrite.apply(rows, ref_rows, row_weight)
+    # Marking counts as a write, which would spoil the gradient that has just been saved; nothing is written.
+    with torch.autograd._unsafe_preserve_version_counter(logits):
+        Overwritten.apply(logits)
+    return loss
+
+
+register_autograd("token_stats_fwd", _token_stats_backward, _token_stats_setup)
+register_autograd("sharded_token_stats_fwd", _token_stats_backward, _token_stats_setup)
+register_autograd("sequence_sums", _sequence_sums_backward, _sequence_sums_setup)
+register_autograd("kl_loss_fwd", _kl_loss_backward, _kl_loss_setup)
 
 
 # The head: hidden states and a weight in place of logits. These ops are tile loops over the ops above (`head`), the
@@ -549,7 +599,7 @@ def _linear_token_stats_backward(
     return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *others)
 
 
-def setup_unit_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_unit_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """For an op ``(hidden, weight, bias, ...) -> (loss, ..., dhidden, dweight, dbias)``."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -557,11 +607,12 @@ def setup_unit_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.save_for_backward(*output[-3:])
 
 
-def scale_unit_gradients(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """The gradients that the forward computed, times the upstream scalar; once, for they are scaled where they lie."""
+def _scale_unit_gradients(ctx: Any, dloss: Tensor | None, message: str) -> tuple[Tensor | None, ...]:
+    """The gradients that the forward computed, times the upstream scalar; scaled in place, so this runs only once."""
     if dloss is None:
         return (None,) * ctx.inputs
     _refuse_double_backward()
+    _runs_once(ctx, message)
     gradients: list[Tensor | None] = []
     for gradient, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True):
         if need:
@@ -572,5 +623,21 @@ def scale_unit_gradients(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tenso
     return (*gradients, *(None,) * (ctx.inputs - 3))
 
 
-_autograd("linear_token_stats_fwd", _linear_token_stats_backward, _linear_token_stats_setup)
-_autograd("linear_kl_loss_fwd", scale_unit_gradients, setup_unit_gradients)
+def unit_gradients_of(message: str) -> tuple[Any, Any]:
+    """(backward, setup_context) for an op whose last outputs are unit gradients; a second backward raises message."""
+
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return _scale_unit_gradients(ctx, dloss, message)
+
+    return backward, _setup_unit_gradients
+
+
+register_autograd("linear_token_stats_fwd", _linear_token_stats_backward, _linear_token_stats_setup)
+register_autograd(
+    "linear_kl_loss_fwd",
+    *unit_gradients_of(
+        "linear_kl_loss can run backward only once: its gradients were computed in the forward and scaled in place by "
+        "the first backward; use (row_weight * spo_kernels.linear_token_kl(...)).sum(), or in LinearSPOLoss route "
+        '"recompute"'
+    ),
+)

@@ -442,6 +442,10 @@ def test_without_gradients_nothing_is_saved(name: str) -> None:
 
 
 AUTOGRAD_REFUSES = "modified by an inplace operation"
+ONCE = r"^spo_kernels\.functional: .*backward can run only once.* leave the option out"
+KL_LOSS_ONCE = (
+    r"^spo_kernels\.kl_loss can run backward only once.* use \(row_weight \* spo_kernels\.token_kl\(\.\.\.\)\)"
+)
 
 
 @PUBLIC
@@ -450,21 +454,29 @@ def test_a_second_backward_in_place_raises(name: str, upstream: float) -> None:
     logits, labels, ref_logits, mask = batch(4, 5, 9)
     out = CALLS[name](logits.requires_grad_() * 1, labels, ref_logits, mask, **{OPTION[name]: True}).sum() * upstream
     out.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=AUTOGRAD_REFUSES):
+    with pytest.raises(RuntimeError, match=KL_LOSS_ONCE if name == "kl_loss" else ONCE):
         out.backward()
 
 
 @pytest.mark.parametrize("upstream", [1.0, 3.0])
 def test_a_second_backward_of_kl_loss_raises(upstream: float) -> None:
-    """Its one gradient was scaled by the first; where that was by 1 it may also be right the second time."""
     logits, _, ref_logits, _ = batch(4, 9)
     leaf = logits.requires_grad_()
     out = kl_loss(leaf, ref_logits) * upstream
     (first,) = torch.autograd.grad(out, leaf, retain_graph=True)
     want = first.clone()
-    with pytest.raises(RuntimeError, match=AUTOGRAD_REFUSES):
+    with pytest.raises(RuntimeError, match=KL_LOSS_ONCE):
         out.backward()
     assert_same(first, want, "the first gradient")
+    registered = OPS.kl_loss_fwd(leaf, ref_logits, None)[0] * upstream
+    registered.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=KL_LOSS_ONCE):
+        registered.backward()
+    half = leaf.detach().half().requires_grad_()  # whose backward computes the gradient
+    out = kl_loss(half * 1, ref_logits.half(), overwrite_logits=True) * upstream
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=ONCE):
+        out.backward()
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "kl_loss"])  # which runs once
@@ -489,8 +501,64 @@ def test_two_uses_in_place_raise(name: str) -> None:
         z = logits.clone().requires_grad_() * 1
         out = other(z).sum()
         out = out + CALLS[name](z, labels, ref_logits, mask, **option).sum()
-        with pytest.raises(RuntimeError, match=AUTOGRAD_REFUSES):
+        with pytest.raises(RuntimeError, match=f"{AUTOGRAD_REFUSES}|{OVERWRITTEN}"):
             out.backward()
+
+
+OVERWRITTEN = r"spo_kernels\.kl_loss with overwrite_logits=True has replaced the logits"
+LATER_USES: dict[str, Callable[[Tensor], Tensor]] = {
+    "function": lambda z: z.logsumexp(-1).square().mean(),
+    "token_logps": lambda z: token_logps(z, torch.zeros(z.shape[:-1], dtype=torch.int64)).sum(),
+    "in place": lambda z: z.mul_(2).sum(),
+    "view": lambda z: z[..., 1:].square().sum(),
+    "saves nothing": lambda z: z.sum(),
+}
+
+
+@pytest.mark.parametrize("layout", ["whole", "slice", "view of it", "rows"])
+@pytest.mark.parametrize("use", LATER_USES)
+def test_a_later_use_of_overwritten_logits_raises_in_the_backward(use: str, layout: str) -> None:
+    """Through the logits themselves, the tensor they are a part of, and a view made before they were overwritten."""
+    leaf = torch.randn(3, 5, 9, requires_grad=True)
+    base = leaf * 1
+    earlier = base[:2]
+    logits = {"whole": base, "slice": base[:, :-1], "view of it": base.view(15, 9)[1:], "rows": base[1]}[layout]
+    loss = kl_loss(logits, torch.randn_like(logits), overwrite_logits=True)
+    for used in (logits, base, earlier):
+        with pytest.raises(RuntimeError, match=OVERWRITTEN):
+            torch.autograd.grad(loss + LATER_USES[use](used), leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match=OVERWRITTEN):
+        torch.autograd.grad(logits.sum(), leaf)
+
+
+def test_other_parts_of_overwritten_logits_may_be_used() -> None:
+    """One forward gives the pairs' logits and the samples'; the latter are overwritten first."""
+    leaf, ref_logits = torch.randn(5, 4, 9, requires_grad=True), torch.randn(2, 4, 9)
+    labels = torch.zeros(3, 4, dtype=torch.int64)
+
+    def objective(overwrite: bool) -> Tensor:
+        logits = leaf * 1
+        loss = kl_loss(logits[3:], ref_logits, overwrite_logits=overwrite)
+        return loss + sequence_logps(logits[:3], labels).sum()
+
+    (got,), (want,) = (torch.autograd.grad(objective(overwrite), leaf) for overwrite in (True, False))
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("kind", ["chunk", "split", "unbind", "no_grad"])
+def test_views_whose_later_use_cannot_be_seen_are_not_overwritten(kind: str) -> None:
+    base = torch.randn(2, 3, 9, requires_grad=True) * 1
+    if kind == "no_grad":
+        with torch.no_grad():
+            base = torch.randn(2, 3, 9)
+            view = base[0]
+        base.mul_(torch.ones(9, requires_grad=True))
+    else:
+        view = {"chunk": base.chunk(2)[0], "split": base.split(1)[0], "unbind": base.unbind()[0]}[kind]
+    before = view.detach().clone()
+    with pytest.raises(ValueError, match="overwrite_logits=True needs logits that an in-place operation may change"):
+        kl_loss(view, torch.randn_like(view), overwrite_logits=True)
+    assert torch.equal(view, before)
 
 
 @PUBLIC

@@ -920,13 +920,20 @@ def test_the_kl_in_one_sweep_does_the_products_it_says(units: list[float]) -> No
 def test_a_second_backward_of_gradients_made_in_the_forward_raises() -> None:
     x = pair_inputs()
     leaf = x.hidden.requires_grad_()
-    for loss in (
-        LinearSPOLoss(route="recompute_free")(leaf, x.weight, x.labels)[0],
-        linear_kl_loss(leaf, x.weight, x.ref_hidden, x.ref_weight),
+    for loss, message in (
+        (LinearSPOLoss(route="recompute_free")(leaf, x.weight, x.labels)[0], r'LinearSPOLoss .* use route "recompute"'),
+        (LinearSPOLoss()(leaf, x.weight, x.labels)[0], r'LinearSPOLoss .* use route "recompute"'),
+        (
+            linear_kl_loss(leaf, x.weight, x.ref_hidden, x.ref_weight),
+            r"linear_kl_loss .* use \(row_weight \* spo_kernels\.linear_token_kl\(\.\.\.\)\)",
+        ),
     ):
         loss.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with pytest.raises(RuntimeError, match=rf"^spo_kernels\.{message}"):
             loss.backward()
+    recomputed = LinearSPOLoss(route="recompute")(leaf, x.weight, x.labels)[0]
+    first, second = (torch.autograd.grad(recomputed, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(
