@@ -9,7 +9,8 @@ A vocabulary may be split over the processes of a ``process_group``, as Megatron
 has the logits ``[..., V_r]`` of its own columns, in the order of ranks, and the same labels (of the whole
 vocabulary), masks and upstream gradients as the others. Every process gets the same result, bit for bit, and the
 gradient of its own logits. The forward is one all-gather of a few numbers a row; the backward has no communication. All
-processes must call.
+processes must call. Labels and masks that differ between them are a ValueError in all (a device-side assertion on a
+GPU).
 
 Every function raises ValueError where a shape, dtype or device is wrong, naming the argument, what it must be and what
 came; a label outside ``[0, V)`` that is not ``ignore_index`` is a RuntimeError (a device-side assertion on a GPU). NaN

@@ -16,7 +16,8 @@ With a ``process_group`` weight and bias are the rows that this process holds of
 order of ranks, as Megatron splits it. Shards may be uneven; labels are those of the whole vocabulary; hidden states,
 labels and upstream gradients are the same in every process. So are the results, bit for bit. The forward all-gathers
 a few numbers a row, the backward adds up the gradient of the hidden states, in float32; those of weight and bias stay
-where they are. All processes must call.
+where they are. All processes must call. Labels, masks and weights of rows that differ between them are a ValueError in
+all (a device-side assertion on a GPU), which takes an all-reduce of a few numbers a call.
 
 Options of every function:
     temperature: > 0; divides the logits last.

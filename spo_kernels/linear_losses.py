@@ -91,6 +91,9 @@ def _(
     process_group: str | None,
 ) -> tuple[Tensor, ...]:
     pairs = counts.shape[0] // 2
+    shard = ops.shard_of(vocab_start, vocab_size, process_group)
+    if shard is not None:
+        shard.check_same(labels=labels, cu_seqlens=bounds, pair_weight=pair_weight)
     vocabulary.check_labels(labels, vocab_size, ignore_index)
     importance = None if normalizer is None else SoftImportance(gamma, normalizer)
     losses = counts.new_zeros(pairs)
@@ -111,7 +114,7 @@ def _(
         return -slope / divisor_w - nll_share, slope / divisor_l
 
     sums, *gradients = head.pair_gradients(
-        head.Head(hidden, weight, bias, ops.shard_of(vocab_start, vocab_size, process_group)),
+        head.Head(hidden, weight, bias, shard),
         labels,
         bounds,
         pairs,

@@ -110,11 +110,12 @@ def _sharded_token_stats_fwd(
     process_group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = logits.shape[:-1], logits.shape[-1]
-    if labels is not None:
-        vocabulary.check_labels(labels, vocab_size, ignore_index)
     local = None if labels is None else vocabulary.local_labels(labels, vocab_start, columns, ignore_index)
     part = vocabulary.part_of(logits, local, ref_logits, mask)
-    whole = vocabulary.combine(part, vocabulary.Shard(vocab_start, vocab_size, process_group), columns)
+    shard = vocabulary.Shard(vocab_start, vocab_size, process_group)
+    whole = vocabulary.combine(part, shard, columns, labels=labels, mask=mask)
+    if labels is not None:  # after the all-gather: where labels differ, every process must hear of it
+        vocabulary.check_labels(labels, vocab_size, ignore_index)
     logps, kl = whole.logps(), whole.kl
     # Of rows nobody asked for the parts say nothing.
     if labels is not None:
@@ -442,10 +443,13 @@ def _(
     vocab_size: int,
     process_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    shard = shard_of(vocab_start, vocab_size, process_group)
+    if shard is not None and (labels is not None or mask is not None):
+        shard.check_same(labels=labels, mask=mask)
     if labels is not None:
         vocabulary.check_labels(labels, vocab_size, ignore_index)
     return head.token_stats_fwd(
-        head.Head(hidden, weight, bias, shard_of(vocab_start, vocab_size, process_group)),
+        head.Head(hidden, weight, bias, shard),
         labels,
         _ref_head(ref_hidden, ref_weight, ref_bias),
         _kept(labels, mask, ignore_index),
@@ -550,8 +554,11 @@ def _(
     vocab_size: int,
     process_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shard = shard_of(vocab_start, vocab_size, process_group)
+    if shard is not None:
+        shard.check_same(row_weight=row_weight)  # 0 where masked
     return head.kl_loss_fwd(
-        head.Head(hidden, weight, bias, shard_of(vocab_start, vocab_size, process_group)),
+        head.Head(hidden, weight, bias, shard),
         head.Head(ref_hidden, ref_weight, ref_bias),
         row_weight,
         gradient_dtype,
