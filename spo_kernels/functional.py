@@ -274,7 +274,8 @@ def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = Fal
     _check_logits(logits, "logits")
     check_rows(labels, "labels", torch.int64, logits)
     # Shifting labels rather than slicing logits: the gradient then needs no padding pass over [B, T, V].
-    shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+    shifted = torch.full_like(labels, -100)
+    shifted[..., :-1] = labels[..., 1:]
     return sequence_logps(logits, shifted, average=average_log_prob)
 
 

@@ -123,7 +123,7 @@ def _sharded_token_stats_fwd(
     if ref_logits is not None:
         kl = (kl if mask is None else torch.where(mask.flatten(), kl, 0)).view(rows)
     dtype = accumulate_dtype(logits.dtype)
-    return logps.to(dtype), kl.to(dtype), whole.stats.view(-1, *rows).to(dtype)
+    return logps.to(dtype), kl.to(dtype), whole.stats.view(whole.stats.shape[0], *rows).to(dtype)
 
 
 library.impl("sharded_token_stats_fwd", _sharded_token_stats_fwd, "CompositeExplicitAutograd")

@@ -98,7 +98,12 @@ ROW_FUNCTIONS: dict[str, Function] = {
     "token_logps_kl": lambda z, r, labels, mask, **kw: token_logps_kl(z, labels, r, mask, **kw),
     "kl_loss": lambda z, r, labels, mask, **kw: (
         kl_loss(
-            z * 1, r, mask, row_weight=torch.linspace(0, 2, 12, dtype=z.dtype).view(2, 6), overwrite_logits=True, **kw
+            z * 1,
+            r,
+            mask,
+            row_weight=torch.linspace(0, 2, mask.numel(), dtype=z.dtype).view(mask.shape),
+            overwrite_logits=True,
+            **kw,
         ),
     ),
     "SPOLoss": lambda z, r, labels, mask, **kw: (
@@ -329,6 +334,32 @@ def test_the_gradient_of_half_precision_hidden_states_is_rounded_once(processes:
     (ours, again) = processes.run(2, half_gradient_of_hidden, SHARDS[0], inputs)
     assert torch.equal(ours, again)
     torch.testing.assert_close(ours.double(), expected, rtol=2**-8, atol=1e-3)
+
+
+NO_SAMPLE_IS_AN_ERROR = ("SPOLoss", "recompute", "recompute_free", "long_pairs")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (name, shape)
+        for name in (*ROW_FUNCTIONS, *HEAD_FUNCTIONS)
+        for shape in ((0, 6), (2, 0))
+        if name != "packed" and (shape[0] or name not in NO_SAMPLE_IS_AN_ERROR)
+    ],
+    ids=str,
+)
+def test_no_rows(processes: Processes, name: str, shape: tuple[int, int]) -> None:
+    """No sequence, or none with a row."""
+    rows = name in ROW_FUNCTIONS
+    inputs = row_inputs(torch.float64, "noise") if rows else head_inputs(torch.float64)
+    per_row = ("logits", "ref_logits", "labels", "mask", "hidden", "ref_hidden")
+    inputs = {key: x[: shape[0], : shape[1]] if key in per_row else x for key, x in inputs.items()}
+    function: Callable[..., tuple[Tensor, ...]] = rows_result if rows else head_result
+    expected = function(None, SHARDS[0], name, inputs)
+    for out, *gradients in processes.run(2, function, SHARDS[0], name, inputs):
+        near(out, expected[0])
+        assert not any(gradient.any() for gradient in gradients)
 
 
 # ---- refusals
