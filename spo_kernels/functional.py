@@ -14,7 +14,9 @@ GPU).
 
 Every function raises ValueError where a shape, dtype or device is wrong, naming the argument, what it must be and what
 came; a label outside ``[0, V)`` that is not ``ignore_index`` is a RuntimeError (a device-side assertion on a GPU). NaN
-logits give NaN for their own row and touch no other.
+logits give NaN for their own row and touch no other. Rows that are ignored, masked or of weight 0 are not read: their
+outputs and gradients are exactly 0 even where their logits are NaN, and so are gradients of rows with an upstream
+gradient of 0.
 """
 
 from __future__ import annotations
@@ -83,6 +85,8 @@ def sequence_logps(
     vocab_shards: Sequence[int] | None = None,
 ) -> Tensor:
     """Log-probability of each sequence: the sum of `token_logps` over its unignored tokens.
+
+    Sums are taken in float64 in both layouts, in an order that does not change, and rounded once.
 
     Args:
         logits: ``[B, T, V]``; packed with ``cu_seqlens``: ``[N, V]`` or ``[1, N, V]``.
