@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spo_kernels import vocabulary
+from spo_kernels import sequences, vocabulary
 from spo_kernels.reference import accumulate_dtype
 from spo_kernels.vocabulary import Part, Shard
 
@@ -510,7 +510,7 @@ PairCoefficients = Callable[[int, int, Tensor, Tensor], tuple[Tensor, Tensor]]
 def pair_gradients(
     head: Head,
     labels: Tensor,
-    sequence: Tensor,
+    bounds: Tensor,
     pairs: int,
     coefficients: PairCoefficients,
     gradient_dtype: torch.dtype,
@@ -522,13 +522,14 @@ def pair_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(sums [2P], dhidden, dweight, dbias)`` of an objective whose gradient by a pair's log-probs needs only them.
 
-    sequence ``[N]`` says which of the 2P sequences a row belongs to; s and s + P are a pair. Rows of as many pairs as
+    Of the 2P sequences, s is rows ``bounds[s]`` to ``bounds[s + 1]``; s and s + P are a pair. Rows of as many pairs as
     fit make a tile, which is as wide as the vocabulary. A pair with more rows is recomputed in narrower ones, or
     refused if strict. The gradients are ``[0]`` where not wanted.
     """
     wide = accumulate_dtype(head.hidden.dtype)
     size = _wide_tile_rows(head, options, chunk_size)
     kept = (labels != ignore_index).nonzero()[:, 0]
+    sequence = sequences.of_rows(bounds, labels.shape[0])
     pair_of_row = sequence[kept] % max(pairs, 1)
     order = kept[pair_of_row.argsort(stable=True)]
     lengths: list[int] = torch.bincount(pair_of_row, minlength=pairs).tolist()
@@ -538,6 +539,7 @@ def pair_gradients(
             f"forward, got {size}; the route that recomputes takes any"
         )
     # In float64: D is a small difference of long sums.
+    token_logps = head.hidden.new_zeros(labels.shape[0], dtype=torch.float64)
     sums = head.hidden.new_zeros(2 * pairs, dtype=torch.float64)
     gradients = _Gradients(head, needs, gradient_dtype, one_tile=len(order) <= size)
     fits = any(0 < length <= size for length in lengths)
@@ -545,8 +547,12 @@ def pair_gradients(
     for first, end, rows in _pair_groups(order, lengths, size):
         of_row = sequence[rows]
 
-        def upstream(logps: Tensor, first: int = first, end: int = end, of_row: Tensor = of_row) -> Tensor:
-            sums.index_add_(0, of_row, logps.double())
+        def upstream(
+            logps: Tensor, first: int = first, end: int = end, rows: Tensor = rows, of_row: Tensor = of_row
+        ) -> Tensor:
+            token_logps[rows] = logps.double()
+            for begin, stop in ((first, end), (pairs + first, pairs + end)):
+                sums[begin:stop] = sequences.sums(token_logps, bounds[begin : stop + 1])
             chosen, rejected = coefficients(first, end, sums[first:end], sums[pairs + first : pairs + end])
             of_sequence = torch.zeros_like(sums)
             of_sequence[first:end], of_sequence[pairs + first : pairs + end] = chosen, rejected

@@ -97,27 +97,23 @@ def token_stats_bwd(
 ) -> Tensor:
     """``dz`` (module docstring) for upstream gradients dlogps and dkl, each like a row index; in place: into logits.
 
-    kl and stats are what the forward returned. The gradient has the logits' dtype and shape.
+    kl and stats are what the forward returned. The gradient has the logits' dtype and shape. Rows that are ignored,
+    masked or have upstream gradients of 0 are not read: their gradient is exactly 0, even where their logits are NaN.
     """
     log_p = _log_probs(logits, stats[0], stats[1])
     p = log_p.exp()
     grad = torch.zeros_like(p)
-    used = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     if dlogps is not None and labels is not None:
-        valid = labels != ignore_index
+        valid = (labels != ignore_index) & (dlogps != 0)
         g = torch.where(valid, dlogps.to(p.dtype), 0)[..., None]
         held = valid & (labels != LABEL_ELSEWHERE)
         onehot = torch.zeros_like(p).scatter_(-1, torch.where(held, labels, 0)[..., None], held[..., None].to(p.dtype))
-        grad += g * (onehot - p)
-        used |= valid
+        grad += torch.where(valid[..., None], g * (onehot - p), 0)
     if dkl is not None and ref_logits is not None:
-        wanted = torch.ones_like(used) if mask is None else mask
+        wanted = dkl != 0 if mask is None else mask & (dkl != 0)
         _, ratio = _log_ratio(log_p, _log_probs(ref_logits, stats[2], stats[3]))
         g = torch.where(wanted, dkl.to(p.dtype), 0)[..., None]
         grad += torch.where(wanted[..., None], g * p * (ratio - kl[..., None]), 0)
-        used |= wanted
-    # Rows nobody asked for stay exactly zero, even where their logits are NaN.
-    grad = torch.where(used[..., None], grad, 0)
     return logits.copy_(grad) if inplace else grad.to(logits.dtype)
 
 

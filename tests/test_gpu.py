@@ -16,7 +16,7 @@ from on_device import OnDevice
 from torch import Tensor
 
 import spo_kernels
-from spo_kernels import backends
+from spo_kernels import backends, functional
 
 IMPORTANCE = spo_kernels.SoftImportance(0.1)
 
@@ -136,6 +136,24 @@ def test_rows_are_independent_of_their_batch_under_deterministic_algorithms(devi
         torch.use_deterministic_algorithms(False)
     for all_rows, alone in zip(whole, one, strict=True):
         assert torch.equal(all_rows[37:38], alone)
+
+
+@on_any_device
+def test_sums_of_long_sequences_are_the_same_every_time_and_in_both_layouts(device: str) -> None:
+    values = (-5 * torch.rand(3, 131072, generator=torch.Generator().manual_seed(0))).to(device).requires_grad_()
+    bounds = torch.arange(4, device=device) * 131072
+    upstream = torch.tensor([1.5, float("nan"), -2.0], device=device)
+    exact = values.detach().double().sum(1).float()
+    for _ in range(5):
+        for sums in (
+            functional.sum_sequences(values, None, "values"),
+            functional.sum_sequences(values.flatten(), bounds, "values"),
+        ):
+            torch.testing.assert_close(sums, exact, rtol=2e-7, atol=0)
+            assert torch.equal(sums, functional.sum_sequences(values, None, "values"))
+            (gradient_of_values,) = torch.autograd.grad(sums, values, upstream)
+            expected = upstream[:, None].expand(3, 131072)
+            torch.testing.assert_close(gradient_of_values, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @on_any_device

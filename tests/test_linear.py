@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -734,6 +735,117 @@ def test_packed_pairs_are_the_padded_ones(route: str) -> None:
     all_near(differentiate(by_rows, x.policy), differentiate(by_batch, x.policy))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_both_routes_give_the_same_sums_of_the_same_token_logps(layout: str, dtype: torch.dtype) -> None:
+    """Logits are rows of the weight, so that no shape of a product changes them; one pair's sums round in float32."""
+    n, v = 4000, 16
+    hidden = torch.eye(v, dtype=dtype)[torch.randint(0, v, (4, n))].requires_grad_()
+    labels = torch.randint(0, v, (4, n))
+    labels[:, ::7] = IGNORE
+    labels[1, n // 2 :] = IGNORE
+    arguments = (hidden, 5 * torch.randn(v, v, dtype=dtype), labels)
+    packed: dict[str, Any] = {}
+    if layout == "packed":
+        arguments = (hidden.flatten(0, 1), arguments[1], labels.flatten())
+        packed = {"cu_seqlens": torch.tensor([0, 3 * n // 2, 2 * n, 2 * n + 1, 4 * n])}
+    metrics = {route: LinearSPOLoss(route=route)(*arguments, **packed)[1] for route in ("recompute", "recompute_free")}
+    logps = linear_token_logps(*arguments).detach().flatten()
+    bounds = packed.get("cu_seqlens", torch.arange(5) * n).tolist()
+    exact = torch.stack([logps[b:e].double().sum() for b, e in itertools.pairwise(bounds)])
+    for route, got in metrics.items():
+        sums = torch.cat([got.chosen_logps, got.rejected_logps])
+        assert torch.equal(sums, torch.cat([metrics["recompute"].chosen_logps, metrics["recompute"].rejected_logps]))
+        rtol = 1e-7 if dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(sums, exact.to(dtype), rtol=rtol, atol=0, msg=route)
+
+
+NAN_ROUTES = pytest.mark.parametrize("route", ["auto", "recompute", "recompute_free"])
+
+
+@NAN_ROUTES
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_pair_of_weight_zero_is_not_read(route: str, layout: str, average: bool, poison: float) -> None:
+    """Loss and gradients are those of the batch in which the pair's rows are ignored; P is still its pairs."""
+    x = pair_inputs()
+    pair_weight = torch.tensor([0.3, 0.0, 1.2], dtype=torch.float64)
+    unread = [1, 4]
+    loss = LinearSPOLoss(alpha=0.4, nll_weight=0.2, average=average, route=route)
+    ignored = x.labels.clone()
+    ignored[unread] = IGNORE
+
+    def objective(labels: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        rows, ids, packed = hidden, labels, {}
+        if layout == "packed":
+            rows, ids = hidden.flatten(0, 1), labels.flatten()
+            packed = {"cu_seqlens": torch.arange(len(labels) + 1) * labels.shape[1]}
+        value, metrics = loss(rows, weight, ids, bias, pair_weight=pair_weight, **packed)
+        assert metrics.accuracy.isfinite()
+        assert metrics.margin.isfinite()
+        return value
+
+    want = differentiate(lambda *policy: objective(ignored, *policy), x.policy)
+    x.hidden[unread] = poison
+    got = differentiate(lambda *policy: objective(x.labels, *policy), x.policy)
+    all_near(got, want)
+    assert not got[1][unread].any()
+
+
+def test_a_pair_that_the_weight_leaves_out_is_not_read() -> None:
+    """A callable's weights are known after the forward has read the rows; the backward does not read them."""
+    x = pair_inputs()
+    pair_weight = torch.tensor([0.3, 0.0, 1.2], dtype=torch.float64)
+    loss = LinearSPOLoss(alpha=0.4, weight=lambda logp_w, logp_l: pair_weight)
+    clean = LinearSPOLoss(alpha=0.4, route="recompute")
+    x.hidden[[1, 4]] = math.nan
+    got = differentiate(lambda *policy: loss(*policy[:2], x.labels, policy[2])[0], x.policy)
+    want = differentiate(lambda *policy: clean(*policy[:2], x.labels, policy[2], pair_weight=pair_weight)[0], x.policy)
+    all_near(got, want)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name", ["linear_token_logps", "entropy", "linear_sequence_logps", "linear_token_kl", "linear_kl_loss"]
+)
+@pytest.mark.parametrize("by", ["marked", "upstream"])
+def test_rows_that_are_not_wanted_are_not_read(name: str, by: str, poison: float) -> None:
+    """Ignored, masked and weightless rows; and rows that were read, but whose upstream gradient is 0."""
+    x = Inputs(3, 4)
+    wanted = torch.ones(3, 4, dtype=torch.bool)
+    wanted[1, 1:3] = wanted[2, 0] = False
+    labels, mask = x.labels.where(wanted, IGNORE), wanted if by == "marked" else None
+    if by == "upstream":
+        labels = x.labels.where(wanted, x.labels.clamp(min=0))
+        wanted = wanted & (labels != IGNORE)
+
+    def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if name == "linear_kl_loss":
+            rows = wanted.double() * torch.linspace(1, 2, 12, dtype=torch.float64).view(3, 4)
+            return linear_kl_loss(hidden, weight, x.ref_hidden, x.ref_weight, None, bias, x.ref_bias, row_weight=rows)
+        if name == "linear_token_kl":
+            out = linear_token_kl(hidden, weight, x.ref_hidden, x.ref_weight, mask, bias, x.ref_bias)
+        elif name == "entropy":
+            out = torch.stack(linear_token_logps(hidden, weight, labels, bias, return_entropy=True))
+        elif name == "linear_token_logps":
+            out = linear_token_logps(hidden, weight, labels, bias)
+        else:
+            sums = linear_sequence_logps(
+                hidden.flatten(0, 1), weight, labels.flatten(), bias, cu_seqlens=torch.arange(13)
+            )
+            out = sums.view(3, 4)
+        return out.where(wanted, 0)
+
+    want = differentiate(function, x.policy)
+    x.hidden[~wanted] = poison
+    x.ref_hidden[~wanted] = poison
+    got = differentiate(function, x.policy)
+    for actual, expected in zip(got, want, strict=True):
+        near(actual, expected)
+    assert not got[1][~wanted].any()
+
+
 def test_auto_recomputes_pairs_longer_than_a_tile_and_the_explicit_route_refuses_them() -> None:
     x = pair_inputs()
     x.labels[1:] = IGNORE
@@ -830,13 +942,20 @@ def test_the_kl_in_one_sweep_does_the_products_it_says(units: list[float]) -> No
 def test_a_second_backward_of_gradients_made_in_the_forward_raises() -> None:
     x = pair_inputs()
     leaf = x.hidden.requires_grad_()
-    for loss in (
-        LinearSPOLoss(route="recompute_free")(leaf, x.weight, x.labels)[0],
-        linear_kl_loss(leaf, x.weight, x.ref_hidden, x.ref_weight),
+    for loss, message in (
+        (LinearSPOLoss(route="recompute_free")(leaf, x.weight, x.labels)[0], r'LinearSPOLoss .* use route "recompute"'),
+        (LinearSPOLoss()(leaf, x.weight, x.labels)[0], r'LinearSPOLoss .* use route "recompute"'),
+        (
+            linear_kl_loss(leaf, x.weight, x.ref_hidden, x.ref_weight),
+            r"linear_kl_loss .* use \(row_weight \* spo_kernels\.linear_token_kl\(\.\.\.\)\)",
+        ),
     ):
         loss.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with pytest.raises(RuntimeError, match=rf"^spo_kernels\.{message}"):
             loss.backward()
+    recomputed = LinearSPOLoss(route="recompute")(leaf, x.weight, x.labels)[0]
+    first, second = (torch.autograd.grad(recomputed, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(
@@ -1102,7 +1221,7 @@ def op_arguments(op: str) -> tuple[Any, ...]:
     options = (1.3, 3.0, 0.6, 5, *whole)
     logps = (x.labels, None, None, None, None, IGNORE, True)
     _, kl, stats = OPS.linear_token_stats_fwd(*(tensor.detach() for tensor in policy), *logps, *options)
-    sequence = torch.arange(4).repeat_interleave(3)
+    bounds = torch.arange(5) * 3
     counts = torch.full((4,), 2.0)
     return {
         "linear_token_stats_fwd": (*policy, *logps, *options),
@@ -1123,7 +1242,7 @@ def op_arguments(op: str) -> tuple[Any, ...]:
         "linear_spo_loss_fwd": (
             *policy,
             x.labels,
-            sequence,
+            bounds,
             counts,
             None,
             torch.tensor(-1.0),

@@ -411,6 +411,21 @@ def test_zero_upstream_gradients(backend: Backend, dtype: torch.dtype) -> None:
     assert_within_budget(result, truth(case), eager(case))
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_with_upstream_gradients_of_zero_are_not_read(backend: Backend, mode: str, inplace: bool) -> None:
+    case = make_case(24, 65, mode=mode)
+    for upstream in (case.dlogps, case.dkl):
+        if upstream is not None:
+            upstream[::3] = 0
+    clean = run(backend, case)
+    poisoned = replace(case, logits=case.logits.clone())
+    poisoned.logits[::6], poisoned.logits[3::6] = NAN, -INF
+    result = run(backend, poisoned, inplace=inplace)
+    assert not result.dlogits[::3].any()
+    assert_same(result.dlogits, clean.dlogits, "dlogits")
+
+
 def test_an_upstream_gradient_of_one_output_only(backend: Backend) -> None:
     case = make_case(8, 100)
     logits, labels, ref_logits, mask, dlogps, dkl = vars(case).values()

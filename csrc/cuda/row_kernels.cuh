@@ -597,22 +597,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   if (row >= a.N) return;
   T* out = row_of<T>(a.dz, row);
 
-  // The block's first logits wait for the label, so it is read once.
+  // The block's first logits wait for these, so they are read once and together. A row with an upstream gradient of 0 is
+  // not read: its logits may be NaN.
   const std::int64_t target = a.dlogps && a.labels ? a.labels[row] : a.ignore_index;
-  const bool logp = target != a.ignore_index;
-  const bool kl = with_kl && a.dkl && (!a.mask || a.mask[row]);
+  const A dlogp = a.dlogps ? static_cast<const A*>(a.dlogps)[row] : A{0};
+  const A g_logp = target == a.ignore_index ? A{0} : dlogp;
+  const A g_kl = with_kl && a.dkl && (!a.mask || a.mask[row]) ? static_cast<const A*>(a.dkl)[row] : A{0};
+  const bool logp = g_logp != 0, kl = g_kl != 0;
   if (!logp && !kl) return write_zeros<threads_per_row, E>(out, begin, end, a.V);
 
   const std::int64_t label = logp && target != kLabelElsewhere ? target : -1;
   if (logp) check_label(target, a.V);
   const auto* stats = static_cast<const A*>(a.stats);
   const RowStats<A> policy(stats[row], stats[a.N + row]);
-  const A g_logp = logp ? static_cast<const A*>(a.dlogps)[row] : A{0};
   const Source<T, E> z(a.z, row, a.V);
   if constexpr (with_kl) {
     if (kl) {
       const Gradient<A> grad(policy, {stats[2 * a.N + row], stats[3 * a.N + row]},
-                             kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp, static_cast<const A*>(a.dkl)[row]);
+                             kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp, g_kl);
       const Source<R, E> r(a.r, row, a.V);
       return write_gradient<threads_per_row, true>(out, z, r, grad, label, begin, end);
     }

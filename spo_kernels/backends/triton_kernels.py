@@ -279,9 +279,11 @@ def token_stats_bwd_kernel(
     wanted = False
     if dlogps is not None:
         label = tl.load(labels + row)
-        labelled = label != ignore_index
+        labelled = (label != ignore_index) & (tl.load(dlogps + row) != 0)
     if dkl is not None:
-        wanted = True if mask is None else tl.load(mask + row)
+        wanted = tl.load(dkl + row) != 0
+        if mask is not None:
+            wanted &= tl.load(mask + row)
 
     grad = tl.zeros([BLOCK], dtype)
     if labelled | wanted:

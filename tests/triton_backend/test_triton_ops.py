@@ -260,6 +260,18 @@ def test_unwanted_rows_cost_no_read_and_are_exactly_zero(backend: Backend, loads
         assert not zeros.any()
 
 
+def test_rows_with_upstream_gradients_of_zero_are_not_read(backend: Backend, loads: list[int]) -> None:
+    case = replace(make_case(4, 100), labels=torch.arange(4), mask=torch.ones(4, dtype=torch.bool))
+    # One row for each: nothing, the log-probability alone, the KL alone, both.
+    case.dlogps[[0, 2]] = case.dkl[:2] = 0
+    clean = run(backend, case)
+    assert sum(loads) == (8 + 0 + 1 + 2 + 2) * 100  # the forward reads all
+    case.logits[0] = NAN
+    poisoned = run(backend, case)
+    assert_same(poisoned.dlogits, clean.dlogits, "dlogits")
+    assert not poisoned.dlogits[0].any()
+
+
 def test_an_upstream_gradient_of_one_output_only(backend: Backend) -> None:
     case = make_case(6, 100)
     _, kl, stats = backend.token_stats_fwd(case.logits, case.labels, case.ref_logits, case.mask, IGNORE)
