@@ -597,8 +597,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   if (row >= a.N) return;
   T* out = row_of<T>(a.dz, row);
 
-  // The block's first logits wait for these, so they are read once and together. A row with an upstream gradient of 0 is
-  // not read: its logits may be NaN.
+  // The block's first logits wait for these, so they are read once and together. A row with an upstream gradient of 0
+  // is not read: its logits may be NaN.
   const std::int64_t target = a.dlogps && a.labels ? a.labels[row] : a.ignore_index;
   const A dlogp = a.dlogps ? static_cast<const A*>(a.dlogps)[row] : A{0};
   const A g_logp = target == a.ignore_index ? A{0} : dlogp;
