@@ -631,6 +631,7 @@ def test_exponent_is_the_slope_in_logarithms(power: float) -> None:
     assert growth.exponent([(2, 3.0), (4, 0.0)]) is None
 
 
+@pytest.mark.slow
 def test_all_measures_everything_and_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, figure = tmp_path / "page.md", tmp_path / "growth.png"
     page.write_text(f"before\n{report.RESULTS_BEGIN}\nlast year's\n{report.RESULTS_END}\nafter\n")

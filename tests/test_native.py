@@ -13,6 +13,7 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
+from background import background
 
 from spo_kernels.backends import cpu, cuda
 
@@ -90,10 +91,9 @@ def compile_object(source: Path, out: Path, flags: list[str]) -> str:
 SANITIZE = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC}"]
 
 
-@pytest.fixture(scope="module")
-def sanitized_levels(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+@background
+def sanitized_levels(out: Path) -> list[str]:
     """The object of each SIMD level, with the flags of setup.py and the sanitizers."""
-    out = tmp_path_factory.mktemp("levels")
     levels = {"portable": ""}
     if platform.machine() == "x86_64":
         levels |= setup_constant("X86_LEVELS")
@@ -103,6 +103,7 @@ def sanitized_levels(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_simd_objects_share_no_code(sanitized_levels: list[str]) -> None:
     # A weak function outside a level's own namespace is one copy for all levels, compiled for whichever the linker met.
     for path in sanitized_levels:
@@ -113,6 +114,7 @@ def test_simd_objects_share_no_code(sanitized_levels: list[str]) -> None:
         assert [line for line in weak if f"spo::cpu::{level}::" not in line] == []
 
 
+@pytest.mark.slow
 def test_row_ops_under_sanitizers(sanitized_levels: list[str], tmp_path: Path) -> None:
     sources = [CSRC / "row_ops.cpp", CSRC / "simd_level.cpp", Path(__file__).parent / "native/row_ops_sanitized.cpp"]
     objects = [compile_object(source, tmp_path / f"{source.stem}.o", SANITIZE) for source in sources]

@@ -9,6 +9,7 @@ from pathlib import Path
 import emulated
 import machine_code
 import pytest
+from background import background
 from machine_code import GPUS, Loop, Resources
 
 from spo_kernels.backends import cuda
@@ -37,14 +38,6 @@ def hot_loops(gpu: str) -> list[Loop]:
     assert LIBRARY is not None
     kernels = r"^(token_stats|kl_loss).*<bf16, bf16, (true, |false, )?256>"
     return list(machine_code.loops(LIBRARY, GPUS[gpu].arch, kernels))
-
-
-def nvcc_or_skip() -> Path:
-    include = emulated.cuda_include()
-    nvcc = include and include.parent / "bin/nvcc"
-    if nvcc is None or not nvcc.exists():
-        pytest.skip("no nvcc")
-    return nvcc
 
 
 def test_device_assertions_name_the_source_file_alone(tmp_path: Path) -> None:
@@ -92,17 +85,27 @@ def test_loops_leave_the_b200_bound_by_memory_but_for_the_kl_forward() -> None:
     assert over(rest, "B200", B200_SHARE) == []
 
 
-def test_the_gates_can_fail(tmp_path: Path) -> None:
-    """A kernel with a third exponential an element, and one whose array is indexed at run time, are caught."""
-    nvcc = nvcc_or_skip()
-    source = tmp_path / "planted.cu"
+@background
+def planted_kernels(out: Path) -> Path | None:
+    """None without nvcc."""
+    include = emulated.cuda_include()
+    nvcc = include and include.parent / "bin/nvcc"
+    if nvcc is None or not nvcc.exists():
+        return None
+    source, target = out / "planted.cu", out / "planted.so"
     source.write_text(PLANTED)
-    target = tmp_path / "planted.so"
     flags = ["-std=c++20", "-O3", "-arch=sm_100", "-shared", "-Xcompiler=-fPIC"]
     machine_code.run(nvcc, *flags, str(source), "-o", str(target))
-    spilling = [r.kernel.split("(")[0] for r in machine_code.resources(target) if r.spilled]
+    return target
+
+
+def test_the_gates_can_fail(planted_kernels: Path | None) -> None:
+    """A kernel with a third exponential an element, and one whose array is indexed at run time, are caught."""
+    if planted_kernels is None:
+        pytest.skip("no nvcc")
+    spilling = [r.kernel.split("(")[0] for r in machine_code.resources(planted_kernels) if r.spilled]
     assert spilling == ["local_array"]
-    loops = list(machine_code.loops(target, "sm_100", "three_exponentials"))
+    loops = list(machine_code.loops(planted_kernels, "sm_100", "three_exponentials"))
     assert loops
     assert over(loops, "B200", B200_SHARE) != []
 

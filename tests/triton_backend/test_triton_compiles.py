@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from background import background
 from machine_code import GPUS, Loop
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 # One process each: a test machine has two cores, and cuda:90 compiles more than the others.
 GROUPS = (("cuda:90", "cuda:80"), ("cuda:100", "cuda:120", "hip:gfx942"))
@@ -23,13 +25,13 @@ GROUPS = (("cuda:90", "cuda:80"), ("cuda:100", "cuda:120", "hip:gfx942"))
 SHARES = {"A100": 0.6, "H100": 0.6, "B200": 1.06}
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+@background
+def compiled(out: Path) -> list[dict[str, Any]]:
     """What cross_compile.py says of every target, from an empty cache."""
     program = Path(__file__).with_name("cross_compile.py")
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "TRITON_CACHE_DIR": str(out),
         "TRITON_DEFAULT_FP_FUSION": "1",
     }
     with ThreadPoolExecutor() as pool:
