@@ -487,11 +487,12 @@ def kl_loss_fwd(
     tile, reference = _Tile(head, options, size, columns), _Tile(ref_head, options, size, columns)
     tiles = _row_tiles(row_weight != 0, head.hidden.shape[0], size)
     gradients = _Gradients(head, needs, gradient_dtype, one_tile=len(tiles) <= 1)
-    loss = head.hidden.new_zeros((), dtype=tile.wide)
+    wide = tile.wide
+    loss = head.hidden.new_zeros((), dtype=torch.float64)  # of many tiles, one after the other
     for selected in tiles:
         loss += _kl_loss_of_tile(selected, tile, reference, row_weight[selected], gradients)
     del tile, reference  # room for the cast of the sums
-    return loss, *gradients.finish()
+    return loss.to(wide), *gradients.finish()
 
 
 def _wide_tile_rows(head: Head, options: LogitOptions, chunk_size: int | None, buffers: int = 1) -> int:
@@ -613,7 +614,7 @@ def _kl_loss_of_tile(rows: Rows, tile: _Tile, reference: _Tile, row_weight: Tens
         torch.ops.spo_kernels.token_stats_bwd_(
             None, row_weight, logits, None, ref_logits, None, *known, vocabulary.IGNORED
         )
-        loss = known[0] @ row_weight
+        loss = known[0].double() @ row_weight.double()
     gradients.add(tile, logits, 0, tile.columns_in_all)
     gradients.finish_rows()
     return loss
