@@ -90,6 +90,7 @@ class Call:
         self._warm = warm
         self._simd = simd
         self._arguments: dict[str, Tensor] = {}
+        self._edges: list[torch.autograd.graph.GradientEdge] = []
 
     @property
     def entry(self) -> measure.Entry:
@@ -104,6 +105,9 @@ class Call:
         if self._upstream:
             for name in problem.op.differentiable:
                 self._arguments[name] = _FromModel.apply(problem.anchor, problem.inputs[name])
+            # Of the logits as the model gave them: an op that overwrites them takes the tensor itself out of the graph.
+            wrt = [self._arguments[name] for name in problem.op.differentiable]
+            self._edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in wrt]
         if self._simd:
             self._level, _ = set_simd_level(self._simd)
 
@@ -113,11 +117,10 @@ class Call:
             with torch.no_grad():
                 return _as_tuple(self._function(*self._arguments.values())), ()
         outputs = _as_tuple(self._function(*self._arguments.values()))
-        wrt = [self._arguments[name] for name in self._problem.op.differentiable]
-        return outputs, torch.autograd.grad(outputs, wrt, self._gradients_for(outputs))
+        return outputs, torch.autograd.grad(outputs, self._edges, self._gradients_for(outputs))
 
     def finish(self) -> None:
-        self._arguments = {}
+        self._arguments, self._edges = {}, []
         if self._restores:
             for name, tensor in self._problem.pristine.items():
                 self._problem.inputs[name].copy_(tensor)
