@@ -17,12 +17,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 
 import setuptools
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 LIBRARY, CUDA_LIBRARY, CONTROL = "libspo_kernels.so", "libspo_kernels_cuda.so", "_control"
 
 # The oldest torch the library runs with, as torch spells it (major, minor << 56 and 48).
@@ -48,6 +49,18 @@ X86_LEVELS = {
 # Contraction is written out, as above. No fast-math: what may be approximate is written out too.
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Wno-deprecated-gpu-targets"]
 CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+OLDEST_ARCHITECTURE = (8, 0)
+
+# Names that TORCH_CUDA_ARCH_LIST may hold, as in torch.utils.cpp_extension; the old ones are older than 8.0.
+NAMED_ARCHITECTURES = {
+    "Ampere": "8.0 8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0 10.3 12.0 12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+}
+OLD_NAMES = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")
 
 
 def cuda_home() -> Path | None:
@@ -68,8 +81,44 @@ def cuda_home() -> Path | None:
 
 
 def cuda_architectures() -> list[str]:
-    """Those of TORCH_CUDA_ARCH_LIST, e.g. ``8.0;9.0+PTX``."""
-    return (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).replace(";", " ").split()
+    """Architectures of TORCH_CUDA_ARCH_LIST as numbers, e.g. ``["8.0", "9.0a", "12.0+PTX"]``, each once."""
+    value = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    found = [item for entry in re.split(r"[;,\s]+", value) if entry for item in architectures_of_entry(entry)]
+    if not found:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST holds no architecture, got {value!r}")
+    return list(dict.fromkeys(found))
+
+
+def architectures_of_entry(entry: str) -> list[str]:
+    """The architectures of one entry of TORCH_CUDA_ARCH_LIST: a number, a name or ``native``."""
+    if entry == "native":
+        return native_architectures()
+    for name in (entry, entry.removesuffix("+PTX")):
+        if name in NAMED_ARCHITECTURES:
+            *others, last = NAMED_ARCHITECTURES[name].split()
+            return [*others, last if name == entry else last.removesuffix("+PTX") + "+PTX"]
+    number = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", entry)
+    if (number and (int(number[1]), int(number[2])) < OLDEST_ARCHITECTURE) or entry.split("+")[0] in OLD_NAMES:
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST must hold 8.0 or newer only, got {entry!r}: the CUDA kernels need 8.0 (Ampere); "
+            "take the entry off the list, or set SPO_CUDA=0 to build without CUDA kernels"
+        )
+    if number is None:
+        raise SystemExit(
+            "TORCH_CUDA_ARCH_LIST must hold numbers (9.0, 9.0a, 12.0+PTX), native or the names "
+            f"{', '.join(NAMED_ARCHITECTURES)}, got {entry!r}"
+        )
+    return [f"{number[1]}.{number[2]}{number[3]}{number[4] or ''}"]
+
+
+def native_architectures() -> list[str]:
+    """Architectures of the GPUs that the torch in the build environment sees."""
+    import torch
+
+    seen = sorted({torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())})
+    if not seen:
+        raise SystemExit("TORCH_CUDA_ARCH_LIST=native needs a GPU that torch sees, got none: give numbers such as 9.0")
+    return [item for major, minor in seen for item in architectures_of_entry(f"{major}.{minor}")]
 
 
 def cuda_fact() -> str:
@@ -82,16 +131,30 @@ def cuda_fact() -> str:
     return f"nvcc {release[1] if release else 'of unknown version'}, for {' '.join(cuda_architectures())}"
 
 
+def cxx() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def build_facts() -> dict[str, str]:
+    """What the libraries are built with, as macros that the installed package reports."""
+    import torch
+
+    version = subprocess.run([cxx(), "--version"], check=True, capture_output=True, text=True).stdout
+    return {
+        "SPO_COMPILER": version.splitlines()[0],
+        "SPO_TORCH_VERSION": torch.__version__,
+        "SPO_TORCH_TARGET": ".".join(map(str, TORCH_TARGET)),
+        "SPO_CUDA_FACT": cuda_fact(),
+    }
+
+
 def gencode_flags() -> list[str]:
     """``-gencode`` of every architecture."""
     flags = []
     for item in cuda_architectures():
-        version, plus, ptx = item.partition("+")
-        number = version.replace(".", "")
-        if not number.rstrip("af").isdigit() or (plus and ptx != "PTX"):
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: cannot read {item!r}; 9.0 or 12.0+PTX are what it may hold")
+        number, _, ptx = item.replace(".", "").partition("+")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if plus:
+        if ptx:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
@@ -104,16 +167,26 @@ def cpu_sources() -> dict[str, list[str]]:
     return sources
 
 
-def torch_flags() -> tuple[list[str], list[str], str]:
-    """Compile flags, link flags and version of the torch in the build environment."""
+def torch_flags() -> tuple[list[str], list[str]]:
+    """Compile flags and link flags of the torch in the build environment."""
     import torch
 
     root = Path(torch.__file__).parent
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:016x}"
-    # libtorch.so loads libtorch_cuda.so, where the weak stream function is found. No strong symbol needs libtorch.so, and
-    # Ubuntu's linker drops such libraries by default.
+    # The weak stream function is found in libtorch_cuda.so, which libtorch.so loads. No strong symbol needs
+    # libtorch.so, and Ubuntu's linker drops such libraries by default.
     link = [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
-    return [target, "-isystem", str(root / "include")], link, torch.__version__
+    return [target, *system_headers(root / "include")], link
+
+
+def system_headers(folder: str | Path) -> list[str]:
+    """Flags for headers in this folder. Error messages name them relative to it, without paths of the build machine."""
+    return ["-isystem", str(folder), f"-ffile-prefix-map={folder}/="]
+
+
+def shell(words: list[str]) -> str:
+    """A command line for a ninja file: quoted for the shell, and with ``$`` as ninja wants it."""
+    return shlex.join(words).replace("$", "$$")
 
 
 class NinjaBuild(build_ext):
@@ -121,7 +194,10 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         package = ROOT / "spo_kernels" if self.inplace else Path(self.build_lib).resolve() / "spo_kernels"
-        build = Path(self.build_temp).resolve()
+        # setuptools gives an editable build a temporary folder, in which nothing would be incremental.
+        build = ROOT / "build/editable" if self.inplace else Path(self.build_temp).resolve()
+        # ninja does not see that a compiler or torch was replaced: each combination has a folder of its own.
+        build /= f"{zlib.crc32(repr(build_facts()).encode()):08x}"
         package.mkdir(parents=True, exist_ok=True)
         build.mkdir(parents=True, exist_ok=True)
         self.write_ninja_file(build / "build.ninja", package)
@@ -132,60 +208,58 @@ class NinjaBuild(build_ext):
         import pybind11
         from ninja import ninja_syntax
 
-        compiler = os.environ.get("CXX", "g++")
+        compiler = cxx()
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         if os.environ.get("SPO_SANITIZE") == "1":
             extra += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
-        torch_compile, torch_link, torch_version = torch_flags()
-        version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-        facts = {
-            "SPO_COMPILER": version.splitlines()[0],
-            "SPO_TORCH_VERSION": torch_version,
-            "SPO_TORCH_TARGET": ".".join(map(str, TORCH_TARGET)),
-            "SPO_CUDA_FACT": cuda_fact(),
-        }
-        python = [f"-D{name}={c_string(value)}" for name, value in facts.items()]
-        python += ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11.get_include()]
+        torch_compile, torch_link = torch_flags()
+        python = [f"-D{name}={c_string(value)}" for name, value in build_facts().items()]
+        python += [*system_headers(sysconfig.get_paths()["include"]), *system_headers(pybind11.get_include())]
         control = package / (CONTROL + sysconfig.get_config_var("EXT_SUFFIX"))
+
+        # Label errors and device assertions name a source file relative to the repository.
+        own_sources = f"-ffile-prefix-map={ROOT}/="
+        common = shell([*COMMON_FLAGS, own_sources])
 
         with path.open("w") as file:
             writer = ninja_syntax.Writer(file)
             writer.rule(
                 "compile",
-                f"{compiler} -MMD -MF $out.d {shlex.join(COMMON_FLAGS)} $flags {shlex.join(extra)} -c $in -o $out",
+                f"{shell([compiler])} -MMD -MF $out.d {common} $flags {shell(extra)} -c $in -o $out",
                 depfile="$out.d",
                 deps="gcc",
             )
-            writer.rule("link", f"{compiler} -shared {shlex.join(extra)} $in $flags -o $out")
+            writer.rule("link", f"{shell([compiler])} -shared {shell(extra)} $in $flags -o $out")
 
             def compile_object(source: str, flags: list[str]) -> str:
                 out = source.replace("/", "_") + ".o"
-                writer.build(out, "compile", str(ROOT.resolve() / source), variables={"flags": shlex.join(flags)})
+                writer.build(out, "compile", str(ROOT / source), variables={"flags": shell(flags)})
                 return out
 
             objects = [compile_object(source, flags) for source, flags in cpu_sources().items()]
             objects.append(compile_object("csrc/torch/ops_cpu.cpp", torch_compile))
             link = [*torch_link, f"-Wl,-soname,{LIBRARY}", "-pthread"]
-            writer.build(str(package / LIBRARY), "link", objects, variables={"flags": shlex.join(link)})
+            writer.build(str(package / LIBRARY), "link", objects, variables={"flags": shell(link)})
             (package / CUDA_LIBRARY).unlink(missing_ok=True)  # of an earlier build in place
             if home := cuda_home():
                 nvcc = [str(home / "bin/nvcc"), "-ccbin", compiler, *NVCC_FLAGS, *gencode_flags()]
-                writer.rule("nvcc", f"{shlex.join(nvcc)} -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+                nvcc.append(f'-Xcompiler="{own_sources}"')  # nvcc takes an unquoted comma or space as the flag's end
+                writer.rule("nvcc", f"{shell(nvcc)} -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
                 objects = []
                 for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-                    objects += writer.build(f"{source.stem}.cuda.o", "nvcc", str(source.resolve()))
-                include = ["-isystem", str(home / "include")]
+                    objects += writer.build(f"{source.stem}.cuda.o", "nvcc", str(source))
+                include = system_headers(home / "include")
                 objects.append(compile_object("csrc/torch/ops_cuda.cpp", [*torch_compile, *include]))
                 link = [*torch_link, f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-pthread"]
                 link.append(f"-Wl,-soname,{CUDA_LIBRARY}")
-                writer.build(str(package / CUDA_LIBRARY), "link", objects, variables={"flags": shlex.join(link)})
-            link = [f"-L{package}", f"-l:{LIBRARY}", "'-Wl,-rpath,$$ORIGIN'"]
+                writer.build(str(package / CUDA_LIBRARY), "link", objects, variables={"flags": shell(link)})
+            link = [f"-L{package}", f"-l:{LIBRARY}", "-Wl,-rpath,$ORIGIN"]
             writer.build(
                 str(control),
                 "link",
                 compile_object("csrc/python/control.cpp", python),
                 implicit=str(package / LIBRARY),
-                variables={"flags": " ".join(link)},
+                variables={"flags": shell(link)},
             )
 
     def get_outputs(self) -> list[str]:

@@ -159,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="default: cuda")
     whole.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="default: out/benchmarks")
+    whole.add_argument(
+        "--budget", type=_count, metavar="SECONDS", help="the most telling of it, in so much time (try 540)"
+    )
     whole.add_argument("--quick", action="store_true", help="tiny sizes, to try the report itself; works with cpu too")
     whole.set_defaults(threads=None, simd=None, repeats=1)
 

@@ -1,13 +1,17 @@
 """One report from a machine with a GPU: its tests, the selfcheck, the benchmarks. Each step is a program of its own.
 
-A step that fails does not stop the others: the report says so, and so does the exit status.
+A step that fails does not stop the others: the report says so, and so does the exit status. With a budget of seconds
+the steps are those that tell most in little time, the most telling first; no step runs beyond the budget.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,13 +23,17 @@ from benchmarks import ROOT, report
 from benchmarks.run import Settings
 
 _STEP_SECONDS = 2 * 3600
+_LEAST_SECONDS = 8  # of a budget; a step that would get less is left out
 _KEPT_LINES = 400  # of a step's output, from its end
+_PYTHON = (sys.executable, "-m")
 
 
 class Step(NamedTuple):
     title: str
     command: list[str]
     folder: Path = ROOT  # to start in
+    seconds: int = _STEP_SECONDS  # at most
+    backend: str | None = None  # SPO_BACKEND of the step
 
 
 class Outcome(NamedTuple):
@@ -39,59 +47,93 @@ class Outcome(NamedTuple):
         return "ok" if self.status == 0 else "out of time" if self.status is None else f"FAILED with {self.status}"
 
 
-def steps(device: str, out: Path, quick: bool) -> Iterator[Step]:
-    """What a report consists of. quick: small enough to try all of it on a CPU."""
-    python = [sys.executable, "-m"]
+def _about_the_machine(device: str, out: Path) -> Iterator[Step]:
     # All but the benchmarks start elsewhere: Python would import the source tree before the installed package.
-    yield Step("Environment", [*python, "spo_kernels.env"], out)
+    yield Step("Environment", [*_PYTHON, "spo_kernels.env"], out, 60)
     for tool in ("nvidia-smi", "rocm-smi"):
         if device != "cpu" and shutil.which(tool):
-            yield Step("Device", [tool])
+            yield Step("Device", [tool], seconds=30)
+
+
+def steps(device: str, out: Path, quick: bool) -> Iterator[Step]:
+    """What a report consists of. quick: small enough to try all of it on a CPU."""
+    yield from _about_the_machine(device, out)
     # On a CPU nothing that is marked would run: the file that also runs there stands in.
     chosen = ["-m", "gpu", str(ROOT / "tests")] if device != "cpu" else [str(ROOT / "tests/test_gpu.py")]
-    yield Step("Tests", [*python, "pytest", *chosen], out)
+    yield Step("Tests", [*_PYTHON, "pytest", *chosen], out)
     rows = ["--rows", "8"] if quick else []
-    yield Step("Selfcheck", [*python, "spo_kernels.selfcheck", "--device", device, *rows], out)
+    yield Step("Selfcheck", [*_PYTHON, "spo_kernels.selfcheck", "--device", device, *rows], out)
     common = ["--device", device, "--out", str(out), *(["--repeats", "1"] if quick else [])]
-    ops = [*python, "benchmarks", "ops", *common]
+    ops = [*_PYTHON, "benchmarks", "ops", *common]
     if quick:
         yield Step("Ops", [*ops, "--shapes", "16x130", "--providers", "ours", "ours_inplace", "eager"])
     else:
         yield Step("Ops", ops)
         yield Step("Ops at the size of a training step", [*ops, "--shapes", "8192x128256", "--dtypes", "bfloat16"])
-    small = ["--pairs", "1", "--tokens", "8", "--vocabulary", "130", "--hidden", "64", "--layers", "1"]
-    narrow = [
-        "--pairs",
-        "1",
-        "--tokens",
-        "8",
-        "--vocabulary",
-        "130",
-        "--hidden",
-        "64",
-        "--providers",
-        "recompute",
-        "eager",
-    ]
-    yield Step("Head", [*python, "benchmarks", "head", *common, *(narrow if quick else [])])
-    yield Step("Training step", [*python, "benchmarks", "step", *common, *(small if quick else [])])
+    small = ["--pairs", "1", "--tokens", "8", "--vocabulary", "130", "--hidden", "64"]
+    narrow = [*small, "--providers", "recompute", "eager"]
+    yield Step("Head", [*_PYTHON, "benchmarks", "head", *common, *(narrow if quick else [])])
+    yield Step(
+        "Training step", [*_PYTHON, "benchmarks", "step", *common, *([*small, "--layers", "1"] if quick else [])]
+    )
 
 
-def run(step: Step) -> Outcome:
+def budgeted_steps(device: str, out: Path, quick: bool) -> Iterator[Step]:
+    """The same in ten minutes, the most telling first. Packages that are not there are not needed."""
+    yield from _about_the_machine(device, out)
+    size = ["--rows", "8", "--vocab", "1000"] if quick else ["--rows", "512"]
+    yield Step("Selfcheck", [*_PYTHON, "spo_kernels.selfcheck", "--device", device, *size], out, 90)
+    parallel = ["-n", str(min(os.cpu_count() or 1, 10))] if importlib.util.find_spec("xdist") else []
+    pytest = [*_PYTHON, "pytest", "-q", "-p", "no:cacheprovider", *parallel]
+    on_gpu, of_ops = str(ROOT / "tests/test_gpu.py"), str(ROOT / "tests/test_ops.py")
+    if device == "cpu":
+        yield Step("Tests", [*pytest, on_gpu], out, 150)
+    else:
+        yield Step("Tests", [*pytest, "-m", "gpu", "-k", "not gpu-triton", on_gpu, of_ops], out, 150)
+
+    common = ["--device", device, "--out", str(out), "--repeats", "1" if quick else "5"]
+    ops = [*_PYTHON, "benchmarks", "ops", *common, "--dtypes", "bfloat16", "--providers"]
+    ours, peers = ["ours", "ours_inplace"], ["eager_float", "cross_entropy", "liger", "quack"]
+    wide, others = (["16x130"], ["1x130"]) if quick else (["4096x128256"], ["16384x32000", "4096x50257", "8x151936"])
+    yield Step("Rows", [*ops, *ours, *peers, "--shapes", *wide], seconds=90)
+    head = [*_PYTHON, "benchmarks", "head", *common, "--dtypes", "bfloat16"]
+    heads = ["--pairs", "1", "--tokens", "8", "--vocabulary", "130", "--hidden", "64"]
+    if not quick:
+        heads = ["--pairs", "8", "--tokens", "256", "--vocabulary", "128256", "--hidden", "2048"]
+    providers = ["recompute", "recompute_free", "eager", "cross_entropy"]
+    yield Step("Head", [*head, *heads, "--providers", *providers], seconds=90)
+    yield Step("Rows of other sizes", [*ops, *ours, *peers, "--shapes", *others], seconds=120)
+    yield Step("Rows, compiled", [*ops, *ours, "compile", "--shapes", *wide], seconds=120)
+    if device == "cpu":
+        return
+    by_triton = Step("Rows by Triton", [*ops, *ours, "--shapes", *wide, *others], seconds=90, backend="triton")
+    yield by_triton
+    yield Step("Tests of Triton", [*pytest, "-m", "gpu", "-k", "gpu-triton", of_ops], out, 180)
+
+
+def run(step: Step, seconds: float = _STEP_SECONDS) -> Outcome:
+    """Run a step for at most so many seconds, or its own most; its children end with it."""
     start = time.perf_counter()
     status: int | None
+    variables = os.environ | ({"SPO_BACKEND": step.backend} if step.backend else {})
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             step.command,
             cwd=step.folder,
+            env=variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=_STEP_SECONDS,
+            errors="replace",
+            start_new_session=True,  # a group of its own, which can be ended whole
         )
-        status, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as expired:
-        status, output = None, (expired.stdout or b"").decode(errors="replace")
+        try:
+            output, _ = process.communicate(timeout=min(seconds, step.seconds))
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            status = None
     except OSError as error:
         status, output = error.errno or 1, str(error)
     return Outcome(step, status, time.perf_counter() - start, output)
@@ -101,9 +143,15 @@ def run_gpu(options: argparse.Namespace, environment: report.Environment, settin
     out = options.out.resolve()  # the steps start in other folders
     page = report.output_path(out, "gpu", ".md")
     outcomes: list[Outcome] = []
-    for step in steps(str(options.device), out, options.quick):
+    end = time.perf_counter() + (options.budget or float("inf"))
+    choose = steps if options.budget is None else budgeted_steps
+    for step in choose(str(options.device), out, options.quick):
+        left = end - time.perf_counter()
+        if left < _LEAST_SECONDS:
+            print(f"{step.title}: left out, no time", flush=True)
+            continue
         print(f"{step.title}: {shlex.join(step.command)}", flush=True)
-        outcomes.append(run(step))
+        outcomes.append(run(step, min(left, _STEP_SECONDS)))
         print(f"  {outcomes[-1].verdict}, {outcomes[-1].seconds:.0f} s", flush=True)
         page.write_text(_markdown(outcomes, environment))  # after each step, so that an interrupted report is one too
     print("", page, sep="\n")

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ _MORE_ROUNDS = 20
 _ENOUGH_SECONDS = 0.5
 # The first call after another provider's finds its code and threads cold, which matters to calls of microseconds.
 _SHORT_SECONDS, _BURST = 0.01, 5
-# Beyond every last-level cache of a GPU (256 MiB on an MI300X), and long enough to write that the call is launched
-# meanwhile, so that events around it see the device's time and not Python's.
+# More than every last-level cache of a GPU holds (256 MiB on an MI300X). Reading it takes so long that the call is
+# launched meanwhile: events around the call see the device's time and not Python's.
 _FLUSH_BYTES = 512 << 20
 
 
@@ -69,12 +70,12 @@ class _Clock:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         if self._cuda:
-            self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+            self._flush = torch.zeros(_FLUSH_BYTES // 4, device=device)
             self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def time(self, call: Callable[[], object]) -> tuple[float, float]:
         if self._cuda:
-            self._flush.zero_()
+            self._flush.sum()  # read: lines written would be written back within the timed region
             self._start.record()  # in the queue behind the flush: nothing waits here
         cpu, wall = time.process_time(), time.perf_counter()
         result = call()
@@ -130,8 +131,9 @@ def interleave(
 class Bandwidth:
     """The limit: bytes a second of loops that read, and that read and write, an array of the working set's size.
 
-    On a CPU with the compiled kernels, their own streaming loops (several streams, prefetch, `threads` threads); plain
-    torch reductions fall short of that, so on a CPU without the kernels they are a stand-in, and `source` says so.
+    On a GPU, ``copy_`` for both. On a CPU with the compiled kernels, their own streaming loops (several streams,
+    prefetch, `threads` threads). Reductions of torch fall short of these: on a CPU without the kernels they are a
+    stand-in, and `source` says so.
     `sample` is called once in every round of the timing it is the limit for, the warm-up included. A round's calls are
     compared with the best loop of that round: other tenants of a machine's memory may halve its rate for minutes.
     """
@@ -146,12 +148,19 @@ class Bandwidth:
             from spo_kernels.backends import cpu
 
             self._control = cpu.load()
-        self.source = "stream loops" if self._control or device.type == "cuda" else "torch.sum and torch.add_ (too low)"
+        self._copy = torch.empty_like(self._array) if device.type == "cuda" else None
+        if self._copy is not None:
+            self.source = "torch.Tensor.copy_"
+        else:
+            self.source = "stream loops" if self._control else "torch.sum and torch.add_ (too low)"
         self.read: list[float] = []  # bytes a second, by round
         self.update: list[float] = []
 
     def sample(self) -> None:
-        if self._control:
+        if self._copy is not None:
+            seconds, _ = self._clock.time(partial(self._copy.copy_, self._array))
+            read, update = seconds / 2, seconds  # a copy moves the array twice
+        elif self._control:
             array = self._array.numpy()
             read = self._control.stream_read(array, self._threads)
             update = self._control.stream_inplace(array, self._threads)

@@ -9,11 +9,14 @@ A vocabulary may be split over the processes of a ``process_group``, as Megatron
 has the logits ``[..., V_r]`` of its own columns, in the order of ranks, and the same labels (of the whole
 vocabulary), masks and upstream gradients as the others. Every process gets the same result, bit for bit, and the
 gradient of its own logits. The forward is one all-gather of a few numbers a row; the backward has no communication. All
-processes must call.
+processes must call. Labels and masks that differ between them are a ValueError in all (a device-side assertion on a
+GPU).
 
 Every function raises ValueError where a shape, dtype or device is wrong, naming the argument, what it must be and what
 came; a label outside ``[0, V)`` that is not ``ignore_index`` is a RuntimeError (a device-side assertion on a GPU). NaN
-logits give NaN for their own row and touch no other.
+logits give NaN for their own row and touch no other. Rows that are ignored, masked or of weight 0 are not read: their
+outputs and gradients are exactly 0 even where their logits are NaN, and so are gradients of rows with an upstream
+gradient of 0.
 """
 
 from __future__ import annotations
@@ -48,8 +51,10 @@ def token_logps(
         logits: ``[..., V]``.
         labels: ``[...]`` int64, aligned with logits; ``ignore_index`` marks rows that are not wanted.
         inplace_backward: let the backward overwrite ``logits`` with its gradient, so that no second ``[..., V]`` tensor
-            is needed. Use it when nothing else needs the logits: autograd raises if something else, or a second
-            backward, does. Logits that are a leaf, or whose elements share memory, are refused. Under
+            is needed. Use it when nothing needs the logits once the backward has come this far. Caught: autograd raises
+            in the backward where another function saved the logits and its turn comes later, and so does a second
+            backward. Not caught: whatever reads the logits when the backward is over, to differentiate it or not, gets
+            the gradient's numbers. Logits that are a leaf, or whose elements share memory, are refused. Under
             ``torch.compile`` the result is the same and memory is left to the compiler.
         process_group: the group that holds the vocabulary, or None: this process has all of it. See the module.
         vocab_shards: columns of each process, in the order of ranks; None: all have as many as this one.
@@ -80,6 +85,8 @@ def sequence_logps(
     vocab_shards: Sequence[int] | None = None,
 ) -> Tensor:
     """Log-probability of each sequence: the sum of `token_logps` over its unignored tokens.
+
+    Sums are taken in float64 in both layouts, in an order that does not change, and rounded once.
 
     Args:
         logits: ``[B, T, V]``; packed with ``cu_seqlens``: ``[N, V]`` or ``[1, N, V]``.
@@ -194,17 +201,21 @@ def kl_loss(
     """``sum_i row_weight_i KL_i``, computing the gradient in the forward, while each row is still in cache.
 
     One sweep over the logits instead of two: cheaper than ``(row_weight * token_kl(...)).sum()`` when a backward will
-    follow. The backward multiplies the stored gradient by the upstream scalar and can run once. float16 logits take two
-    sweeps all the same: before the loss scale that comes with the backward, most of their gradient is below float16's
-    range.
+    follow. The backward multiplies the stored gradient by the upstream scalar and can run only once: a second is
+    refused. float16 logits take two sweeps all the same: before the loss scale that comes with the backward, most of
+    their gradient is below float16's range.
 
     Args:
         logits, ref_logits, mask: as in `token_kl`.
         row_weight: ``[...]`` floating, no gradient flows to it; 1 when None. For a mean over S sequences of token sums
             pass ``1 / S`` in every row. Rows of weight 0 are skipped.
-        overwrite_logits: the stored gradient takes the logits' memory: their values are gone when this returns, and
-            autograd raises if something else needs them. The same logits are refused as by ``inplace_backward``, and
-            it says nothing without gradients or under ``torch.compile``, where the logits stay.
+        overwrite_logits: the stored gradient takes the logits' memory: their values are gone when this returns. Caught:
+            autograd raises in the backward where another function saved the logits before, and where anything uses
+            them afterwards and is differentiated, through any tensor that shares their memory. Not caught: whatever
+            reads them afterwards without a gradient (a metric, ``logits.detach()``) gets the gradient's numbers. The
+            same logits are refused as by ``inplace_backward``, and so are views that autograd lets no in-place
+            operation change (of ``chunk``, ``split``, ``unbind``, or made under ``no_grad``); a slice will do. The
+            option changes nothing without gradients or under ``torch.compile``: the logits stay.
         process_group, vocab_shards: see `token_logps`. The gradient then has to wait for the other columns: this is
             ``(row_weight * token_kl(...)).sum()``, and overwrite_logits its ``inplace_backward``.
 
@@ -216,6 +227,7 @@ def kl_loss(
     weight = checked_row_weight(mask, row_weight, logits, "logits")
     if overwrite_logits:
         _check_inplace(logits, "overwrite_logits")
+        _check_markable(logits)
 
     sharded = process_group is not None or vocab_shards is not None
     if sharded or not waits_for_upstream(logits.dtype) or not (torch.is_grad_enabled() and logits.requires_grad):
@@ -233,7 +245,9 @@ def kl_loss(
     weight = _like_rows(weight, rows)
     if torch.compiler.is_compiling():
         return torch.ops.spo_kernels.kl_loss_fwd(rows, ref_rows, weight)[0]
-    return (ops.KlLossOverwrite if overwrite_logits else ops.KlLoss).apply(rows, ref_rows, weight)
+    if not overwrite_logits:
+        return ops.KlLoss.apply(rows, ref_rows, weight)
+    return ops.overwriting_kl_loss(logits, rows, ref_rows, weight)
 
 
 def checked_row_weight(mask: Tensor | None, row_weight: Tensor | None, rows: Tensor, name: str) -> Tensor | None:
@@ -264,7 +278,8 @@ def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = Fal
     _check_logits(logits, "logits")
     check_rows(labels, "labels", torch.int64, logits)
     # Shifting labels rather than slicing logits: the gradient then needs no padding pass over [B, T, V].
-    shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+    shifted = torch.full_like(labels, -100)
+    shifted[..., :-1] = labels[..., 1:]
     return sequence_logps(logits, shifted, average=average_log_prob)
 
 
@@ -320,28 +335,26 @@ def _shaped(values: Tensor, shape: torch.Size) -> Tensor:
 
 def sum_sequences(values: Tensor, cu_seqlens: Tensor | None, name: str, like: str = "logits") -> Tensor:
     """``[B, T] -> [B]``, or ``[N]`` or ``[1, N]`` with cu_seqlens ``[B + 1] -> [B]``."""
+    check_sequences(values, cu_seqlens, name, like)
+    if cu_seqlens is not None:
+        values = values.flatten()
+    differentiate = torch.is_grad_enabled() and values.requires_grad and not torch.compiler.is_compiling()
+    sums = ops.SequenceSums.apply if differentiate else torch.ops.spo_kernels.sequence_sums
+    return sums(values, cu_seqlens)
+
+
+def check_sequences(values: Tensor, cu_seqlens: Tensor | None, name: str, like: str = "logits") -> None:
+    """values must be ``[B, T]``, or ``[N]`` or ``[1, N]`` with cu_seqlens, which must be on their device."""
     if cu_seqlens is None:
         if values.dim() != 2:
             raise ValueError(f"{name} must be [B, T] without cu_seqlens, got {list(values.shape)}")
-        return values.sum(-1)
+        return
     if values.dim() != 1 and not (values.dim() == 2 and values.shape[0] == 1):
         raise ValueError(f"{name} must be [N] or [1, N] with cu_seqlens, got {list(values.shape)}")
-    values = values.flatten()
-    sequence = sequence_of_rows(cu_seqlens, values, like)
-    return values.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, sequence, values)
-
-
-def sequence_of_rows(cu_seqlens: Tensor, values: Tensor, like: str = "logits") -> Tensor:
-    """Which sequence each of the packed rows ``[N]`` of values belongs to: ``[N]`` int64."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be [B + 1] int32 or int64, got {describe(cu_seqlens)}")
     if cu_seqlens.device != values.device:
         raise ValueError(f"cu_seqlens must be on {values.device} like {like}, got {cu_seqlens.device}")
-    # A device-side check where reading the bounds back would be a sync.
-    legal = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == values.shape[0]) & (cu_seqlens.diff() >= 0).all()
-    torch._assert_async(legal, "cu_seqlens must rise from 0 to the number of rows N")
-    rows = torch.arange(values.shape[0], device=values.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
 
 
 def describe(tensor: Tensor) -> str:
@@ -391,3 +404,15 @@ def _check_inplace(logits: Tensor, option: str) -> None:
             if stride <= extent:
                 raise ValueError(f"{option}=True needs logits without shared memory, got strides {logits.stride()}")
             extent += (size - 1) * stride
+
+
+def _check_markable(logits: Tensor) -> None:
+    """Refuse views of which autograd would not see that they have been overwritten."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad and logits._is_view()):
+        return
+    autograd = torch._C._autograd
+    if autograd._get_creation_meta(logits) != autograd.CreationMeta.DEFAULT:
+        raise ValueError(
+            "overwrite_logits=True needs logits that an in-place operation may change, got a view that chunk, split, "
+            "unbind or a no_grad block made; take a slice instead"
+        )

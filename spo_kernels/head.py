@@ -20,24 +20,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spo_kernels import vocabulary
+from spo_kernels import sequences, vocabulary
 from spo_kernels.reference import accumulate_dtype
 from spo_kernels.vocabulary import Part, Shard
 
-# Rows x columns of a tile that is recomputed: near the peak of matrix products (below 512 rows or 1024 columns a fifth
-# is lost), small enough to stay in cache between the product and the row op.
-_TILE_ROWS, _TILE_BYTES, _LEAST_COLUMNS = 4096, 16 << 20, 1024
-# Rows of a tile as wide as the vocabulary, which the gradients within the forward need: 64 MiB, but never below 512.
-_WIDE_TILE_BYTES, _LEAST_WIDE_ROWS = 64 << 20, 512
-# Up to this width H the statistics come from the product itself where a backend has a kernel for that. On paper
-# (benchmarks/README.md) it wins there if its product reaches 63 to 77 % of the library's rate; nobody has measured it.
-_FUSED_HIDDEN = 1024
+
+class TileSizes(NamedTuple):
+    """How large the scratch buffer of a head's logits may be on a kind of device."""
+
+    rows: int  # at most, of a tile that holds a block of columns
+    bytes: int  # of such a tile, as near as `least_columns` allows
+    least_columns: int  # of such a tile
+    least_forward_rows: int | None  # a forward takes whole rows where this many fit in `bytes`; None: never
+    wide_bytes: int  # of a tile of whole rows, which gradients within the forward need
+    least_wide_rows: int  # of such a tile
+
+
+TILE_SIZES = {
+    # Near the peak of matrix products (below 512 rows or 1024 columns a fifth is lost), and small enough to stay in
+    # cache between the product and the row op.
+    "cpu": TileSizes(4096, 16 << 20, 1024, None, 64 << 20, 512),
+    # So large that launches cost little beside products: the host takes 5 to 7 us a launch, and an H100 50 us for the
+    # product of a 16 MiB tile at H = 2048. Statistics of whole rows need no merging, which takes 30 launches a block.
+    "cuda": TileSizes(4096, 256 << 20, 1024, 512, 1 << 30, 512),
+}
 # Columns whose weight, or whose products, are cast at a time where half precision is involved.
 _CAST_COLUMNS = 4096
 # How much faster native products must be.
 _NATIVE_MARGIN = 1.25
-# Blocks have a multiple of this many columns, so that every row of a tile starts aligned, as do the rows of a weight
-# whose statistics come from the product.
+# Blocks have a multiple of this many columns, so that every row of a tile starts aligned.
 _ALIGNED_COLUMNS = 16
 
 Rows = slice | Tensor  # of the hidden states: a range, or the indices of those that were kept
@@ -118,18 +129,10 @@ def stored_dtype(device_type: str, dtype: torch.dtype, capped: bool) -> torch.dt
     return dtype if native else accumulate_dtype(dtype)
 
 
-def _is_fused(head: Head, options: LogitOptions) -> bool:
-    """Whether the statistics of a head's logits come from the product, without logits in memory."""
-    dispatch_key = torch._C._dispatch_key_for_device(head.hidden.device.type)
-    width = head.hidden.shape[1]
-    return (
-        width <= _FUSED_HIDDEN
-        and width % _ALIGNED_COLUMNS == 0
-        and head.weight.is_contiguous()
-        and torch._C._dispatch_has_kernel_for_dispatch_key("spo_kernels::linear_part_fwd", dispatch_key)
-        and head.hidden.dtype in (torch.bfloat16, torch.float16)
-        and _product_dtype(head.hidden, options) == head.hidden.dtype
-    )
+def _adds_wide(total: torch.dtype, operands: torch.dtype, device_type: str) -> bool:
+    """Whether a product of half-precision operands adds to a float32 sum itself, unrounded and without a temporary."""
+    half = operands in (torch.bfloat16, torch.float16)
+    return half and total == torch.float32 and device_type == "cuda" and torch.version.hip is None
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float, *, first: bool) -> None:
@@ -137,8 +140,11 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float, *, first: boo
 
     Total may have a wider dtype than the operands, or a narrower one if nothing follows the first.
     """
+    beta = 0 if first else 1
     if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=0 if first else 1, alpha=scale, out=total)
+        torch.addmm(total, a, b, beta=beta, alpha=scale, out=total)
+    elif _adds_wide(total.dtype, a.dtype, a.device.type):
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=scale, out=total)
     elif first:
         torch.mul(torch.mm(a, b), scale, out=total)
     else:
@@ -146,14 +152,13 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float, *, first: boo
 
 
 class _Tile:
-    """Logits of one head, a tile at a time in one buffer, or their statistics without a buffer."""
+    """Logits of one head, a tile at a time in one buffer."""
 
     def __init__(self, head: Head, options: LogitOptions, rows: int, columns: int) -> None:
         self._head = head
         self._options = options
         self._dtype = _product_dtype(head.hidden, options)
         self._size = (rows, columns)
-        self.is_fused = _is_fused(head, options)
         self.scale = options.logit_scale / options.temperature  # dz / d(h W^T + b), apart from the softcap's slope
         self._slope: Tensor | None = None
         self.shard = head.shard
@@ -189,22 +194,20 @@ class _Tile:
     def _memory(self) -> Tensor:
         return self._head.hidden.new_empty(self._size, dtype=self._dtype)
 
-    def part(self, labels: Tensor | None) -> Part:
-        """Statistics of the selected rows over all columns, where `is_fused`."""
-        local = self.local_labels(labels, 0, self.columns_in_all)
-        stats, picked = torch.ops.spo_kernels.linear_part_fwd(
-            self._hidden, self._head.weight, self._head.bias, local, self.scale
-        )
-        return Part(stats.double(), picked.new_empty(0, dtype=torch.float64), picked.double())
-
     def dlogits(self, gradient: Tensor) -> Tensor:
         """What the products of the backward multiply by `scale`, from the gradient of what `fill` gave."""
         return gradient if self._slope is None else gradient.mul_(self._slope)
 
     def local_labels(self, labels: Tensor | None, begin: int, end: int) -> Tensor | None:
         """Labels of the whole vocabulary as the columns of a block see them."""
+        if self.is_whole(begin, end):
+            return labels
         start = 0 if self.shard is None else self.shard.start
         return None if labels is None else vocabulary.local_labels(labels, start + begin, end - begin)
+
+    def is_whole(self, begin: int, end: int) -> bool:
+        """Whether columns are the whole vocabulary, so that nothing has to be merged."""
+        return self.shard is None and (begin, end) == (0, self.columns_in_all)
 
     def operands(
         self, dlogits: Tensor, begin: int, end: int, dtype: torch.dtype | None
@@ -218,7 +221,9 @@ class _Tile:
 
         Whole products are a few percent faster where hidden states are wide and rows few.
         """
-        one_dtype = self._head.weight.dtype == self._dtype and result in (None, self._dtype)
+        one_dtype = self._head.weight.dtype == self._dtype and (
+            result in (None, self._dtype) or _adds_wide(result, self._dtype, self._head.weight.device.type)
+        )
         size = end - begin if one_dtype else _CAST_COLUMNS
         for b in range(begin, end, size):
             yield b, min(b + size, end)
@@ -291,7 +296,7 @@ class _Gradients:
 
 
 def _row_tiles(kept: Tensor | None, rows: int, size: int) -> list[Rows]:
-    """Rows of each tile; kept is a bool mask or None for all. Reads the number of kept rows back to the host."""
+    """Rows of each tile. kept is a bool mask, whose number of rows is read back to the host, or None for all rows."""
     if kept is not None:
         index = kept.nonzero()[:, 0]
         if index.shape[0] < rows:
@@ -299,12 +304,34 @@ def _row_tiles(kept: Tensor | None, rows: int, size: int) -> list[Rows]:
     return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
 
 
-def _columns(rows: int, columns_in_all: int, dtype: torch.dtype) -> int:
-    """Columns of a tile of this many rows: blocks of one size, as near as they come to `_TILE_BYTES`."""
-    most = max(_TILE_BYTES // (max(rows, 1) * dtype.itemsize), _LEAST_COLUMNS)
+def tile_sizes(hidden: Tensor) -> TileSizes:
+    """`TILE_SIZES` of the device of the hidden states."""
+    return TILE_SIZES["cpu" if hidden.device.type == "cpu" else "cuda"]
+
+
+def _tile_rows(rows_in_all: int, chunk_size: int | None, size: int) -> int:
+    return max(min(size if chunk_size is None else chunk_size, rows_in_all), 1)
+
+
+def _tile_shape(
+    head: Head, options: LogitOptions, rows_in_all: int, chunk_size: int | None, *, forward: bool
+) -> tuple[int, int]:
+    """(rows, columns) of a tile: whole rows in a forward where enough of them fit, else a block of columns.
+
+    chunk_size: rows, where the caller chose them.
+    """
+    sizes, columns_in_all = tile_sizes(head.hidden), head.weight.shape[0]
+    itemsize = _product_dtype(head.hidden, options).itemsize
+    whole = sizes.bytes // (columns_in_all * itemsize)
+    if forward and sizes.least_forward_rows is not None and sizes.least_forward_rows <= whole:
+        rows = _tile_rows(rows_in_all, chunk_size, whole)
+        if rows <= whole:
+            return rows, columns_in_all
+    rows = _tile_rows(rows_in_all, chunk_size, sizes.rows)
+    most = max(sizes.bytes // (rows * itemsize), sizes.least_columns)
     blocks = -(-columns_in_all // most)
-    even = -(-columns_in_all // blocks)
-    return min(-(-even // _ALIGNED_COLUMNS) * _ALIGNED_COLUMNS, columns_in_all)
+    even = -(-columns_in_all // blocks)  # blocks of one size
+    return rows, min(-(-even // _ALIGNED_COLUMNS) * _ALIGNED_COLUMNS, columns_in_all)
 
 
 def _blocks(columns_in_all: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -317,11 +344,16 @@ def _stats_of_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(logps, kl, stats)`` of some rows, block by block, as the row op has them."""
     tile.select(rows)
-    if reference is None and tile.is_fused:
-        return _finished(tile.part(None if labels is None else labels[rows]), tile)
     if reference is not None:
         reference.select(rows)
     selected = None if labels is None else labels[rows]
+    if tile.is_whole(0, columns):
+        logits = tile.fill(0, columns)
+        ref_logits = None if reference is None else reference.fill(0, columns)
+        whole: tuple[Tensor, Tensor, Tensor] = torch.ops.spo_kernels.token_stats_fwd(
+            logits, selected, ref_logits, None, vocabulary.IGNORED, False
+        )
+        return whole
     parts = (
         vocabulary.part_of(
             tile.fill(begin, end),
@@ -365,10 +397,6 @@ def _gradients_of_rows(
     gradients.finish_rows()
 
 
-def _tile_rows(head: Head, chunk_size: int | None, size: int) -> int:
-    return max(min(size if chunk_size is None else chunk_size, head.hidden.shape[0]), 1)
-
-
 def _reference_tile(
     head: Head, ref_head: Head | None, uniform: bool, options: LogitOptions, rows: int, columns: int
 ) -> Reference | None:
@@ -396,8 +424,7 @@ def token_stats_fwd(
     logps = head.hidden.new_zeros(rows if labels is not None else 0, dtype=dtype)
     kl = head.hidden.new_zeros(rows if with_kl else 0, dtype=dtype)
     stats = head.hidden.new_zeros(4 if with_kl else 2, rows, dtype=dtype)
-    size = _tile_rows(head, chunk_size, _TILE_ROWS)
-    columns = _columns(size, head.weight.shape[0], _product_dtype(head.hidden, options))
+    size, columns = _tile_shape(head, options, rows, chunk_size, forward=True)
     tile = _Tile(head, options, size, columns)
     reference = _reference_tile(head, ref_head, uniform, options, size, columns)
     for selected in _row_tiles(kept, rows, size):
@@ -425,8 +452,7 @@ def token_stats_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dhidden, dweight, dbias)``, each ``[0]`` where not wanted, in the head's dtype."""
     rows = head.hidden.shape[0]
-    size = _tile_rows(head, chunk_size, _TILE_ROWS)
-    columns = _columns(size, head.weight.shape[0], _product_dtype(head.hidden, options))
+    size, columns = _tile_shape(head, options, rows, chunk_size, forward=False)
     tile = _Tile(head, options, size, columns)
     with_kl = dkl is not None
     reference = _reference_tile(head, ref_head, uniform, options, size, columns) if with_kl else None
@@ -469,8 +495,10 @@ def kl_loss_fwd(
 
 
 def _wide_tile_rows(head: Head, options: LogitOptions, chunk_size: int | None, buffers: int = 1) -> int:
+    sizes = tile_sizes(head.hidden)
     row_bytes = head.weight.shape[0] * _product_dtype(head.hidden, options).itemsize
-    rows = _tile_rows(head, chunk_size, max(_WIDE_TILE_BYTES // row_bytes, _LEAST_WIDE_ROWS) // buffers)
+    size = max(sizes.wide_bytes // row_bytes, sizes.least_wide_rows) // buffers
+    rows = _tile_rows(head.hidden.shape[0], chunk_size, size)
     # Every process must take the same rows at a time, also where shards are uneven.
     return rows if head.shard is None else head.shard.least(rows, head.hidden.device)
 
@@ -482,7 +510,7 @@ PairCoefficients = Callable[[int, int, Tensor, Tensor], tuple[Tensor, Tensor]]
 def pair_gradients(
     head: Head,
     labels: Tensor,
-    sequence: Tensor,
+    bounds: Tensor,
     pairs: int,
     coefficients: PairCoefficients,
     gradient_dtype: torch.dtype,
@@ -494,13 +522,14 @@ def pair_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(sums [2P], dhidden, dweight, dbias)`` of an objective whose gradient by a pair's log-probs needs only them.
 
-    sequence ``[N]`` says which of the 2P sequences a row belongs to; s and s + P are a pair. Rows of as many pairs as
+    Of the 2P sequences, s is rows ``bounds[s]`` to ``bounds[s + 1]``; s and s + P are a pair. Rows of as many pairs as
     fit make a tile, which is as wide as the vocabulary. A pair with more rows is recomputed in narrower ones, or
     refused if strict. The gradients are ``[0]`` where not wanted.
     """
     wide = accumulate_dtype(head.hidden.dtype)
     size = _wide_tile_rows(head, options, chunk_size)
     kept = (labels != ignore_index).nonzero()[:, 0]
+    sequence = sequences.of_rows(bounds, labels.shape[0])
     pair_of_row = sequence[kept] % max(pairs, 1)
     order = kept[pair_of_row.argsort(stable=True)]
     lengths: list[int] = torch.bincount(pair_of_row, minlength=pairs).tolist()
@@ -510,6 +539,7 @@ def pair_gradients(
             f"forward, got {size}; the route that recomputes takes any"
         )
     # In float64: D is a small difference of long sums.
+    token_logps = head.hidden.new_zeros(labels.shape[0], dtype=torch.float64)
     sums = head.hidden.new_zeros(2 * pairs, dtype=torch.float64)
     gradients = _Gradients(head, needs, gradient_dtype, one_tile=len(order) <= size)
     fits = any(0 < length <= size for length in lengths)
@@ -517,8 +547,12 @@ def pair_gradients(
     for first, end, rows in _pair_groups(order, lengths, size):
         of_row = sequence[rows]
 
-        def upstream(logps: Tensor, first: int = first, end: int = end, of_row: Tensor = of_row) -> Tensor:
-            sums.index_add_(0, of_row, logps.double())
+        def upstream(
+            logps: Tensor, first: int = first, end: int = end, rows: Tensor = rows, of_row: Tensor = of_row
+        ) -> Tensor:
+            token_logps[rows] = logps.double()
+            for begin, stop in ((first, end), (pairs + first, pairs + end)):
+                sums[begin:stop] = sequences.sums(token_logps, bounds[begin : stop + 1])
             chosen, rejected = coefficients(first, end, sums[first:end], sums[pairs + first : pairs + end])
             of_sequence = torch.zeros_like(sums)
             of_sequence[first:end], of_sequence[pairs + first : pairs + end] = chosen, rejected
@@ -594,8 +628,7 @@ def _gradients_of_long_pair(
     options: LogitOptions,
     chunk_size: int | None,
 ) -> None:
-    size = min(_tile_rows(head, chunk_size, _TILE_ROWS), rows.shape[0])
-    columns = _columns(size, head.weight.shape[0], _product_dtype(head.hidden, options))
+    size, columns = _tile_shape(head, options, rows.shape[0], chunk_size, forward=False)
     tile = _Tile(head, options, size, columns)
     parts = [(part, *_stats_of_rows(part, tile, None, labels, columns)) for part in rows.split(size)]
     dlogps = upstream(torch.cat([logps for _, logps, _, _ in parts])).split(size)

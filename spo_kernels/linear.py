@@ -6,7 +6,8 @@ float16 or float64. Its logits are
     softcap(logit_scale (hidden weight^T + bias)) / temperature,    softcap(x) = softcap tanh(x / softcap)
 
 and never exist but for a tile of some rows by some columns. Rows that are not wanted are dropped before the matrix
-product, which reads their number back to the host. The forward is one matrix product, the backward three (one to have
+product, which reads their number back to the host; in the backward so are rows with an upstream gradient of 0. Rows
+that are dropped are not read: they may be NaN. The forward is one matrix product, the backward three (one to have
 the logits again, which `linear_kl_loss` saves); a weight or hidden states without gradient save theirs. Outputs are
 float32 (float64 for float64), in nats; gradients have the dtype of what they belong to and are accumulated in float32
 across tiles. Under autocast hidden, weight and bias are cast as `torch.nn.functional.linear` would cast them.
@@ -15,7 +16,8 @@ With a ``process_group`` weight and bias are the rows that this process holds of
 order of ranks, as Megatron splits it. Shards may be uneven; labels are those of the whole vocabulary; hidden states,
 labels and upstream gradients are the same in every process. So are the results, bit for bit. The forward all-gathers
 a few numbers a row, the backward adds up the gradient of the hidden states, in float32; those of weight and bias stay
-where they are. All processes must call.
+where they are. All processes must call. Labels, masks and weights of rows that differ between them are a ValueError in
+all (a device-side assertion on a GPU), which takes an all-reduce of a few numbers a call.
 
 Options of every function:
     temperature: > 0; divides the logits last.
@@ -264,8 +266,8 @@ def linear_kl_loss(
     A tile is as wide as the vocabulary, so that a row's gradient is known while its logits are there: with its backward
     this takes four matrix products where ``(row_weight * linear_token_kl(...)).sum()`` takes six, for more memory. Two
     tiles of 32 MiB, or of 256 rows where that is more; beside them the gradients, in float32 (in bfloat16 where
-    matrix products are). The backward multiplies them by the upstream scalar and can run once. Without gradients, and
-    for float16 (see `kl_loss`), this is that sum, and its memory.
+    matrix products are). The backward multiplies them by the upstream scalar and can run only once: a second is
+    refused. Without gradients, and for float16 (see `kl_loss`), this is that sum, and its memory.
 
     Args:
         hidden, weight, ref_hidden, ref_weight, mask, bias, ref_bias: as in `linear_token_kl`.

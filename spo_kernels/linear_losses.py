@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spo_kernels import head, ops, vocabulary
+from spo_kernels import head, ops, sequences, vocabulary
 from spo_kernels.functional import (
     check_rows,
+    check_sequences,
     output_dtype,
-    sequence_of_rows,
     sum_sequences,
     waits_for_upstream,
 )
@@ -38,6 +38,7 @@ from spo_kernels.losses import (
     check_like,
     check_number,
     checked_importance,
+    checked_mu,
     mean_or_zero,
     pair_error,
     pair_preference,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 ROUTES = ("auto", "recompute", "recompute_free")
 
 ops.library.define(
-    f"linear_spo_loss_fwd({ops.HEAD_ARGS}, Tensor labels, Tensor sequence, Tensor counts, Tensor? pair_weight, "
+    f"linear_spo_loss_fwd({ops.HEAD_ARGS}, Tensor labels, Tensor bounds, Tensor counts, Tensor? pair_weight, "
     "Tensor? normalizer, float gamma, float alpha, bool center, bool average, float nll_weight, int ignore_index, "
     f"bool strict, {ops.UNIT_GRADIENT_ARGS}, {ops.OPTION_ARGS}) "
     "-> (Tensor loss, Tensor sums, Tensor dhidden, Tensor dweight, Tensor dbias)",
@@ -66,7 +67,7 @@ def _(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [N]
-    sequence: Tensor,  # [N], of the 2P
+    bounds: Tensor,  # [2P + 1], first row of each sequence, and N
     counts: Tensor,  # [2P] unignored rows of each sequence, floating
     pair_weight: Tensor | None,  # [P]
     normalizer: Tensor | None,  # [], of soft importance with gamma; None for uniform weights
@@ -90,6 +91,9 @@ def _(
     process_group: str | None,
 ) -> tuple[Tensor, ...]:
     pairs = counts.shape[0] // 2
+    shard = ops.shard_of(vocab_start, vocab_size, process_group)
+    if shard is not None:
+        shard.check_same(labels=labels, cu_seqlens=bounds, pair_weight=pair_weight)
     vocabulary.check_labels(labels, vocab_size, ignore_index)
     importance = None if normalizer is None else SoftImportance(gamma, normalizer)
     losses = counts.new_zeros(pairs)
@@ -104,15 +108,15 @@ def _(
             mu = pair_weight[first:end]
         elif importance is not None:
             mu = importance(logp_w, logp_l)
-        margin = logp_w - logp_l
-        losses[first:end] = mu * pair_preference(margin, alpha, center)
+        margin = torch.where(mu == 0, 0, logp_w - logp_l)
+        losses[first:end] = torch.where(mu == 0, 0, mu * pair_preference(margin, alpha, center))
         slope = mu * pair_error(margin, alpha) / pairs
         return -slope / divisor_w - nll_share, slope / divisor_l
 
     sums, *gradients = head.pair_gradients(
-        head.Head(hidden, weight, bias, ops.shard_of(vocab_start, vocab_size, process_group)),
+        head.Head(hidden, weight, bias, shard),
         labels,
-        sequence,
+        bounds,
         pairs,
         coefficients,
         gradient_dtype,
@@ -128,17 +132,18 @@ def _(
 
 @torch.library.register_fake("spo_kernels::linear_spo_loss_fwd", lib=ops.library)
 def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, sequence: Tensor, counts: Tensor, *args: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, bounds: Tensor, counts: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     gradients = ops.empty_gradients(hidden, weight, bias, args)
     return counts.new_empty(()), torch.empty_like(counts), *gradients
 
 
-torch.library.register_autograd(
-    "spo_kernels::linear_spo_loss_fwd",
-    ops.scale_unit_gradients,
-    setup_context=ops.setup_unit_gradients,
-    lib=ops.library,
+ops.register_autograd(
+    "linear_spo_loss_fwd",
+    *ops.unit_gradients_of(
+        'LinearSPOLoss with route "auto" or "recompute_free" can run backward only once: its gradients were computed '
+        'in the forward and scaled in place by the first backward; use route "recompute"'
+    ),
 )
 
 
@@ -160,11 +165,11 @@ class LinearSPOLoss(nn.Module):
         route: "recompute" or "recompute_free" (see the module), the same loss and gradients to rounding, or "auto".
             "recompute_free" computes gradients in the forward, keeps them in float32 (in bfloat16 where matrix
             products are), and can run one backward, which multiplies them by the upstream scalar on the device. It
-            needs pair weights that a pair determines: uniform,
-            `pair_weight`, or a `SoftImportance` whose normalizer is a number or a Tensor ("batch" and "ema" know theirs
-            only after the last pair; for a running average that lags by a step pass its `running_mean` as normalizer
-            and update it with `SPOMetrics.chosen_logps` and `rejected_logps`); and tiles that hold every pair, chosen
-            and rejected rows. "auto" takes it where the weights allow it, and recomputes the pairs that are too long.
+            needs pair weights that a pair determines: uniform, `pair_weight`, or a `SoftImportance` whose normalizer is
+            a number or a Tensor ("batch" and "ema" know theirs only after the last pair; for a running average that
+            lags by a step, call a second `SoftImportance` of "ema" with `SPOMetrics.chosen_logps` and `rejected_logps`,
+            and give its `running_mean` to `set_normalizer`); and tiles that hold every pair, chosen and rejected rows.
+            "auto" takes it where the weights allow it, and recomputes the pairs that are too long.
             float16 recomputes, and refuses "recompute_free": see `kl_loss`.
             The KL's coefficient is always known. Without gradients no route computes any.
     """
@@ -239,7 +244,8 @@ class LinearSPOLoss(nn.Module):
             labels: [2P, T] or [N] int64; `ignore_index` outside responses.
             bias: [V] or None, the head's.
             cu_seqlens: [2P + 1], start of each sequence in the packed rows, and N.
-            pair_weight: mu [P], in place of the module's weight; no gradient flows to it.
+            pair_weight: mu [P], in place of the module's weight; no gradient flows to it. Pairs of weight 0 are not
+                read: their rows are dropped as ignored ones are, from the NLL too, and their log-probs are 0.
             kl_hidden: [S, T', H], the policy on sequences sampled from it; packed, [N', H] with `kl_cu_seqlens`.
             kl_ref_hidden: the reference's hidden states of the same rows, [.., H'], without gradient.
             kl_ref_weight: [V, H'], the reference's head, without gradient.
@@ -261,11 +267,17 @@ class LinearSPOLoss(nn.Module):
         """
         policy = checked_head(*autocast_head(hidden, weight, bias))
         check_rows(labels, "labels", torch.int64, hidden, "hidden")
+        check_sequences(labels, cu_seqlens, "labels", "hidden")
+        count = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        pairs = count // 2  # the compiler has no divmod of a dynamic size
+        if count % 2:
+            raise ValueError(f"hidden must hold P chosen and then P rejected sequences, got {count} in all")
+        bounds = sequences.padded_bounds(labels) if cu_seqlens is None else cu_seqlens.contiguous()
+        if pair_weight is not None:
+            pair_weight = self._checked_pair_weight(pair_weight, pairs, policy.hidden)
+            labels = self._labels_of_read_pairs(labels, bounds, pair_weight)
         valid = (labels != self.ignore_index).to(output_dtype(hidden))
         counts = sum_sequences(valid, cu_seqlens, "labels", "hidden")
-        pairs = counts.shape[0] // 2  # the compiler has no divmod of a dynamic size
-        if counts.shape[0] % 2:
-            raise ValueError(f"hidden must hold P chosen and then P rejected sequences, got {counts.shape[0]} in all")
         at_once = (
             self._gradients_at_once(pair_weight, policy.hidden.dtype)
             and torch.is_grad_enabled()
@@ -273,7 +285,7 @@ class LinearSPOLoss(nn.Module):
         )
         unit: Tensor | None = None
         if at_once:
-            unit, sums = self._loss_and_sums(policy, labels, cu_seqlens, counts, pair_weight)
+            unit, sums = self._loss_and_sums(policy, labels, bounds, counts, pair_weight)
         else:
             sums = linear_sequence_logps(
                 policy.hidden,
@@ -289,13 +301,14 @@ class LinearSPOLoss(nn.Module):
             )
         logps = sums / counts.clamp(min=1) if self.average else sums
         logp_w, logp_l = logps[:pairs], logps[pairs:]
+        mu = checked_mu(self.weight if pair_weight is None else pair_weight, logp_w, logp_l)
         losses, chosen_rewards, rejected_rewards = spo_loss(
             logp_w,
             logp_l,
             reference_chosen_logps,
             reference_rejected_logps,
             alpha=self.alpha,
-            weight=self.weight if pair_weight is None else pair_weight,
+            weight=mu,
             center=self.center,
         )
         preference = objective = mean_or_zero(losses)
@@ -306,7 +319,18 @@ class LinearSPOLoss(nn.Module):
         kl = self._mean_kl(kl_hidden, policy, (kl_ref_hidden, kl_ref_weight, kl_ref_bias), kl_mask, kl_cu_seqlens)
         if kl is not None:
             objective = objective + self.beta * kl
-        return objective, spo_metrics(preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards)
+        return objective, spo_metrics(preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards, mu, self.alpha)
+
+    @staticmethod
+    def _checked_pair_weight(pair_weight: Tensor, pairs: int, hidden: Tensor) -> Tensor:
+        """pair_weight [P] as a constant in the dtype of the log-probs."""
+        check_like("pair_weight", pair_weight, "the pairs", hidden.new_empty(pairs), same_dtype=False)
+        return pair_weight.detach().to(output_dtype(hidden))
+
+    def _labels_of_read_pairs(self, labels: Tensor, bounds: Tensor, pair_weight: Tensor) -> Tensor:
+        """labels with `ignore_index` in the rows of pairs of weight 0, which are not read."""
+        unread = (pair_weight == 0).repeat(2)[sequences.of_rows(bounds, labels.numel())]
+        return labels.masked_fill(unread.view_as(labels), self.ignore_index)
 
     def _gradients_at_once(self, pair_weight: Tensor | None, dtype: torch.dtype) -> bool:
         """Whether the route is the one without recomputation, for these pair weights and a head of this dtype."""
@@ -332,24 +356,17 @@ class LinearSPOLoss(nn.Module):
         return by_pair
 
     def _loss_and_sums(
-        self, policy: head.Head, labels: Tensor, cu_seqlens: Tensor | None, counts: Tensor, pair_weight: Tensor | None
+        self, policy: head.Head, labels: Tensor, bounds: Tensor, counts: Tensor, pair_weight: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(preference loss and NLL [], summed log-probs [2P] without gradient), the gradient computed with them."""
-        if cu_seqlens is None:
-            sequence = torch.arange(counts.shape[0], device=labels.device).repeat_interleave(labels.shape[1])
-        else:
-            sequence = sequence_of_rows(cu_seqlens, labels.flatten(), "hidden")
         importance = self.weight if pair_weight is None else None
         normalizer = None
         if importance is not None:
             normalizer = torch.as_tensor(importance.normalizer, dtype=counts.dtype, device=counts.device)
-        if pair_weight is not None:
-            check_like("pair_weight", pair_weight, "the pairs", counts[: counts.shape[0] // 2], same_dtype=False)
-            pair_weight = pair_weight.detach().to(counts.dtype)
         loss, sums, *_ = torch.ops.spo_kernels.linear_spo_loss_fwd(
             *as_rows(policy),
             labels.reshape(-1),
-            sequence,
+            bounds,
             counts,
             pair_weight,
             normalizer,

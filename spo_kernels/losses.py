@@ -6,6 +6,8 @@ D = L_w - L_l. Everything here is [P]-sized plain torch, shared by every backend
 
 Log-probs of -inf are legal and follow the equations: an impossible chosen response makes SPO's loss +inf, an impossible
 rejected one makes it 0 (-log(2)/alpha when centred), both at once make D, the loss and the gradient NaN.
+
+A pair of weight 0 is not read: whatever its log-probs are, NaN included, its loss and its gradient are 0.
 """
 
 from __future__ import annotations
@@ -86,8 +88,10 @@ def _checked_references(chosen: Tensor | None, rejected: Tensor | None, policy: 
     return chosen.detach().to(policy.dtype), rejected.detach().to(policy.dtype)
 
 
-def _checked_weight(weight: PairWeight, logp_w: Tensor, logp_l: Tensor) -> Tensor:
-    """mu [P] as a constant."""
+def checked_mu(weight: PairWeight | None, logp_w: Tensor, logp_l: Tensor) -> Tensor:
+    """mu [P] as a constant; calls a callable weight once."""
+    if weight is None:
+        return torch.ones_like(logp_w.detach())
     mu = weight if isinstance(weight, Tensor) else None
     if mu is None:
         if not callable(weight):
@@ -165,7 +169,7 @@ def spo_loss(
         reference_rejected_logps: [P], given together with the above.
         alpha: softness, >= 0; the minimizer of the expected loss is softmax(r / alpha).
         weight: mu, symmetric in the pair and not negative: a Tensor [P], a callable (L_w [P], L_l [P]) -> mu [P] like
-            `SoftImportance`, or None for 1. Never differentiated.
+            `SoftImportance`, or None for 1. Never differentiated. Pairs of weight 0 are not read.
         kl: K_s [S], the token KL of sequences sampled from the policy summed over each, or one value [] for their mean.
         beta: weight of the KL, >= 0. A KL without beta, and a beta without KL, are errors.
         center: leave out the constant log(2)/alpha.
@@ -186,9 +190,13 @@ def spo_loss(
     references = _checked_references(reference_chosen_logps, reference_rejected_logps, logp_w)
     check_number("alpha", alpha)
     check_number("beta", beta)
-    losses = _PairPreference.apply(logp_w - logp_l, alpha, center)
-    if weight is not None:
-        losses = _checked_weight(weight, logp_w, logp_l) * losses
+    margin = logp_w - logp_l
+    if weight is None:
+        losses = _PairPreference.apply(margin, alpha, center)
+    else:
+        mu = checked_mu(weight, logp_w, logp_l)
+        losses = _PairPreference.apply(torch.where(mu == 0, 0, margin), alpha, center)
+        losses = torch.where(mu == 0, 0, mu * losses)
     if kl is not None:
         if beta == 0:
             raise ValueError("kl must be None where beta is 0: it would have no effect; give beta > 0")
@@ -317,12 +325,16 @@ class SoftImportance(nn.Module):
         normalizer: "batch", the mean of s over the pairs of this call; "ema", a running average of that mean, kept in
             `state_dict` (`running_mean`, `num_updates`), updated by calls in training mode before it is used, set by
             the first of them, and replaced by the batch's mean until there has been one; or a float or 0-d Tensor, for
-            instance what `batch_normalizer` gave for all pairs of an accumulated step.
+            instance what `batch_normalizer` gave for all pairs of an accumulated step. `set_normalizer` changes it.
         process_group: sums and counts of s are all-reduced over it, so ranks may hold different numbers of pairs (none
             included); every rank must call. None: no communication.
         decay: share of the old value that an "ema" update keeps, in [0, 1).
 
     A batch whose mean is not finite (no pair, or a pair with both log-probs -inf) leaves the running average alone.
+
+    The running average and a Tensor normalizer follow ``.to(device)`` and keep their dtype through ``.to(dtype)``,
+    ``.half()`` and ``.bfloat16()``: the average is float32, and a checkpoint that holds it in another dtype loads into
+    float32. Every call in training mode moves the average; `SPOMetrics.mu` has the weights of a step without a call.
     """
 
     running_mean: Tensor
@@ -339,23 +351,47 @@ class SoftImportance(nn.Module):
         super().__init__()
         check_number("gamma", gamma)
         check_number("decay", decay, high=1.0)
+        self.gamma = gamma
+        self.process_group = process_group
+        self.decay = decay
+        self.set_normalizer(normalizer)
+
+    def set_normalizer(self, normalizer: str | float | Tensor) -> None:
+        """Change the normalizer to "batch", "ema", a float or a 0-d Tensor, which is held detached, not copied.
+
+        "ema" starts a running average on the CPU, as `__init__` does; where there has been one before, it goes on.
+        """
         if isinstance(normalizer, str):
             if normalizer not in ("batch", "ema"):
                 raise ValueError(f'normalizer must be "batch", "ema", a float or a 0-d Tensor, got {normalizer!r}')
         elif isinstance(normalizer, Tensor):
             if normalizer.dim() != 0:
                 raise ValueError(f"normalizer must be a 0-d Tensor, got {list(normalizer.shape)}")
+            normalizer = normalizer.detach()
         elif not isinstance(normalizer, (int, float)):
             raise TypeError(
                 f'normalizer must be "batch", "ema", a float or a 0-d Tensor, got {type(normalizer).__name__}'
             )
-        self.gamma = gamma
         self.normalizer = normalizer
-        self.process_group = process_group
-        self.decay = decay
-        if isinstance(normalizer, str) and normalizer == "ema":
-            self.register_buffer("running_mean", torch.zeros(()))
+        if isinstance(normalizer, str) and normalizer == "ema" and not hasattr(self, "running_mean"):
+            # Not the default dtype, which is half precision where a model is made in it.
+            self.register_buffer("running_mean", torch.zeros((), dtype=torch.float32))
             self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftImportance:
+        def keeping_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keeping_dtype, recurse)
+        if isinstance(self.normalizer, Tensor):
+            self.normalizer = keeping_dtype(self.normalizer)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if hasattr(self, "running_mean"):  # assign=True takes the checkpoint's Tensor, in the checkpoint's dtype
+            self.running_mean = self.running_mean.to(torch.float32)
 
     def extra_repr(self) -> str:
         ema = f", decay={self.decay}" if hasattr(self, "running_mean") else ""
@@ -390,6 +426,8 @@ class SoftImportance(nn.Module):
                 f"logp_w must be on the device of SoftImportance's state, got {scores.device} against "
                 f"{self.running_mean.device}; move the module with .to()"
             )
+        if self.running_mean.dtype not in (torch.float32, torch.float64):  # cast behind the module's back
+            raise ValueError(f"running_mean must be float32 or float64, got {self.running_mean.dtype}")
         mean = self._mean(scores).to(self.running_mean.dtype)
         if self.training:
             # where() instead of if: the decision stays on the device
@@ -410,7 +448,9 @@ class SPOMetrics(NamedTuple):
     chosen_rewards: Tensor  # [P] as `spo_loss` returns them
     rejected_rewards: Tensor  # [P]
     accuracy: Tensor  # [] share of pairs with D > 0: the policy's own preference (eq. 6) agrees with the label
-    margin: Tensor  # [] mean of D, nats
+    margin: Tensor  # [] mean of D, nats; this and accuracy are over the pairs whose mu is not 0
+    mu: Tensor  # [P] weights of the pairs; 1 without importance
+    preference_error: Tensor  # [P] sigmoid(-alpha D) of eq. 12: 0 where the policy surely prefers the chosen response
 
 
 def mean_or_zero(x: Tensor) -> Tensor:
@@ -425,8 +465,12 @@ def spo_metrics(
     logp_l: Tensor,
     chosen_rewards: Tensor,
     rejected_rewards: Tensor,
+    mu: Tensor,
+    alpha: float,
 ) -> SPOMetrics:
     margin = (logp_w - logp_l).detach()
+    read = mu != 0
+    pairs = read.sum().clamp(min=1)
     return SPOMetrics(
         preference_loss=preference.detach(),
         kl=torch.zeros_like(preference) if kl is None else kl.detach(),
@@ -434,8 +478,10 @@ def spo_metrics(
         rejected_logps=logp_l.detach(),
         chosen_rewards=chosen_rewards,
         rejected_rewards=rejected_rewards,
-        accuracy=mean_or_zero((margin > 0).to(margin.dtype)),
-        margin=mean_or_zero(margin),
+        accuracy=(read & (margin > 0)).sum().to(margin.dtype) / pairs,
+        margin=torch.where(read, margin, 0).sum() / pairs,
+        mu=mu,
+        preference_error=pair_error(margin, alpha),
     )
 
 
@@ -460,7 +506,7 @@ class SPOLoss(nn.Module):
         average: take the mean of token log-probs in place of their sum for L_w and L_l.
         ignore_index: label of rows that are no part of a response.
         inplace_backward: the backward writes dlogits into the memory of `logits` and `kl_logits`: no V-wide allocation,
-            and neither may be used afterwards.
+            and neither may be used afterwards. What autograd catches of that, `token_logps` says.
         process_group, vocab_shards: see `spo_kernels.functional`; the group that holds the vocabulary. Pairs split over
             another group are `SoftImportance`'s.
     """
@@ -543,20 +589,21 @@ class SPOLoss(nn.Module):
         if logps.shape[0] % 2:
             raise ValueError(f"logits must hold P chosen and then P rejected sequences, got {logps.shape[0]} in all")
         logp_w, logp_l = logps[:pairs], logps[pairs:]
+        mu = checked_mu(self.weight, logp_w, logp_l)
         losses, chosen_rewards, rejected_rewards = spo_loss(
             logp_w,
             logp_l,
             reference_chosen_logps,
             reference_rejected_logps,
             alpha=self.alpha,
-            weight=self.weight,
+            weight=mu,
             center=self.center,
         )
         preference = objective = mean_or_zero(losses)
         kl = self._mean_kl(kl_logits, kl_ref_logits, kl_mask, kl_cu_seqlens)
         if kl is not None:
             objective = preference + self.beta * kl
-        return objective, spo_metrics(preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards)
+        return objective, spo_metrics(preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards, mu, self.alpha)
 
     def _mean_kl(
         self, logits: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None

@@ -7,12 +7,14 @@ means, is in `spo_kernels.reference`; here is what torch needs to know about the
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo_kernels import head, vocabulary
+from spo_kernels import head, sequences, vocabulary
 from spo_kernels.reference import accumulate_dtype
 
 library = torch.library.Library("spo_kernels", "DEF")
@@ -78,13 +80,6 @@ def _(tensor: Tensor, scale: Tensor) -> None:
     return None
 
 
-# Statistics of a head's logits from its product, for backends that have a kernel for both; with the others the product
-# comes first, then a row op. Neither fake nor gradient: only ops over a head call it, and those have theirs.
-library.define(
-    "linear_part_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, float scale) "
-    "-> (Tensor stats, Tensor picked)"
-)
-
 # The forward over shards: logits are this process's columns, labels are global. With the statistics of the whole
 # vocabulary known, the gradient of a shard is the row op's own.
 
@@ -108,11 +103,12 @@ def _sharded_token_stats_fwd(
     process_group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = logits.shape[:-1], logits.shape[-1]
-    if labels is not None:
-        vocabulary.check_labels(labels, vocab_size, ignore_index)
     local = None if labels is None else vocabulary.local_labels(labels, vocab_start, columns, ignore_index)
     part = vocabulary.part_of(logits, local, ref_logits, mask)
-    whole = vocabulary.combine(part, vocabulary.Shard(vocab_start, vocab_size, process_group), columns)
+    shard = vocabulary.Shard(vocab_start, vocab_size, process_group)
+    whole = vocabulary.combine(part, shard, columns, labels=labels, mask=mask)
+    if labels is not None:  # after the all-gather: where labels differ, every process must hear of it
+        vocabulary.check_labels(labels, vocab_size, ignore_index)
     logps, kl = whole.logps(), whole.kl
     # Of rows nobody asked for the parts say nothing.
     if labels is not None:
@@ -120,7 +116,7 @@ def _sharded_token_stats_fwd(
     if ref_logits is not None:
         kl = (kl if mask is None else torch.where(mask.flatten(), kl, 0)).view(rows)
     dtype = accumulate_dtype(logits.dtype)
-    return logps.to(dtype), kl.to(dtype), whole.stats.view(-1, *rows).to(dtype)
+    return logps.to(dtype), kl.to(dtype), whole.stats.view(whole.stats.shape[0], *rows).to(dtype)
 
 
 library.impl("sharded_token_stats_fwd", _sharded_token_stats_fwd, "CompositeExplicitAutograd")
@@ -131,7 +127,31 @@ def _(logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, *args: A
     return _token_stats_like(logits, labels, ref_logits)
 
 
-def _autograd(name: str, backward: Any, setup_context: Any = None) -> None:
+# Sums of what the row ops gave, the same for every backend. An op because of its gradient: torch.segment_reduce's own
+# gives a sequence one thread of a GPU.
+
+library.define("sequence_sums(Tensor values, Tensor? cu_seqlens) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _sequence_sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Sums ``[B]`` of values ``[B, T]``, or ``[N]`` with cu_seqlens ``[B + 1]``, in their dtype."""
+    if cu_seqlens is None:
+        bounds = sequences.padded_bounds(values)
+    else:
+        bounds = cu_seqlens.contiguous()
+        sequences.check_bounds(bounds, values.shape[0])
+    return sequences.sums(values.flatten().double(), bounds).to(values.dtype)
+
+
+library.impl("sequence_sums", _sequence_sums, "CompositeExplicitAutograd")
+
+
+@_fake("sequence_sums")
+def _(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return values.new_empty(values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+
+
+def register_autograd(name: str, backward: Any, setup_context: Any = None) -> None:
     torch.library.register_autograd(f"spo_kernels::{name}", backward, setup_context=setup_context, lib=library)
 
 
@@ -145,6 +165,13 @@ def _refuse_double_backward() -> None:
     # Grad mode is on in a backward only under create_graph. Without this the gradient would come back as a constant.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("spo_kernels: these gradients cannot be differentiated again (double backward)")
+
+
+def _runs_once(ctx: Any, message: str) -> None:
+    """RuntimeError in the second backward of a function whose first has overwritten what it saved."""
+    if getattr(ctx, "has_run", False):
+        raise RuntimeError(f"spo_kernels.{message}")
+    ctx.has_run = True
 
 
 def _token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -162,6 +189,12 @@ def _token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _
     if dlogps is None and dkl is None:
         return (None,) * ctx.inputs
     _refuse_double_backward()
+    if ctx.inplace_backward and not torch.compiler.is_compiling():
+        _runs_once(
+            ctx,
+            "functional: with inplace_backward=True (of kl_loss: overwrite_logits=True) backward can run only once: "
+            "the first has replaced the logits by their gradient; leave the option out",
+        )
     logits, labels, *rest = ctx.saved_tensors
     ignore_index = ctx.ignore_index
     if ctx.vocab_start is not None and labels is not None:
@@ -193,6 +226,33 @@ class TokenStats(torch.autograd.Function):
         return _token_stats_backward(ctx, *gradients)
 
 
+def _sequence_sums_setup(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+    values, cu_seqlens = inputs
+    ctx.shape = values.shape
+    ctx.save_for_backward(cu_seqlens)
+
+
+def _sequence_sums_backward(ctx: Any, dsums: Tensor) -> tuple[Tensor, None]:
+    (cu_seqlens,) = ctx.saved_tensors
+    if cu_seqlens is None:
+        return dsums[:, None].expand(ctx.shape), None
+    return dsums[sequences.of_rows(cu_seqlens, ctx.shape[0])], None
+
+
+class SequenceSums(torch.autograd.Function):
+    """`sequence_sums` with its gradient, for eager mode, as `TokenStats`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        sums = _sequence_sums(values, cu_seqlens)
+        _sequence_sums_setup(ctx, (values, cu_seqlens), sums)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor, None]:
+        return _sequence_sums_backward(ctx, dsums)
+
+
 def _kl_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     dlogits = output[1]
     ctx.mark_non_differentiable(dlogits)
@@ -202,6 +262,11 @@ def _kl_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _kl_loss_backward(ctx: Any, dloss: Tensor, _: Any = None) -> tuple[Tensor | None, ...]:
     _refuse_double_backward()
+    _runs_once(
+        ctx,
+        "kl_loss can run backward only once: its gradient was computed in the forward and scaled in place by the first "
+        "backward; use (row_weight * spo_kernels.token_kl(...)).sum()",
+    )
     (dlogits,) = ctx.saved_tensors
     torch.ops.spo_kernels.scale_(dlogits, dloss)
     _written(dlogits)
@@ -224,7 +289,10 @@ class KlLoss(torch.autograd.Function):
 
 
 class KlLossOverwrite(torch.autograd.Function):
-    """``kl_loss_fwd_`` with its gradient: the unit gradient has replaced the logits when forward returns."""
+    """``kl_loss_fwd_`` with its gradient: the unit gradient has replaced the logits when forward returns.
+
+    `Overwritten` comes next. This cannot mark the logits itself: with a second output autograd allows that of no view.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None) -> Tensor:
@@ -239,9 +307,39 @@ class KlLossOverwrite(torch.autograd.Function):
         return _kl_loss_backward(ctx, dloss)
 
 
-_autograd("token_stats_fwd", _token_stats_backward, _token_stats_setup)
-_autograd("sharded_token_stats_fwd", _token_stats_backward, _token_stats_setup)
-_autograd("kl_loss_fwd", _kl_loss_backward, _kl_loss_setup)
+class Overwritten(torch.autograd.Function):
+    """Marks logits that `KlLossOverwrite` has overwritten: an error where autograd asks for a gradient of them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.is_view = logits._is_view()
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, dlogits: Tensor) -> Tensor:
+        # Where the logits are a part of a tensor, a use of its other parts sends zeros here. On a GPU it pays a sync.
+        if not ctx.is_view or dlogits.any():
+            raise RuntimeError(
+                "spo_kernels.kl_loss with overwrite_logits=True has replaced the logits by their gradient, but "
+                "something used them afterwards; leave the option out"
+            )
+        return dlogits  # zeros; for None autograd would drop the gradient of the other parts
+
+
+def overwriting_kl_loss(logits: Tensor, rows: Tensor, ref_rows: Tensor, row_weight: Tensor | None) -> Tensor:
+    """`KlLossOverwrite` of logits as rows, after which autograd knows that the logits have been overwritten."""
+    loss: Tensor = KlLossOverwrite.apply(rows, ref_rows, row_weight)
+    # Marking counts as a write, which would spoil the gradient that has just been saved; nothing is written.
+    with torch.autograd._unsafe_preserve_version_counter(logits):
+        Overwritten.apply(logits)
+    return loss
+
+
+register_autograd("token_stats_fwd", _token_stats_backward, _token_stats_setup)
+register_autograd("sharded_token_stats_fwd", _token_stats_backward, _token_stats_setup)
+register_autograd("sequence_sums", _sequence_sums_backward, _sequence_sums_setup)
+register_autograd("kl_loss_fwd", _kl_loss_backward, _kl_loss_setup)
 
 
 # The head: hidden states and a weight in place of logits. These ops are tile loops over the ops above (`head`), the
@@ -338,10 +436,13 @@ def _(
     vocab_size: int,
     process_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    shard = shard_of(vocab_start, vocab_size, process_group)
+    if shard is not None and (labels is not None or mask is not None):
+        shard.check_same(labels=labels, mask=mask)
     if labels is not None:
         vocabulary.check_labels(labels, vocab_size, ignore_index)
     return head.token_stats_fwd(
-        head.Head(hidden, weight, bias, shard_of(vocab_start, vocab_size, process_group)),
+        head.Head(hidden, weight, bias, shard),
         labels,
         _ref_head(ref_hidden, ref_weight, ref_bias),
         _kept(labels, mask, ignore_index),
@@ -399,13 +500,16 @@ def _(
     vocab_size: int,
     process_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # A row with an upstream gradient of 0 is not read: its hidden states may be NaN.
+    read = functools.reduce(operator.or_, (upstream != 0 for upstream in (dlogps, dkl) if upstream is not None))
+    kept = _kept(labels, mask, ignore_index)
     return head.token_stats_bwd(
         dlogps,
         dkl,
         head.Head(hidden, weight, bias, shard_of(vocab_start, vocab_size, process_group)),
         labels,
         _ref_head(ref_hidden, ref_weight, ref_bias),
-        _kept(labels, mask, ignore_index),
+        read if kept is None else read & kept,
         kl,
         stats,
         uniform,
@@ -443,8 +547,11 @@ def _(
     vocab_size: int,
     process_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shard = shard_of(vocab_start, vocab_size, process_group)
+    if shard is not None:
+        shard.check_same(row_weight=row_weight)  # 0 where masked
     return head.kl_loss_fwd(
-        head.Head(hidden, weight, bias, shard_of(vocab_start, vocab_size, process_group)),
+        head.Head(hidden, weight, bias, shard),
         head.Head(ref_hidden, ref_weight, ref_bias),
         row_weight,
         gradient_dtype,
@@ -492,7 +599,7 @@ def _linear_token_stats_backward(
     return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *others)
 
 
-def setup_unit_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_unit_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """For an op ``(hidden, weight, bias, ...) -> (loss, ..., dhidden, dweight, dbias)``."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -500,11 +607,12 @@ def setup_unit_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.save_for_backward(*output[-3:])
 
 
-def scale_unit_gradients(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """The gradients that the forward computed, times the upstream scalar; once, for they are scaled where they lie."""
+def _scale_unit_gradients(ctx: Any, dloss: Tensor | None, message: str) -> tuple[Tensor | None, ...]:
+    """The gradients that the forward computed, times the upstream scalar; scaled in place, so this runs only once."""
     if dloss is None:
         return (None,) * ctx.inputs
     _refuse_double_backward()
+    _runs_once(ctx, message)
     gradients: list[Tensor | None] = []
     for gradient, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True):
         if need:
@@ -515,5 +623,21 @@ def scale_unit_gradients(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tenso
     return (*gradients, *(None,) * (ctx.inputs - 3))
 
 
-_autograd("linear_token_stats_fwd", _linear_token_stats_backward, _linear_token_stats_setup)
-_autograd("linear_kl_loss_fwd", scale_unit_gradients, setup_unit_gradients)
+def unit_gradients_of(message: str) -> tuple[Any, Any]:
+    """(backward, setup_context) for an op whose last outputs are unit gradients; a second backward raises message."""
+
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return _scale_unit_gradients(ctx, dloss, message)
+
+    return backward, _setup_unit_gradients
+
+
+register_autograd("linear_token_stats_fwd", _linear_token_stats_backward, _linear_token_stats_setup)
+register_autograd(
+    "linear_kl_loss_fwd",
+    *unit_gradients_of(
+        "linear_kl_loss can run backward only once: its gradients were computed in the forward and scaled in place by "
+        "the first backward; use (row_weight * spo_kernels.linear_token_kl(...)).sum(), or in LinearSPOLoss route "
+        '"recompute"'
+    ),
+)

@@ -97,27 +97,23 @@ def token_stats_bwd(
 ) -> Tensor:
     """``dz`` (module docstring) for upstream gradients dlogps and dkl, each like a row index; in place: into logits.
 
-    kl and stats are what the forward returned. The gradient has the logits' dtype and shape.
+    kl and stats are what the forward returned. The gradient has the logits' dtype and shape. Rows that are ignored,
+    masked or have upstream gradients of 0 are not read: their gradient is exactly 0, even where their logits are NaN.
     """
     log_p = _log_probs(logits, stats[0], stats[1])
     p = log_p.exp()
     grad = torch.zeros_like(p)
-    used = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     if dlogps is not None and labels is not None:
-        valid = labels != ignore_index
+        valid = (labels != ignore_index) & (dlogps != 0)
         g = torch.where(valid, dlogps.to(p.dtype), 0)[..., None]
         held = valid & (labels != LABEL_ELSEWHERE)
         onehot = torch.zeros_like(p).scatter_(-1, torch.where(held, labels, 0)[..., None], held[..., None].to(p.dtype))
-        grad += g * (onehot - p)
-        used |= valid
+        grad += torch.where(valid[..., None], g * (onehot - p), 0)
     if dkl is not None and ref_logits is not None:
-        wanted = torch.ones_like(used) if mask is None else mask
+        wanted = dkl != 0 if mask is None else mask & (dkl != 0)
         _, ratio = _log_ratio(log_p, _log_probs(ref_logits, stats[2], stats[3]))
         g = torch.where(wanted, dkl.to(p.dtype), 0)[..., None]
         grad += torch.where(wanted[..., None], g * p * (ratio - kl[..., None]), 0)
-        used |= wanted
-    # Rows nobody asked for stay exactly zero, even where their logits are NaN.
-    grad = torch.where(used[..., None], grad, 0)
     return logits.copy_(grad) if inplace else grad.to(logits.dtype)
 
 
@@ -136,22 +132,3 @@ def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, i
 def scale_(tensor: Tensor, scale: Tensor) -> None:
     """``tensor *= scale`` for a 0-d scale; a scale of 1 leaves the memory untouched."""
     tensor.mul_(scale)
-
-
-def linear_part_fwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``(stats [2, N], picked [N])`` of the logits ``scale (hidden weight^T + bias)``, rounded to the operands' dtype.
-
-    hidden ``[N, H]``, weight ``[C, H]``, bias ``[C]``; the C columns are all of a vocabulary or a part of it. stats are
-    shift and logsum as in `token_stats_fwd`; picked the labels' logits, -inf for `LABEL_ELSEWHERE`, ``[0]`` without
-    labels. Both in the accumulation dtype.
-    """
-    dtype = accumulate_dtype(hidden.dtype)
-    wide_bias = None if bias is None else bias.to(dtype)
-    logits = (scale * torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), wide_bias)).to(hidden.dtype)
-    stats = torch.stack(_log_softmax_stats(logits, dtype))
-    if labels is None:
-        return stats, stats.new_empty(0)
-    picked = logits.to(dtype).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
-    return stats, torch.where(labels == LABEL_ELSEWHERE, -torch.inf, picked)

@@ -54,6 +54,16 @@ class Shard(NamedTuple):
         torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MIN, group=self.process_group)
         return int(value.item())
 
+    def check_same(self, **tensors: Tensor | None) -> None:
+        """ValueError for a tensor that is not the same in every process; on a GPU a device-side assertion.
+
+        One all-reduce of two numbers a tensor, before a loop whose messages would differ in size.
+        """
+        digests = torch.stack([digest(tensor) for tensor in tensors.values() if tensor is not None])
+        bounds = torch.stack([digests, -digests])
+        torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MIN, group=self.process_group)
+        _check_same(_given(tensors), bounds[0] == -bounds[1])
+
 
 def checked_shard(
     process_group: ProcessGroup | None, vocab_shards: Sequence[int] | None, columns: int
@@ -124,6 +134,34 @@ def merge(a: Part, b: Part) -> Part:
     return Part(torch.cat([stats, ref_stats]), kl, picked)
 
 
+# Odd numbers of 64 bits, as int64: of the golden ratio, and of splitmix64.
+_HASH_ROW, _HASH_VALUE = -0x61C8864680B583EB, -0x40A7B892E31B1A47
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """53 bits of the values, their order and number: 0-d int64 that float64 holds exactly, the same on every device."""
+    values = tensor.detach().flatten()
+    if values.is_floating_point():
+        values = values.double().view(torch.int64)
+    mixed = values.long() + torch.arange(1, values.shape[0] + 1, device=values.device) * _HASH_ROW
+    mixed = (mixed ^ (mixed >> 31)) * _HASH_VALUE
+    return ((mixed ^ (mixed >> 29)).sum() + values.shape[0]) & (2**53 - 1)
+
+
+def _given(tensors: dict[str, Tensor | None]) -> list[str]:
+    return [name for name, tensor in tensors.items() if tensor is not None]
+
+
+def _check_same(names: list[str], same: Tensor) -> None:
+    """Raise where same ``[len(names)]`` is False: an error of its own for each tensor."""
+    for name, is_same in zip(names, same, strict=True):
+        message = f"{name} must be the same in every process of process_group"
+        if not same.is_cpu:
+            torch._assert_async(is_same, f"spo_kernels: {message}")
+        elif not is_same:
+            raise ValueError(f"{message}, got different ones")
+
+
 def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     """RuntimeError for a label out of range; on a GPU a device-side assertion, without a sync."""
     legal = (labels == ignore_index) | ((labels >= 0) & (labels < vocabulary))
@@ -134,27 +172,37 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
         raise RuntimeError(f"labels must be in [0, {vocabulary}) or ignore_index {ignore_index}, got {bad}")
 
 
-def combine(part: Part, shard: Shard | None, columns: int) -> Part:
+def combine(part: Part, shard: Shard | None, columns: int, **same: Tensor | None) -> Part:
     """The whole vocabulary from this process's columns: one all-gather of at most six numbers a row and process.
 
     Every process merges the parts in the same order and gets the same bits. Without a shard the part is the whole.
-    Raises ValueError where the shards are not the vocabulary without gap or overlap; a GPU has a device-side assertion.
+    Raises ValueError where the shards are not the vocabulary without gap or overlap, or where one of the tensors `same`
+    is not so in every process; a GPU has a device-side assertion.
     """
     if shard is None:
         return part
     sizes = [part.stats.numel(), part.kl.numel(), part.picked.numel()]
     layout = [part.stats.new_full((1,), number) for number in (shard.start, columns)]
-    message = torch.cat([*layout, *(x.flatten() for x in part)])
+    names = _given(same)
+    digests = [digest(tensor)[None].to(part.stats.dtype) for tensor in same.values() if tensor is not None]
+    message = torch.cat([*layout, *digests, *(x.flatten() for x in part)])
     group = shard.process_group
-    gathered = message.new_empty(group.size() * message.numel())
-    torch.distributed.all_gather_into_tensor(gathered, message, group=group)
-    messages = gathered.view(group.size(), -1)
+    messages = message.new_empty(group.size(), message.numel())
+    _all_gather(messages.flatten(), message, group)
     _check_layout(messages[:, 0], messages[:, 1], shard.vocabulary)
+    header = 2 + len(names)
+    _check_same(names, (messages[:, 2:header] == messages[0, 2:header]).all(0))
     parts = []
     for values in messages:
-        stats, kl, picked = values[2:].split(sizes)
+        stats, kl, picked = values[header:].split(sizes)
         parts.append(Part(stats.view_as(part.stats), kl, picked))
     return functools.reduce(merge, parts)
+
+
+def _all_gather(gathered: Tensor, message: Tensor, group: ProcessGroup) -> None:
+    # The name up to torch 2.12 is deprecated in 2.13.
+    name = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
+    getattr(torch.distributed, name)(gathered, message, group=group)
 
 
 def _check_layout(starts: Tensor, columns: Tensor, vocabulary: int) -> None:

@@ -7,18 +7,24 @@ importing the package or asking for its backend fails, and so does the suite.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# A thread that waits for another sleeps. Where compilers share the cores, spinning takes ten times the work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 # pytest's importlib mode leaves sys.path alone; the tests share oracle.py and the emulator's build.
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent / "cuda")]
 
 import emulated
+from background import Work, background, waits_for
 from on_device import OnDevice
 from oracle import ACTIVE, LEVELS
 
@@ -33,10 +39,22 @@ ON_GPU = [pytest.param(f"gpu-{name}", marks=pytest.mark.gpu) for name in GPU_BAC
 LEVELS_OR_SKIP: list[Any] = [*LEVELS] or [pytest.param("", marks=pytest.mark.skip(reason=f"SPO_BACKEND={ACTIVE}"))]
 
 
-@pytest.fixture(scope="session")
-def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that wait for something at work in the background come last."""
+    items.sort(key=lambda item: bool(waits_for(item)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def background_work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work]:
+    work = Work(request.session.items, tmp_path_factory)
+    yield work
+    work.close()
+
+
+@background
+def emulated_library(out: Path) -> Path:
     """The CUDA kernels' source, compiled for the CPU."""
-    return emulated.build_library(tmp_path_factory.mktemp("emulated"))
+    return emulated.build_library(out)
 
 
 @pytest.fixture(scope="session")

@@ -164,6 +164,34 @@ def test_env_prints_backends_and_reasons() -> None:
         assert level in ran.stdout
 
 
+NO_LOOK_UP = """
+import os, pathlib, torch
+torch.version.cuda = "13.0"
+import spo_kernels
+from spo_kernels import backends, reference
+backends.cuda.load = lambda: reference  # stands in for kernels that need a GPU
+key = torch._C.DispatchKeySet(torch._C.DispatchKey.{key})
+call = lambda: torch.ops.spo_kernels.token_stats_fwd.default.redispatch(
+    key, torch.zeros(1, 4), torch.tensor([0]), None, None, -100, False
+)
+call()
+def refuse(path, *args, **kwargs):
+    raise AssertionError(f"an op call looked for {{path}}")
+pathlib.Path.exists = os.path.exists = os.stat = os.listdir = os.scandir = refuse
+logps, _, _ = call()
+print(backends.active("{key}".lower()), logps.exp().item())
+"""
+
+
+@needs_kernels
+@pytest.mark.parametrize(("key", "selected"), [("CUDA", ""), ("CPU", "reference")])
+def test_an_op_call_does_not_look_for_the_library(key: str, selected: str, tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "spo_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "spo_kernels/libspo_kernels_cuda.so").touch()
+    ran = python("-c", NO_LOOK_UP.format(key=key), at=tmp_path, SPO_BACKEND=selected)
+    assert ran.stdout.split() == [selected or key.lower(), "0.25"], ran.stderr
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fake_tensors_go_through_without_running_a_kernel(device: str) -> None:
     """Shapes and dtypes can be had for a device that this machine lacks."""

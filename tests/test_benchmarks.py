@@ -8,8 +8,10 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -455,7 +457,7 @@ def test_a_gpu_is_timed_between_events_with_cold_caches(monkeypatch: pytest.Monk
     flushed = []
 
     class Flush:
-        def zero_(self) -> None:
+        def sum(self) -> None:
             flushed.append(FakeEvent.now)
             FakeEvent.now += 1000
 
@@ -464,7 +466,7 @@ def test_a_gpu_is_timed_between_events_with_cold_caches(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(FakeEvent, "now", 0.0)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: Flush())
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: Flush())
     clock = measure._Clock(torch.device("cuda"))
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
@@ -526,14 +528,75 @@ def test_the_gpu_report_goes_on_after_a_failure(
     assert "\n999\n" in page
 
 
-def test_every_command_of_the_gpu_report_is_one_that_exists(tmp_path: Path) -> None:
+def test_a_budget_ends_steps_with_their_children_and_leaves_the_rest_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(6); pathlib.Path({str(mark)!r}).touch()"
+    parent = f"import subprocess, sys; print('began', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+
+    def some_steps(device: str, out: Path, quick: bool) -> list[gpu.Step]:
+        return [
+            gpu.Step("Short", [sys.executable, "-c", "print('done')"]),
+            gpu.Step("Hangs", [sys.executable, "-c", parent]),
+            gpu.Step("Never", [sys.executable, "-c", "print('reached')"]),
+        ]
+
+    monkeypatch.setattr(gpu, "budgeted_steps", some_steps)
+    monkeypatch.setattr(gpu, "_LEAST_SECONDS", 1)
+    start = time.perf_counter()
+    assert cli.main(["gpu", "--device", "cpu", "--budget", "3", "--out", str(tmp_path)]) == 1
+    page = only(tmp_path, "gpu-*.md").read_text()
+    for said in ("| Short | ok |", "| Hangs | out of time |", "\nbegan\n"):
+        assert said in page
+    assert "Never" not in page
+    assert "Never: left out, no time" in capsys.readouterr().out
+    time.sleep(max(8 - (time.perf_counter() - start), 0))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("choose", [gpu.steps, gpu.budgeted_steps])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_command_of_the_gpu_report_is_one_that_exists(choose: Any, device: str, tmp_path: Path) -> None:
     for quick in (False, True):
-        for part in gpu.steps("cuda", tmp_path, quick):
+        for part in choose(device, tmp_path, quick):
             if "-m" in part.command:
                 module, *arguments = part.command[2:]
                 assert importlib.util.find_spec(module)
                 if module == "benchmarks":
                     cli._parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
+def test_a_gpu_is_named_by_its_index(name: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.cuda.set_device` refuses a device without one."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    settings, _ = cli._settings(cli._parser().parse_args(["ops", "--device", name]))
+    assert settings.device == torch.device("cuda", index)
+    monkeypatch.setattr(selfcheck, "copy_bandwidth", lambda device, repeats: 1e9)
+    monkeypatch.setattr(selfcheck, "check", lambda *args: iter(()))
+    selfcheck.main(["--device", name])
+    assert chosen == [index, index]
+
+
+def test_on_a_gpu_the_limit_is_that_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def time(self, call: Callable[[], object]) -> tuple[float, float]:
+            call()
+            return 0.5, 0.5
+
+    ones = torch.ones
+    monkeypatch.setattr(measure, "_Clock", Clock)
+    monkeypatch.setattr(torch, "ones", lambda *size, dtype, device: ones(*size, dtype=dtype))
+    limit = measure.Bandwidth(4000, torch.device("cuda"), 1)
+    limit.sample()
+    assert limit.source == "torch.Tensor.copy_"
+    assert limit.read == limit.update == [2 * 4000 / 0.5]
 
 
 def test_growth_measures_every_axis_and_draws_it(tmp_path: Path) -> None:
@@ -568,6 +631,7 @@ def test_exponent_is_the_slope_in_logarithms(power: float) -> None:
     assert growth.exponent([(2, 3.0), (4, 0.0)]) is None
 
 
+@pytest.mark.slow
 def test_all_measures_everything_and_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, figure = tmp_path / "page.md", tmp_path / "growth.png"
     page.write_text(f"before\n{report.RESULTS_BEGIN}\nlast year's\n{report.RESULTS_END}\nafter\n")

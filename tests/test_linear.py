@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -112,16 +113,16 @@ def all_near(actual: list[Tensor], expected: list[Tensor]) -> None:
         near(got, want)
 
 
+def set_tile_sizes(monkeypatch: pytest.MonkeyPatch, **sizes: int | None) -> None:
+    monkeypatch.setitem(head.TILE_SIZES, "cpu", head.TILE_SIZES["cpu"]._replace(**sizes))
+
+
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of so few rows and columns that small inputs take many, uneven ones at the ends included."""
-    monkeypatch.setattr(head, "_TILE_ROWS", 5)
-    monkeypatch.setattr(head, "_TILE_BYTES", 1)
-    monkeypatch.setattr(head, "_LEAST_COLUMNS", 10)
+    set_tile_sizes(monkeypatch, rows=5, bytes=1, least_columns=10, wide_bytes=1, least_wide_rows=8)
     monkeypatch.setattr(head, "_ALIGNED_COLUMNS", 4)
     monkeypatch.setattr(head, "_CAST_COLUMNS", 7)
-    monkeypatch.setattr(head, "_WIDE_TILE_BYTES", 1)
-    monkeypatch.setattr(head, "_LEAST_WIDE_ROWS", 8)
 
 
 @pytest.fixture(params=[False, True], ids=["float32_products", "native_products"])
@@ -472,6 +473,32 @@ def test_masked_rows_are_dropped_before_the_product() -> None:
     assert not dhidden[x.labels == IGNORE].any()
 
 
+def test_a_tile_of_whole_rows_takes_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product, a row op, and copies of the results; blocks of columns have their parts merged on top."""
+    x = Inputs(96, v=1024, dtype=torch.float32)
+    labels = x.labels.clamp(min=0)
+
+    def calls(rows: int) -> int:
+        set_tile_sizes(monkeypatch, bytes=rows * 1024 * 4, least_forward_rows=1)
+        return len(forward_loop(head.Head(x.hidden, x.weight, None), labels).names)
+
+    of_tile = (calls(8) - calls(16)) / 6  # 12 tiles, and 6
+    assert of_tile <= 14  # six of which compute or copy; the others are views
+
+
+def test_whole_rows_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, options = Inputs(4, 6), OPTIONS["all"]
+    set_tile_sizes(monkeypatch, bytes=5 * 37 * 8, least_forward_rows=2)
+    logits, ref_logits = logits_of(*x.policy, **options), logits_of(*x.reference, **options)
+    logps, entropy = linear_token_logps(x.hidden, x.weight, x.labels, x.bias, return_entropy=True, **options)
+    near(logps, logps_of(logits, x.labels))
+    near(entropy, entropy_of(logits).where(x.labels != IGNORE, 0))
+    kl = linear_token_kl(
+        x.hidden, x.weight, x.ref_hidden, x.ref_weight, x.mask, x.bias, x.ref_bias, chunk_size=7, **options
+    )
+    near(kl, kl_of(logits, ref_logits).where(x.mask, 0))
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
 def test_what_is_frozen_costs_no_product(frozen: str) -> None:
     x = Inputs(40)
@@ -515,10 +542,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 @pytest.mark.skipif(ACTIVE == "reference", reason="plain torch makes temporaries of its own, several a tile")
 @pytest.mark.parametrize("route", ["recompute", "recompute_free"])
 def test_peak_memory_does_not_grow_with_the_rows(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "_TILE_ROWS", 256)
-    monkeypatch.setattr(head, "_TILE_BYTES", 1 << 20)
-    monkeypatch.setattr(head, "_WIDE_TILE_BYTES", 2 << 20)
-    monkeypatch.setattr(head, "_LEAST_WIDE_ROWS", 64)
+    set_tile_sizes(monkeypatch, rows=256, bytes=1 << 20, wide_bytes=2 << 20, least_wide_rows=64)
     loss = LinearSPOLoss(route=route)
     peaks = []
     for pairs in (4, 32):
@@ -658,8 +682,7 @@ ROUTE = pytest.mark.parametrize("route", ["recompute", "recompute_free", "auto"]
 def test_linear_spo_loss_is_spo_loss_of_the_logits(
     upstream: float, case: str, route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "_WIDE_TILE_BYTES", 1)
-    monkeypatch.setattr(head, "_LEAST_WIDE_ROWS", 20)  # two pairs to a tile, then one
+    set_tile_sizes(monkeypatch, wide_bytes=1, least_wide_rows=20)  # two pairs to a tile, then one
     x, options = pair_inputs(), dict(OBJECTIVES[case])
     pair_weight = options.pop("pair_weight", None)
     loss = LinearSPOLoss(route=route, **options)
@@ -710,6 +733,117 @@ def test_packed_pairs_are_the_padded_ones(route: str) -> None:
         return loss(hidden, weight, padded, bias, kl_hidden=hidden, kl_ref_hidden=x.ref_hidden, kl_mask=keep, **kl)[0]
 
     all_near(differentiate(by_rows, x.policy), differentiate(by_batch, x.policy))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_both_routes_give_the_same_sums_of_the_same_token_logps(layout: str, dtype: torch.dtype) -> None:
+    """Logits are rows of the weight, so that no shape of a product changes them; one pair's sums round in float32."""
+    n, v = 4000, 16
+    hidden = torch.eye(v, dtype=dtype)[torch.randint(0, v, (4, n))].requires_grad_()
+    labels = torch.randint(0, v, (4, n))
+    labels[:, ::7] = IGNORE
+    labels[1, n // 2 :] = IGNORE
+    arguments = (hidden, 5 * torch.randn(v, v, dtype=dtype), labels)
+    packed: dict[str, Any] = {}
+    if layout == "packed":
+        arguments = (hidden.flatten(0, 1), arguments[1], labels.flatten())
+        packed = {"cu_seqlens": torch.tensor([0, 3 * n // 2, 2 * n, 2 * n + 1, 4 * n])}
+    metrics = {route: LinearSPOLoss(route=route)(*arguments, **packed)[1] for route in ("recompute", "recompute_free")}
+    logps = linear_token_logps(*arguments).detach().flatten()
+    bounds = packed.get("cu_seqlens", torch.arange(5) * n).tolist()
+    exact = torch.stack([logps[b:e].double().sum() for b, e in itertools.pairwise(bounds)])
+    for route, got in metrics.items():
+        sums = torch.cat([got.chosen_logps, got.rejected_logps])
+        assert torch.equal(sums, torch.cat([metrics["recompute"].chosen_logps, metrics["recompute"].rejected_logps]))
+        rtol = 1e-7 if dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(sums, exact.to(dtype), rtol=rtol, atol=0, msg=route)
+
+
+NAN_ROUTES = pytest.mark.parametrize("route", ["auto", "recompute", "recompute_free"])
+
+
+@NAN_ROUTES
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_pair_of_weight_zero_is_not_read(route: str, layout: str, average: bool, poison: float) -> None:
+    """Loss and gradients are those of the batch in which the pair's rows are ignored; P is still its pairs."""
+    x = pair_inputs()
+    pair_weight = torch.tensor([0.3, 0.0, 1.2], dtype=torch.float64)
+    unread = [1, 4]
+    loss = LinearSPOLoss(alpha=0.4, nll_weight=0.2, average=average, route=route)
+    ignored = x.labels.clone()
+    ignored[unread] = IGNORE
+
+    def objective(labels: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        rows, ids, packed = hidden, labels, {}
+        if layout == "packed":
+            rows, ids = hidden.flatten(0, 1), labels.flatten()
+            packed = {"cu_seqlens": torch.arange(len(labels) + 1) * labels.shape[1]}
+        value, metrics = loss(rows, weight, ids, bias, pair_weight=pair_weight, **packed)
+        assert metrics.accuracy.isfinite()
+        assert metrics.margin.isfinite()
+        return value
+
+    want = differentiate(lambda *policy: objective(ignored, *policy), x.policy)
+    x.hidden[unread] = poison
+    got = differentiate(lambda *policy: objective(x.labels, *policy), x.policy)
+    all_near(got, want)
+    assert not got[1][unread].any()
+
+
+def test_a_pair_that_the_weight_leaves_out_is_not_read() -> None:
+    """A callable's weights are known after the forward has read the rows; the backward does not read them."""
+    x = pair_inputs()
+    pair_weight = torch.tensor([0.3, 0.0, 1.2], dtype=torch.float64)
+    loss = LinearSPOLoss(alpha=0.4, weight=lambda logp_w, logp_l: pair_weight)
+    clean = LinearSPOLoss(alpha=0.4, route="recompute")
+    x.hidden[[1, 4]] = math.nan
+    got = differentiate(lambda *policy: loss(*policy[:2], x.labels, policy[2])[0], x.policy)
+    want = differentiate(lambda *policy: clean(*policy[:2], x.labels, policy[2], pair_weight=pair_weight)[0], x.policy)
+    all_near(got, want)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name", ["linear_token_logps", "entropy", "linear_sequence_logps", "linear_token_kl", "linear_kl_loss"]
+)
+@pytest.mark.parametrize("by", ["marked", "upstream"])
+def test_rows_that_are_not_wanted_are_not_read(name: str, by: str, poison: float) -> None:
+    """Ignored, masked and weightless rows; and rows that were read, but whose upstream gradient is 0."""
+    x = Inputs(3, 4)
+    wanted = torch.ones(3, 4, dtype=torch.bool)
+    wanted[1, 1:3] = wanted[2, 0] = False
+    labels, mask = x.labels.where(wanted, IGNORE), wanted if by == "marked" else None
+    if by == "upstream":
+        labels = x.labels.where(wanted, x.labels.clamp(min=0))
+        wanted = wanted & (labels != IGNORE)
+
+    def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if name == "linear_kl_loss":
+            rows = wanted.double() * torch.linspace(1, 2, 12, dtype=torch.float64).view(3, 4)
+            return linear_kl_loss(hidden, weight, x.ref_hidden, x.ref_weight, None, bias, x.ref_bias, row_weight=rows)
+        if name == "linear_token_kl":
+            out = linear_token_kl(hidden, weight, x.ref_hidden, x.ref_weight, mask, bias, x.ref_bias)
+        elif name == "entropy":
+            out = torch.stack(linear_token_logps(hidden, weight, labels, bias, return_entropy=True))
+        elif name == "linear_token_logps":
+            out = linear_token_logps(hidden, weight, labels, bias)
+        else:
+            sums = linear_sequence_logps(
+                hidden.flatten(0, 1), weight, labels.flatten(), bias, cu_seqlens=torch.arange(13)
+            )
+            out = sums.view(3, 4)
+        return out.where(wanted, 0)
+
+    want = differentiate(function, x.policy)
+    x.hidden[~wanted] = poison
+    x.ref_hidden[~wanted] = poison
+    got = differentiate(function, x.policy)
+    for actual, expected in zip(got, want, strict=True):
+        near(actual, expected)
+    assert not got[1][~wanted].any()
 
 
 def test_auto_recomputes_pairs_longer_than_a_tile_and_the_explicit_route_refuses_them() -> None:
@@ -808,13 +942,20 @@ def test_the_kl_in_one_sweep_does_the_products_it_says(units: list[float]) -> No
 def test_a_second_backward_of_gradients_made_in_the_forward_raises() -> None:
     x = pair_inputs()
     leaf = x.hidden.requires_grad_()
-    for loss in (
-        LinearSPOLoss(route="recompute_free")(leaf, x.weight, x.labels)[0],
-        linear_kl_loss(leaf, x.weight, x.ref_hidden, x.ref_weight),
+    for loss, message in (
+        (LinearSPOLoss(route="recompute_free")(leaf, x.weight, x.labels)[0], r'LinearSPOLoss .* use route "recompute"'),
+        (LinearSPOLoss()(leaf, x.weight, x.labels)[0], r'LinearSPOLoss .* use route "recompute"'),
+        (
+            linear_kl_loss(leaf, x.weight, x.ref_hidden, x.ref_weight),
+            r"linear_kl_loss .* use \(row_weight \* spo_kernels\.linear_token_kl\(\.\.\.\)\)",
+        ),
     ):
         loss.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with pytest.raises(RuntimeError, match=rf"^spo_kernels\.{message}"):
             loss.backward()
+    recomputed = LinearSPOLoss(route="recompute")(leaf, x.weight, x.labels)[0]
+    first, second = (torch.autograd.grad(recomputed, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(
@@ -906,8 +1047,7 @@ def test_a_single_tile_needs_no_wider_sum(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_tile_makes_room_for_the_cast_of_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile of 8 rows takes 128 KiB, the weight's gradient 256 KiB and its sum 512: they are never held together."""
     monkeypatch.setattr(head, "native_products", lambda device_type, dtype: True)
-    monkeypatch.setattr(head, "_WIDE_TILE_BYTES", 1)
-    monkeypatch.setattr(head, "_LEAST_WIDE_ROWS", 8)
+    set_tile_sizes(monkeypatch, wide_bytes=1, least_wide_rows=8)
     monkeypatch.setattr(head, "_CAST_COLUMNS", 256)
     x = Inputs(4, 4, h=16, v=8192, dtype=torch.bfloat16)
     hidden, weight = x.hidden.requires_grad_(), x.weight.requires_grad_()
@@ -1081,7 +1221,7 @@ def op_arguments(op: str) -> tuple[Any, ...]:
     options = (1.3, 3.0, 0.6, 5, *whole)
     logps = (x.labels, None, None, None, None, IGNORE, True)
     _, kl, stats = OPS.linear_token_stats_fwd(*(tensor.detach() for tensor in policy), *logps, *options)
-    sequence = torch.arange(4).repeat_interleave(3)
+    bounds = torch.arange(5) * 3
     counts = torch.full((4,), 2.0)
     return {
         "linear_token_stats_fwd": (*policy, *logps, *options),
@@ -1102,7 +1242,7 @@ def op_arguments(op: str) -> tuple[Any, ...]:
         "linear_spo_loss_fwd": (
             *policy,
             x.labels,
-            sequence,
+            bounds,
             counts,
             None,
             torch.tensor(-1.0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spo_kernels.losses import LOSSES, SoftImportance, SPOLoss, dpo_loss, preference_loss, spo_loss
+from spo_kernels import LinearSPOLoss
+from spo_kernels.losses import LOSSES, SoftImportance, SPOLoss, SPOMetrics, dpo_loss, preference_loss, spo_loss
 
 ALPHAS = [0.0, 1e-45, 1e-20, 1e-6, 0.01, 0.1, 1.0, 30.0]
 # D: equal, close, typical, and where alpha D leaves the range of exp in float32 and in float64.
@@ -278,6 +280,66 @@ class TestSpoLoss:
             spo_loss(**{**arguments, **change})
 
 
+def unread_pairs(poison: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs [6] of which two pairs are `poison`, and weights that are 0 there and nowhere else."""
+    logp_w, logp_l = (x.detach() for x in pairs())
+    logp_w[1], logp_l[1], logp_l[4] = poison, poison, poison
+    return logp_w.requires_grad_(), logp_l.requires_grad_(), torch.tensor([0.3, 0.0, 1.0, 2.0, 0.0, 0.7])
+
+
+class TestPairsOfWeightZero:
+    @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("alpha", [0.0, 1e-45, 0.1])
+    @pytest.mark.parametrize("center", [False, True])
+    @pytest.mark.parametrize("form", ["tensor", "callable", "preference_loss"])
+    def test_spo_loss_does_not_read_them(self, form: str, center: bool, alpha: float, poison: float) -> None:
+        logp_w, logp_l, mu = unread_pairs(poison)
+        weight = (lambda chosen, rejected: mu) if form == "callable" else mu
+        loss = spo_loss if form != "preference_loss" else lambda *args, **kw: preference_loss("spo", *args, **kw)
+        losses, *_ = loss(logp_w, logp_l, alpha=alpha, weight=weight, center=center)
+        read = mu != 0
+        clean = [x.detach()[read].requires_grad_() for x in (logp_w, logp_l)]
+        expected, *_ = spo_loss(*clean, alpha=alpha, weight=mu[read], center=center)
+        assert torch.equal(losses[read], expected)
+        assert losses[~read].tolist() == [0, 0]
+        got = torch.autograd.grad(losses.sum(), (logp_w, logp_l))
+        for ours, theirs in zip(got, torch.autograd.grad(expected.sum(), clean), strict=True):
+            assert torch.equal(ours[read], theirs)
+            assert ours[~read].tolist() == [0, 0]
+
+    def test_a_weight_of_nan_is_not_zero(self) -> None:
+        losses, *_ = spo_loss(*pairs(), weight=torch.tensor([math.nan, 1, 1, 1, 1, 1]))
+        assert losses.isnan().tolist() == [True] + [False] * 5
+
+    @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_spo_loss_module_does_not_read_their_logits(self, inplace: bool, packed: bool, poison: float) -> None:
+        batch = Batch()
+        mu = torch.ones(P)
+        mu[1] = 0
+        logits = batch.logits.detach().clone()
+        logits[[1, P + 1]] = poison
+
+        def run(logits: Tensor) -> tuple[Tensor, Tensor, SPOMetrics]:
+            leaf = logits.detach().requires_grad_()
+            rows, labels, options = leaf * 1, batch.labels, {}
+            if packed:
+                rows, labels = rows.flatten(0, 1), labels.flatten()
+                options = {"cu_seqlens": torch.arange(0, 2 * P * T + 1, T)}
+            module = SPOLoss(0.3, weight=lambda chosen, rejected: mu, inplace_backward=inplace)
+            objective, metrics = module(rows, labels, **options)
+            return objective, torch.autograd.grad(objective, leaf)[0], metrics
+
+        objective, gradient, metrics = run(logits)
+        expected, expected_gradient, expected_metrics = run(batch.logits)
+        assert torch.equal(objective, expected)
+        assert torch.equal(gradient, expected_gradient)
+        assert not gradient[[1, P + 1]].any()
+        for name in ("preference_loss", "accuracy", "margin", "mu"):
+            assert torch.equal(getattr(metrics, name), getattr(expected_metrics, name)), name
+
+
 def hand_written_importance(gamma: float, logp_w: Tensor, logp_l: Tensor, normalizer: Tensor | None = None) -> Tensor:
     """Eq. 24 in probabilities, shifted by 300 nats to keep them representable."""
     scores = gamma * (((logp_w + 300).exp() + (logp_l + 300).exp()).log() - 300)
@@ -341,6 +403,84 @@ class TestSoftImportance:
         second.load_state_dict(torch.load(tmp_path / "state.pt"))
         for batch in batches[3:]:
             assert torch.equal(second(*batch), first(*batch))
+
+    @pytest.mark.parametrize(
+        "cast",
+        [
+            lambda module: module.half(),
+            lambda module: module.bfloat16(),
+            lambda module: module.to(torch.float16),
+            lambda module: module.to("cpu", torch.bfloat16),
+            lambda module: module.double(),
+        ],
+        ids=["half", "bfloat16", "to dtype", "to device and dtype", "double"],
+    )
+    def test_state_keeps_its_dtype_through_a_cast_of_the_model(self, cast: Callable[[Any], Any]) -> None:
+        """-9e4 is beyond float16, and steps of 1 at -150 round away in bfloat16."""
+        model, plain = torch.nn.Module(), SoftImportance(0.1, "ema")
+        model.loss = LinearSPOLoss(weight=SoftImportance(0.1, "ema"))
+        given = torch.tensor(-9e4 + 1 / 64)
+        model.given = SPOLoss(weight=SoftImportance(0.1, given))
+        model.parameter = torch.nn.Parameter(torch.zeros(1))
+        before = model.parameter.dtype
+        cast(model)
+        assert model.parameter.dtype != before
+        assert torch.equal(model.given.weight.normalizer, given)
+        for k in range(100):
+            batch = torch.tensor([-9.0e5 - k]), torch.tensor([-9.1e5 - k])
+            assert torch.equal(model.loss.weight(*batch), plain(*batch))
+        assert plain.num_updates == 100
+        assert model.loss.state_dict()["weight.running_mean"].dtype == torch.float32
+        assert torch.equal(model.loss.weight.running_mean, plain.running_mean)
+
+    def test_state_follows_the_device(self) -> None:
+        for normalizer in ("ema", torch.tensor(-3.0)):
+            module = SPOLoss(weight=SoftImportance(0.1, normalizer)).to("meta", torch.float16).weight
+            state = module.running_mean if isinstance(normalizer, str) else module.normalizer
+            assert (state.device.type, state.dtype) == ("meta", torch.float32)
+
+    def test_state_is_float32_where_the_model_is_made_in_half_precision(self) -> None:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert SoftImportance(0.1, "ema").running_mean.dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_checkpoints_in_half_precision_load_into_float32(self, assign: bool) -> None:
+        saved = {"running_mean": torch.tensor(-150.0, dtype=torch.bfloat16), "num_updates": torch.tensor(3)}
+        module = SoftImportance(0.1, "ema")
+        module.load_state_dict(saved, assign=assign)
+        assert (module.running_mean.item(), module.num_updates.item()) == (-150.0, 3)
+        assert module.running_mean.dtype == torch.float32
+        module.running_mean.data = module.running_mean.data.half()  # as FSDP's buffer_dtype does
+        with pytest.raises(ValueError, match=r"running_mean must be float32 or float64, got torch\.float16"):
+            module(*pairs(torch.float32))
+
+    def test_set_normalizer(self) -> None:
+        batch = tuple(x.detach() for x in pairs(torch.float32))
+        module = SoftImportance(0.1, requires_grad := torch.tensor(-3.0, requires_grad=True))
+        copy.deepcopy(module), pickle.dumps(module)
+        assert torch.equal(module(*batch), SoftImportance(0.1, -3.0)(*batch))
+        with torch.no_grad():
+            requires_grad.fill_(-4.0)  # shared, not copied
+        assert torch.equal(module(*batch), SoftImportance(0.1, -4.0)(*batch))
+        module.set_normalizer(-5.0)
+        assert torch.equal(module(*batch), SoftImportance(0.1, -5.0)(*batch))
+        module.set_normalizer("batch")
+        assert torch.equal(module(*batch), SoftImportance(0.1)(*batch))
+        assert not module.state_dict()
+        module.set_normalizer("ema")
+        module(*batch)
+        mean = module.running_mean.clone()
+        module.set_normalizer(0.0)
+        module(*batch)
+        module.set_normalizer("ema")
+        assert (module.running_mean, module.num_updates) == (mean, 1)
+        for wrong, error in (("mean", ValueError), (torch.zeros(2), ValueError), (None, TypeError)):
+            with pytest.raises(error, match="normalizer must be"):
+                module.set_normalizer(wrong)
+            assert module.normalizer == "ema"
 
     def test_running_average_before_any_update_is_the_batch(self) -> None:
         logp_w, logp_l = pairs(torch.float32)
@@ -566,6 +706,8 @@ class TestSPOLoss:
             "rejected_rewards": 0.3 * logp_l,
             "accuracy": (logp_w > logp_l).double().mean(),
             "margin": (logp_w - logp_l).mean(),
+            "mu": torch.ones_like(logp_w) * mu,
+            "preference_error": v / (u + v),
         }
         torch.testing.assert_close(metrics._asdict(), {name: value.detach() for name, value in detached.items()})
 
@@ -663,6 +805,14 @@ class TestSPOLoss:
             ValueError, match=r"kl_logits must be \[S, T, V\], or \[N, V\] with kl_cu_seqlens, got \[5, 31\]"
         ):
             SPOLoss(beta=0.1)(logits, labels, **{name: value[0] for name, value in samples.items()})
+
+    def test_a_step_moves_the_running_average_once(self) -> None:
+        """And its metrics have the weights, so that reading them takes no second call."""
+        batch = Batch()
+        module = SPOLoss(0.3, weight=SoftImportance(0.1, "ema"))
+        _, metrics = module(batch.logits, batch.labels)
+        assert module.weight.num_updates == 1
+        assert torch.equal(metrics.mu, module.weight.eval()(metrics.chosen_logps, metrics.rejected_logps))
 
     def test_state_and_repr(self) -> None:
         assert set(SPOLoss(weight=SoftImportance(0.1, "ema")).state_dict()) == {

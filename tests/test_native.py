@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import os
 import platform
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import emulated
 import pytest
+import torch
+from background import background
 
-from spo_kernels.backends import cpu
+from spo_kernels.backends import cpu, cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc/cpu"
@@ -42,6 +46,35 @@ def test_undefined_symbols_are_stable(library: Path) -> None:
     assert not {symbol for symbol in symbols if not ALLOWED_SYMBOLS.fullmatch(symbol)}
 
 
+@pytest.mark.skipif(cuda.library_path() is None, reason="built without CUDA")
+def test_the_cuda_library_brings_the_library_with_the_stream() -> None:
+    """The stream function is a weak symbol: without libtorch.so the library links and loads, and every call fails."""
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not installed")
+    path = cuda.library_path()
+    assert path is not None
+    listing = subprocess.run(["readelf", "-d", path], check=True, capture_output=True, text=True).stdout
+    assert {"libtorch.so", "libtorch_cpu.so"} <= set(re.findall(r"NEEDED.*\[(.+)\]", listing))
+
+
+# torch's headers are the same on every platform. .ci/run names a folder with the oldest supported torch's.
+HEADERS = {"installed": Path(torch.__file__).parent / "include", "oldest": os.environ.get("SPO_OLDEST_TORCH_HEADERS")}
+
+
+@pytest.mark.parametrize("source", ["ops_cpu.cpp", "ops_cuda.cpp"])
+@pytest.mark.parametrize("torch_version", HEADERS)
+def test_sources_are_legal_with_the_headers_of_torch(torch_version: str, source: str) -> None:
+    """With 2.10 to 2.12 an undefined version once chose code that only 2.13 has."""
+    headers, cuda_headers = HEADERS[torch_version], emulated.cuda_include()
+    if headers is None:
+        pytest.skip("SPO_OLDEST_TORCH_HEADERS is not set")
+    if source == "ops_cuda.cpp" and cuda_headers is None:
+        pytest.skip("no CUDA toolkit, whose headers it takes")
+    include = ["-isystem", headers, *(["-isystem", cuda_headers] if cuda_headers else [])]
+    flags = ["-std=c++20", "-fsyntax-only", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    subprocess.run(["g++", *flags, *include, ROOT / "csrc/torch" / source], check=True, timeout=300)
+
+
 def setup_constant(name: str) -> dict[str, str]:
     """A literal of setup.py, so that the flags stand in one place."""
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
@@ -58,10 +91,9 @@ def compile_object(source: Path, out: Path, flags: list[str]) -> str:
 SANITIZE = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC}"]
 
 
-@pytest.fixture(scope="module")
-def sanitized_levels(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+@background
+def sanitized_levels(out: Path) -> list[str]:
     """The object of each SIMD level, with the flags of setup.py and the sanitizers."""
-    out = tmp_path_factory.mktemp("levels")
     levels = {"portable": ""}
     if platform.machine() == "x86_64":
         levels |= setup_constant("X86_LEVELS")
@@ -71,6 +103,7 @@ def sanitized_levels(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_simd_objects_share_no_code(sanitized_levels: list[str]) -> None:
     # A weak function outside a level's own namespace is one copy for all levels, compiled for whichever the linker met.
     for path in sanitized_levels:
@@ -81,6 +114,7 @@ def test_simd_objects_share_no_code(sanitized_levels: list[str]) -> None:
         assert [line for line in weak if f"spo::cpu::{level}::" not in line] == []
 
 
+@pytest.mark.slow
 def test_row_ops_under_sanitizers(sanitized_levels: list[str], tmp_path: Path) -> None:
     sources = [CSRC / "row_ops.cpp", CSRC / "simd_level.cpp", Path(__file__).parent / "native/row_ops_sanitized.cpp"]
     objects = [compile_object(source, tmp_path / f"{source.stem}.o", SANITIZE) for source in sources]

@@ -14,6 +14,7 @@ from on_device import OnDevice
 from oracle import (
     ACTIVE,
     DTYPES,
+    FACTOR,
     HALF_DTYPES,
     IGNORE,
     LEVELS,
@@ -21,17 +22,19 @@ from oracle import (
     ROWS,
     Case,
     Result,
-    assert_close,
     assert_labels_may_lie_elsewhere,
+    assert_rounded,
     assert_same,
     assert_same_bits,
+    assert_stats_within_budget,
     assert_within_budget,
-    eager,
+    half_ulp,
+    loss_rounding,
     make_case,
     poisoned_memory,
+    rounding,
     run,
     truth,
-    ulp,
 )
 from torch import Tensor
 
@@ -45,17 +48,17 @@ GPU_CODE = (CompiledOps, OnDevice)  # written for a GPU, wherever it runs
 needs_kernels = pytest.mark.skipif(not LEVELS, reason=f"SPO_BACKEND={ACTIVE}")
 
 # V around each SIMD width (1, 15 .. 65), a round one, two around a block, and realistic ones (50257 = GPT-2, odd;
-# 128256 = Llama 3).
-VOCABULARIES = (1, 15, 16, 31, 33, 63, 65, 1000, 4096, 4097, 50257, 128256)
+# 128256 = Llama 3). 8 in many rows: an exponential's own error shows where probabilities are large.
+VOCABULARIES = (1, 8, 15, 16, 31, 33, 63, 65, 1000, 4096, 4097, 50257, 128256)
 
 
 @cache
 def judged(
     n: int, v: int, dtype: torch.dtype, mode: str, rows: str, ref_dtype: torch.dtype
 ) -> tuple[Case, Result, Result | None]:
-    """A case with its truth and its yardstick, computed once for all implementations."""
+    """A case with its truth and its budget, computed once for all implementations."""
     case = make_case(n, v, dtype, rows=rows, mode=mode, ref_dtype=ref_dtype)
-    return case, truth(case), eager(case)
+    return case, truth(case), rounding(case)
 
 
 def check(
@@ -68,11 +71,11 @@ def check(
     ref_dtype: torch.dtype | None = None,
 ) -> None:
     """Out of place within the budget, in place the same bits."""
-    case, true, yardstick = judged(n, v, dtype, mode, rows, ref_dtype or dtype)
+    case, true, rounded = judged(n, v, dtype, mode, rows, ref_dtype or dtype)
     own = case.logits.clone()
     result = run(backend, case)
     assert_same(case.logits, own, "logits")
-    assert_within_budget(result, true, yardstick)
+    assert_within_budget(result, true, rounded)
     inplace = run(backend, replace(case, logits=own), inplace=True)
     assert inplace.dlogits.data_ptr() == own.data_ptr()
     assert_same_bits(inplace, result)
@@ -82,14 +85,13 @@ def check(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("v", VOCABULARIES)
 def test_token_stats_over_vocabularies(backend: Backend, v: int, mode: str, dtype: torch.dtype) -> None:
-    check(backend, 48 if v < 100 else 12 if v < 5000 else 3, v, dtype, mode)
+    check(backend, 1000 if v < 15 else 48 if v < 100 else 12 if v < 5000 else 3, v, dtype, mode)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [name for name in ROWS if name != "noise"])
 def test_token_stats_over_rows(backend: Backend, rows: str, mode: str, dtype: torch.dtype) -> None:
-    # Enough rows for the yardstick's largest error not to be a matter of luck.
     for n, v in ((200, 33), (48, 2051)):
         check(backend, n, v, dtype, mode, rows)
 
@@ -114,24 +116,18 @@ def test_token_stats_of_different_policy_and_reference_dtypes(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("v", [50257, 128256])
 def test_few_long_rows_that_may_be_split(backend: Backend, v: int, mode: str, dtype: torch.dtype) -> None:
-    case, true, yardstick = judged(5, v, dtype, mode, "noise", dtype)
-    assert_within_budget(run(backend, case, deterministic=False), true, yardstick)
+    case, true, rounded = judged(5, v, dtype, mode, "noise", dtype)
+    assert_within_budget(run(backend, case, deterministic=False), true, rounded)
 
 
 @pytest.mark.parametrize("dtype", FLOAT32_DTYPES, ids=str)
-def test_token_stats_around_the_overflow_of_a_partial_sum(
-    request: pytest.FixtureRequest, backend: Backend, dtype: torch.dtype
-) -> None:
+def test_token_stats_around_the_overflow_of_a_partial_sum(backend: Backend, dtype: torch.dtype) -> None:
     """exp() overflows float32 at 88.7 above the shift, and the KL's weighted sum a little before the plain one."""
-    if isinstance(backend, GPU_CODE) and dtype == torch.float32:
-        emulated = isinstance(backend, CompiledOps)  # what a GPU's own exponential makes of it is not known
-        reason = "2 of 1.2 million gradients are 1.2 x over budget"
-        request.applymarker(pytest.mark.xfail(strict=emulated, reason=reason))
     case = make_case(200, 6145, dtype)
     case.ref_logits.mul_(20)
     case.logits[:, 1500] = torch.linspace(80, 96, 200).to(dtype)
     case.ref_logits[:, 5700] = torch.linspace(96, 80, 200).to(dtype)
-    assert_within_budget(run(backend, case), truth(case), eager(case))
+    assert_within_budget(run(backend, case), truth(case), rounding(case))
 
 
 @pytest.mark.parametrize("rows", ["noise", "peaked", "denormal", "falling"])
@@ -139,23 +135,20 @@ def test_small_probabilities_keep_their_relative_accuracy(backend: Backend, rows
     """The gradient's absolute error says nothing of p = 1e-20: here every p is measured on its own scale."""
     case = make_case(4, 1000, torch.float32, rows=rows, mode="logps")
     case = replace(case, labels=torch.zeros(4, dtype=torch.int64))
-    true, actual, yardstick = truth(case).dlogits, run(backend, case).dlogits, eager(case)
-    assert yardstick is not None
+    true, actual, rounded = truth(case).dlogits, run(backend, case).dlogits, rounding(case)
+    assert rounded is not None
     tail = true.abs() > 1e-35  # below, p or its product with the upstream gradient may be flushed to zero
     tail[:, 0] = False  # the label's 1 - p cancels
-    error, eager_error = (
-        ((x.double() - true).abs() / ulp(true, torch.float32))[tail] for x in (actual, yardstick.dlogits)
-    )
-    assert error.max() <= 2 * eager_error.max() + 2
+    budget = FACTOR * (rounded.dlogits + half_ulp(true))
+    assert ((actual.double() - true).abs() <= budget)[tail].all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_stats_are_the_log_sum_exp_in_two_parts(backend: Backend, dtype: torch.dtype) -> None:
-    case = make_case(6, 1000, dtype, rows="offset")
-    stats = backend.token_stats_fwd(case.logits, case.labels, case.ref_logits, None, IGNORE)[2].double()
-    expected = torch.stack([x.double().logsumexp(-1) for x in (case.logits, case.ref_logits)])
-    # Near 1e4 their float32 sum would be off by 5e-4.
-    torch.testing.assert_close(stats[0::2] + stats[1::2], expected, rtol=0, atol=2e-6)
+@pytest.mark.parametrize("v", [1, 33, 1000, 50257])
+def test_stats_are_the_log_sum_exp_in_two_parts(backend: Backend, v: int, dtype: torch.dtype) -> None:
+    case = make_case(6, v, dtype, rows="offset")  # near 1e4 the float32 sum of the parts would be off by 5e-4
+    _, _, stats = backend.token_stats_fwd(case.logits, case.labels, case.ref_logits, None, IGNORE)
+    assert_stats_within_budget(stats, case)
 
 
 def contiguous(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -346,7 +339,7 @@ def test_a_block_of_only_minus_inf(backend: Backend, v: int, dtype: torch.dtype)
     case.logits[1::3, 2:] = -INF
     case.logits[2::3, : v // 2] = -INF
     case.logits[2::3, v // 2 + 1 :] = -INF
-    assert_within_budget(run(backend, case), truth(case), eager(case))
+    assert_within_budget(run(backend, case), truth(case), rounding(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -358,7 +351,7 @@ def test_a_label_on_minus_inf(backend: Backend, v: int, dtype: torch.dtype) -> N
     case.logits[:, [0, v - 1]] = -INF
     result = run(backend, case)
     assert (result.logps == -INF).tolist() == [True, False, True, False]
-    assert_within_budget(result, truth(case), eager(case))
+    assert_within_budget(result, truth(case), rounding(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -376,7 +369,7 @@ def test_a_reference_probability_of_zero(backend: Backend, v: int, dtype: torch.
     assert result.dlogits[:2, last].isnan().all()
     assert not result.dlogits[:2].isfinite().any()
     rest = case.map(itemgetter(slice(2, None)))
-    assert_within_budget(result.map(itemgetter(slice(2, None))), truth(rest), eager(rest))
+    assert_within_budget(result.map(itemgetter(slice(2, None))), truth(rest), rounding(rest))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -397,7 +390,7 @@ def test_kl_of_close_distributions(backend: Backend, noise: float, dtype: torch.
     """KL is quadratic in the distance: what remains after cancellation must still be right, and not below -1 ulp."""
     case = make_case(16, 1000, dtype, mode="kl")
     case = replace(case, ref_logits=(case.logits.double() + noise * case.ref_logits.double()).to(dtype))
-    assert_within_budget(run(backend, case), truth(case), eager(case))
+    assert_within_budget(run(backend, case), truth(case), rounding(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -408,7 +401,22 @@ def test_zero_upstream_gradients(backend: Backend, dtype: torch.dtype) -> None:
     result = run(backend, case)
     assert not result.dlogits[[0, 2]].any()
     assert result.dlogits[1].any()
-    assert_within_budget(result, truth(case), eager(case))
+    assert_within_budget(result, truth(case), rounding(case))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_with_upstream_gradients_of_zero_are_not_read(backend: Backend, mode: str, inplace: bool) -> None:
+    case = make_case(24, 65, mode=mode)
+    for upstream in (case.dlogps, case.dkl):
+        if upstream is not None:
+            upstream[::3] = 0
+    clean = run(backend, case)
+    poisoned = replace(case, logits=case.logits.clone())
+    poisoned.logits[::6], poisoned.logits[3::6] = NAN, -INF
+    result = run(backend, poisoned, inplace=inplace)
+    assert not result.dlogits[::3].any()
+    assert_same(result.dlogits, clean.dlogits, "dlogits")
 
 
 def test_an_upstream_gradient_of_one_output_only(backend: Backend) -> None:
@@ -422,7 +430,7 @@ def test_an_upstream_gradient_of_one_output_only(backend: Backend) -> None:
             )
         both = replace(case, dlogps=torch.zeros(8) if one.dlogps is None else dlogps)
         both = replace(both, dkl=torch.zeros(8) if one.dkl is None else dkl)
-        assert_within_budget(Result(None, None, got), truth(both)._replace(logps=None, kl=None), eager(both))
+        assert_within_budget(Result(None, None, got), truth(both)._replace(logps=None, kl=None), rounding(both))
 
 
 @pytest.mark.parametrize("label", [-1, -99, 65, 2**31, 2**40, -(2**63)])
@@ -485,7 +493,7 @@ def rows_of_unlike_parts(dtype: torch.dtype, v: int) -> Case:
 def test_parts_of_a_row(backend: Backend, dtype: torch.dtype) -> None:
     case = rows_of_unlike_parts(dtype, 2 * PART + 4101)
     result = run(backend, case)
-    assert_within_budget(result, truth(case), eager(case))
+    assert_within_budget(result, truth(case), rounding(case))
     assert result.kl[5] == 0
 
 
@@ -508,7 +516,7 @@ def test_a_reference_of_zero_where_the_policy_underflows(backend: Backend, v: in
     case.mask[:] = True
     result = run(backend, case)
     assert result.kl.isfinite().all()
-    assert_within_budget(result, truth(case), eager(case))
+    assert_within_budget(result, truth(case), rounding(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -581,10 +589,7 @@ def test_kl_loss(backend: Backend, v: int, weighted: bool, dtype: torch.dtype) -
     case = make_case(24, v, dtype, mode="kl")
     weight = torch.rand(24, dtype=reference.accumulate_dtype(dtype)) * case.mask if weighted else None
     case = replace(case, mask=None, dkl=torch.ones(24) if weight is None else weight)
-    true, yardstick = truth(case), eager(case)
-
-    def total(result: Result) -> Tensor:
-        return (result.kl * case.dkl).sum()
+    true, rounded = truth(case), rounding(case)
 
     before = case.logits.clone()
     with poisoned_memory():
@@ -593,8 +598,8 @@ def test_kl_loss(backend: Backend, v: int, weighted: bool, dtype: torch.dtype) -
     assert loss.shape == ()
     assert loss.dtype == reference.accumulate_dtype(dtype)
     assert dlogits.dtype == dtype
-    assert_close(loss, total(true), None if yardstick is None else total(yardstick), "loss")
-    assert_close(dlogits, true.dlogits, None if yardstick is None else yardstick.dlogits, "dlogits")
+    assert_rounded(loss, (case.dkl * true.kl).sum(), loss_rounding(rounded, true, case.dkl), "loss")
+    assert_rounded(dlogits, true.dlogits, None if rounded is None else rounded.dlogits, "dlogits")
     inplace_loss, gradient = backend.kl_loss_fwd(before, case.ref_logits, weight, True)
     assert gradient.data_ptr() == before.data_ptr()
     assert_same(gradient, dlogits, "dlogits in place")
@@ -616,12 +621,12 @@ def test_kl_loss_of_long_rows(backend: Backend, v: int, rows: str, dtype: torch.
     weight = case.dkl * case.mask  # 0 in rows 2 and 5
     case = replace(case, mask=None, dkl=weight)
     case.ref_logits[4] = case.logits[4]
-    true, yardstick = truth(case), eager(case)
-    assert yardstick is not None
+    true, rounded = truth(case), rounding(case)
+    assert rounded is not None
     with poisoned_memory():  # and with results that do not depend on the number of rows
         loss, dlogits = backend.kl_loss_fwd(case.logits, case.ref_logits, weight, False)
-        assert_close(loss, (true.kl * weight).sum(), (yardstick.kl * weight).sum(), "loss")
-        assert_close(dlogits, true.dlogits, yardstick.dlogits, "dlogits")
+        assert_rounded(loss, (weight * true.kl).sum(), loss_rounding(rounded, true, weight), "loss")
+        assert_rounded(dlogits, true.dlogits, rounded.dlogits, "dlogits")
         for row in range(7):
             only = slice(row, row + 1)
             own_loss, alone = backend.kl_loss_fwd(case.logits[only], case.ref_logits[only], weight[only], False)
@@ -641,19 +646,19 @@ def test_kl_loss_of_long_rows_with_infinities(backend: Backend, dtype: torch.dty
     ref_logits[2, 77] = logits[2, 31999] = -INF  # an infinite KL, and a token without probability
     logits[3, 5] = INF
     logits[4, 31998] = NAN
-    true, yardstick = truth(case), eager(case)
-    assert yardstick is not None
+    true, rounded = truth(case), rounding(case)
+    assert rounded is not None
     with poisoned_memory():
         for row in range(6):
             only = slice(row, row + 1)
             loss, dlogits = backend.kl_loss_fwd(logits[only], ref_logits[only], None, False)
-            assert_close(loss, true.kl[row], yardstick.kl[row], f"loss of row {row}")
+            assert_rounded(loss, true.kl[row], rounded.kl[row], f"loss of row {row}")
             if row == 2:
                 assert dlogits[0, 77].isnan()
                 assert not dlogits[0, :31999].isfinite().any()
                 assert dlogits[0, 31999] == 0
             else:
-                assert_close(dlogits[0], true.dlogits[row], yardstick.dlogits[row], f"dlogits of row {row}")
+                assert_rounded(dlogits[0], true.dlogits[row], rounded.dlogits[row], f"dlogits of row {row}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import math
 from operator import itemgetter
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import IGNORE, assert_same, assert_same_bits, make_case, run
+from oracle import (
+    IGNORE,
+    Case,
+    Result,
+    assert_same,
+    assert_same_bits,
+    assert_stats_within_budget,
+    assert_within_budget,
+    make_case,
+    rounding,
+    run,
+    truth,
+)
 from torch import Tensor
 
 from spo_kernels import reference
@@ -153,3 +166,83 @@ def test_float64_oracle_does_not_depend_on_the_batch(mode: str) -> None:
     for row in range(9):
         alone = run(reference, case.map(itemgetter(slice(row, row + 1))))
         assert_same_bits(alone, whole.map(itemgetter(slice(row, row + 1))))
+
+
+# Faults of a float32 kernel, planted in the oracle's own float32 arithmetic, which is within the budget without them.
+FLOAT32_STATS, BACKWARD, EXP = reference._log_softmax_stats, reference.token_stats_bwd, Tensor.exp
+EPS = torch.finfo(torch.float32).eps
+
+
+def without_the_last_token(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shift, _ = FLOAT32_STATS(logits, dtype)
+    return shift, FLOAT32_STATS(logits[..., :-1], dtype)[1]
+
+
+def two_ulp_off(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shift, logsum = FLOAT32_STATS(logits, dtype)
+    for _ in range(2):
+        logsum = logsum.nextafter(torch.tensor(INF))
+    return shift, logsum
+
+
+def in_one_number(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shift, logsum = FLOAT32_STATS(logits, dtype)
+    return torch.zeros_like(shift), shift + logsum
+
+
+def rough_exp(x: Tensor) -> Tensor:
+    """Four times as far off as a float32 exponential that multiplies by log2(e), either way."""
+    return EXP(x) * (1 + 4 * EPS * (1 + x.abs()) * torch.randint(0, 2, x.shape).mul(2).sub(1))
+
+
+def without_the_mean(*args: Any) -> Tensor:
+    return BACKWARD(*args[:6], torch.zeros_like(args[6]), *args[7:])
+
+
+FAULTS: dict[str, tuple[object, str, object]] = {
+    "a token too few": (reference, "_log_softmax_stats", without_the_last_token),
+    "logsum two ulp off": (reference, "_log_softmax_stats", two_ulp_off),
+    "log-sum-exp in one number": (reference, "_log_softmax_stats", in_one_number),
+    "a rough exponential": (Tensor, "exp", rough_exp),
+    "a gradient without its label": (Tensor, "scatter_", lambda self, *_: self),
+    "a gradient without the KL's mean": (reference, "token_stats_bwd", without_the_mean),
+}
+
+
+def judge(case: Case, fault: str = "") -> list[str]:
+    """Which of the results of float32 arithmetic with a fault are over the budget."""
+    true, rounded = truth(case), rounding(case)
+    with pytest.MonkeyPatch.context() as patch:
+        if fault:
+            patch.setattr(*FAULTS[fault])
+        result = run(reference, case)
+        stats = reference.token_stats_fwd(case.logits, case.labels, case.ref_logits, case.mask, IGNORE)[2]
+    over = []
+    for name in Result._fields:
+        try:  # this field alone
+            assert_within_budget(true._replace(**{name: getattr(result, name)}), true, rounded)
+        except AssertionError:
+            over.append(name)
+    try:
+        assert_stats_within_budget(stats, case)
+    except AssertionError:
+        over.append("stats")
+    return over
+
+
+@pytest.mark.parametrize(
+    ("fault", "over"),
+    [
+        ("", []),
+        ("a token too few", ["logps", "kl", "dlogits", "stats"]),
+        ("logsum two ulp off", ["stats"]),
+        ("log-sum-exp in one number", ["logps", "kl", "dlogits", "stats"]),
+        ("a rough exponential", ["dlogits"]),
+        ("a gradient without its label", ["dlogits"]),
+        ("a gradient without the KL's mean", ["dlogits"]),
+    ],
+)
+def test_planted_faults_are_over_the_budget(fault: str, over: list[str]) -> None:
+    found = judge(make_case(48, 1000, rows="offset"), fault)
+    assert set(found) >= set(over)
+    assert bool(found) == bool(fault)

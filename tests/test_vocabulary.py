@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from spo_kernels import (
     token_kl,
     token_logps,
     token_logps_kl,
+    vocabulary,
 )
 
 V, H = 37, 8
@@ -96,7 +98,12 @@ ROW_FUNCTIONS: dict[str, Function] = {
     "token_logps_kl": lambda z, r, labels, mask, **kw: token_logps_kl(z, labels, r, mask, **kw),
     "kl_loss": lambda z, r, labels, mask, **kw: (
         kl_loss(
-            z * 1, r, mask, row_weight=torch.linspace(0, 2, 12, dtype=z.dtype).view(2, 6), overwrite_logits=True, **kw
+            z * 1,
+            r,
+            mask,
+            row_weight=torch.linspace(0, 2, mask.numel(), dtype=z.dtype).view(mask.shape),
+            overwrite_logits=True,
+            **kw,
         ),
     ),
     "SPOLoss": lambda z, r, labels, mask, **kw: (
@@ -210,14 +217,7 @@ def test_compile(processes: Processes, shards: tuple[int, ...]) -> None:
 
 # ---- from hidden states
 
-TILES = {
-    "_TILE_ROWS": 5,
-    "_TILE_BYTES": 1,
-    "_LEAST_COLUMNS": 10,
-    "_ALIGNED_COLUMNS": 4,
-    "_WIDE_TILE_BYTES": 2**11,
-    "_LEAST_WIDE_ROWS": 12,
-}
+TILES = head.TileSizes(rows=5, bytes=1, least_columns=10, least_forward_rows=None, wide_bytes=2**11, least_wide_rows=12)
 OPTIONS = {"temperature": 1.3, "softcap": 3.0, "logit_scale": 0.6}
 
 
@@ -274,8 +274,8 @@ def head_result(
     """(outputs, gradient of hidden, of this process's weight, of its bias (0 if it has none))."""
     with pytest.MonkeyPatch.context() as patch:
         # So small that there are several, and of other sizes in every process.
-        for constant, value in TILES.items():
-            patch.setattr(head, constant, value)
+        patch.setitem(head.TILE_SIZES, "cpu", TILES)
+        patch.setattr(head, "_ALIGNED_COLUMNS", 4)
         x = dict(inputs)
         x["hidden"] = inputs["hidden"].detach().clone().requires_grad_()
         for key in ("weight", "bias", "ref_weight", "ref_bias"):
@@ -329,6 +329,32 @@ def test_the_gradient_of_half_precision_hidden_states_is_rounded_once(processes:
     torch.testing.assert_close(ours.double(), expected, rtol=2**-8, atol=1e-3)
 
 
+NO_SAMPLE_IS_AN_ERROR = ("SPOLoss", "recompute", "recompute_free", "long_pairs")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (name, shape)
+        for name in (*ROW_FUNCTIONS, *HEAD_FUNCTIONS)
+        for shape in ((0, 6), (2, 0))
+        if name != "packed" and (shape[0] or name not in NO_SAMPLE_IS_AN_ERROR)
+    ],
+    ids=str,
+)
+def test_no_rows(processes: Processes, name: str, shape: tuple[int, int]) -> None:
+    """No sequence, or none with a row."""
+    rows = name in ROW_FUNCTIONS
+    inputs = row_inputs(torch.float64, "noise") if rows else head_inputs(torch.float64)
+    per_row = ("logits", "ref_logits", "labels", "mask", "hidden", "ref_hidden")
+    inputs = {key: x[: shape[0], : shape[1]] if key in per_row else x for key, x in inputs.items()}
+    function: Callable[..., tuple[Tensor, ...]] = rows_result if rows else head_result
+    expected = function(None, SHARDS[0], name, inputs)
+    for out, *gradients in processes.run(2, function, SHARDS[0], name, inputs):
+        near(out, expected[0])
+        assert not any(gradient.any() for gradient in gradients)
+
+
 # ---- refusals
 
 
@@ -360,6 +386,97 @@ def test_bad_shards_are_named_in_every_process(
         assert isinstance(error, RuntimeError if "label" in message else ValueError), error
         with pytest.raises(type(error), match=message):
             raise error
+
+
+def differ(tensor: Tensor, group: ProcessGroup, kind: str) -> Tensor:
+    """The tensor, another one in the last process."""
+    other = tensor.clone()
+    flat = other.view(-1)
+    if kind == "value":
+        flat[5] = ~flat[5] if tensor.dtype == torch.bool else flat[5] / 2 if tensor.is_floating_point() else flat[5] + 1
+    elif kind == "order":  # of two that are not equal
+        at = next(i for i in range(1, flat.numel()) if flat[i] != flat[0])
+        flat[[0, at]] = flat[[at, 0]]
+    elif kind == "ignored":
+        flat[1] = IGNORE
+    elif kind == "illegal":
+        flat[1] = 10**12
+    return other if group.rank() == group.size() - 1 else tensor
+
+
+def given_differently(
+    group: ProcessGroup, shards: tuple[int, ...], name: str, what: str, kind: str, inputs: dict[str, Tensor]
+) -> Any:
+    x = {**inputs, what: differ(inputs[what], group, kind)}
+    options = split_options(group, shards)
+    if name in ROW_FUNCTIONS:
+        arguments = (own(x["logits"], group, shards, -1), own(x["ref_logits"], group, shards, -1).detach())
+        return ROW_FUNCTIONS[name](*arguments, x["labels"], x["mask"], **options)
+    for key in ("weight", "bias", "ref_weight", "ref_bias"):
+        x[key] = own(x[key], group, shards, 0)
+    x["ref_weight"], x["ref_bias"] = x["ref_weight"].detach(), x["ref_bias"].detach()
+    if what == "row_weight":
+        return linear_kl_loss(*kl_arguments(x), row_weight=x["row_weight"], **options)
+    if what in ("pair_weight", "cu_seqlens"):
+        rows = (x["hidden"].flatten(0, 1), x["weight"], x["labels"].flatten())
+        return LinearSPOLoss(**options)(*rows, cu_seqlens=x["cu_seqlens"], pair_weight=x["pair_weight"])
+    return HEAD_FUNCTIONS[name](x, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        *((name, "labels") for name in ROW_FUNCTIONS if name not in ("token_kl", "kl_loss")),
+        *((name, "mask") for name in ("token_kl", "token_logps_kl", "kl_loss", "SPOLoss")),
+        *((name, "labels") for name in HEAD_FUNCTIONS if "kl" not in name),
+        *((name, "mask") for name in ("linear_token_kl", "linear_kl_loss", "recompute", "recompute_free")),
+        ("linear_kl_loss", "row_weight"),
+        ("packed pairs", "pair_weight"),
+        ("packed pairs", "cu_seqlens"),
+    ],
+)
+def test_what_differs_between_processes_is_named_in_all(processes: Processes, name: str, what: str) -> None:
+    rows = name in ROW_FUNCTIONS
+    inputs = row_inputs(torch.float32, "noise") if rows else head_inputs(torch.float32)
+    inputs["row_weight"] = torch.linspace(1, 2, 24).view(4, 6)
+    inputs["pair_weight"] = torch.linspace(1, 2, 6)
+    inputs["cu_seqlens"] = torch.tensor([0, 2, 4, 6, 8, 9, 10, 12, 14, 18, 19, 20, 24])
+    message = {
+        "row_weight": "row_weight",
+        "mask": "mask" if name not in ("linear_kl_loss", "recompute_free") else "row_weight",
+    }
+    kinds = ["value", "order"] if what != "labels" else ["value", "order", "ignored", "illegal"]
+    for kind in ["value"] if what == "cu_seqlens" else kinds:
+        for error in processes.run(2, given_differently, SHARDS[0], name, what, kind, inputs):
+            assert isinstance(error, ValueError), (kind, error)
+            with pytest.raises(ValueError, match=f"^{message.get(what, what)} must be the same in every process"):
+                raise error
+
+
+def fresh_warnings(group: ProcessGroup, shards: tuple[int, ...], inputs: dict[str, Tensor]) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        rows_result(group, shards, "token_logps_kl", inputs)
+    return [
+        str(warning.message)
+        for warning in seen
+        if "spo_kernels" in warning.filename or "deprecated" in str(warning.message)
+    ]
+
+
+def test_no_deprecated_call(processes: Processes) -> None:
+    for seen in processes.run(2, fresh_warnings, SHARDS[0], row_inputs(torch.float32, "noise")):
+        assert not seen
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.arange(4), torch.zeros(0, dtype=torch.int64), torch.ones(3, dtype=torch.bool)]
+)
+def test_digest_is_held_exactly_by_float64(tensor: Tensor) -> None:
+    assert int(vocabulary.digest(tensor).double()) == vocabulary.digest(tensor)
+    assert vocabulary.digest(tensor) != vocabulary.digest(
+        torch.cat([tensor, tensor[:1] if len(tensor) else torch.zeros(1)])
+    )
 
 
 def test_a_group_is_needed_and_must_be_one() -> None:

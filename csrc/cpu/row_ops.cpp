@@ -199,8 +199,9 @@ void token_stats_bwd(const TokenStatsBwd& a, std::int64_t begin, std::int64_t en
     const auto* dlogps = static_cast<const Acc<T>*>(a.dlogps);
     const auto* dkl = static_cast<const Acc<T>*>(a.dkl);
     for_parts(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
-      const bool with_logp = dlogps && a.labels && a.labels[i] != a.ignore_index;
-      const bool with_kl = dkl && a.r.data && (!a.mask || a.mask[i]);
+      // A row with an upstream gradient of 0 is not read: its logits may be NaN.
+      const bool with_logp = dlogps && a.labels && a.labels[i] != a.ignore_index && dlogps[i] != 0;
+      const bool with_kl = dkl && a.r.data && (!a.mask || a.mask[i]) && dkl[i] != 0;
       const T* z = row<T>(a.z, i) + first;
       T* dz = row<T>(a.dz, i) + first;
       const std::int64_t label = with_logp && a.labels[i] != kLabelElsewhere ? a.labels[i] - first : -1;

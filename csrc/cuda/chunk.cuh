@@ -107,12 +107,36 @@ SPO_DEVICE uint4 shifted(const uint4& low, const uint4& high, unsigned shift) {
           __funnelshift_r(w[3], w[4], bits)};
 }
 
+// Elements before row i.
+SPO_DEVICE std::int64_t row_offset(const Rows& rows, std::int64_t i) {
+  return rows.T == 1 ? i * rows.stride_b : i / rows.T * rows.stride_b + i % rows.T * rows.stride_t;
+}
+
 enum class Cache { stream, keep };  // data is touched once, or will be read again soon
 
 template <Cache cache>
 SPO_DEVICE uint4 load_vector(const void* at) {
   const auto* vector = static_cast<const uint4*>(at);
   return cache == Cache::stream ? __ldcs(vector) : *vector;
+}
+
+// E elements in loads of 16 bytes, or in one of 8: a chunk of float32 has 4 elements, which half precision holds in
+// that.
+template <Cache cache, class T, int E>
+SPO_DEVICE void load_elements(const T* at, Acc<T> (&x)[E]) {
+  constexpr int kPerVector = kVectorBytes / sizeof(T);
+  if constexpr (E < kPerVector) {
+    static_assert(E * sizeof(T) == sizeof(uint2));
+    const auto* half = reinterpret_cast<const uint2*>(at);
+    const uint2 words = cache == Cache::stream ? __ldcs(half) : *half;
+    Acc<T> both[kPerVector];
+    unpack(uint4{words.x, words.y, 0, 0}, static_cast<const T*>(nullptr), both);
+#pragma unroll
+    for (int k = 0; k < E; ++k) x[k] = both[k];
+  } else {
+#pragma unroll
+    for (int k = 0; k < E; k += kPerVector) unpack(load_vector<cache>(at + k), static_cast<const T*>(nullptr), x + k);
+  }
 }
 
 // A row of V elements, read in chunks of E. Beyond V there is -inf: probability 0.
@@ -124,9 +148,12 @@ struct Source {
   std::int64_t V;
 
   SPO_DEVICE Source(const Rows& rows, std::int64_t i, std::int64_t V)
-      : row(static_cast<const T*>(rows.data) + i / rows.T * rows.stride_b + i % rows.T * rows.stride_t), V(V) {}
+      : row(static_cast<const T*>(rows.data) + row_offset(rows, i)), V(V) {}
 
-  SPO_DEVICE unsigned misaligned() const { return reinterpret_cast<std::uintptr_t>(row) % kVectorBytes; }
+  // Whether chunks are aligned that start a whole number of chunks from element v.
+  SPO_DEVICE bool aligned_at(std::int64_t v) const {
+    return reinterpret_cast<std::uintptr_t>(row + v) % kVectorBytes == 0;
+  }
   SPO_DEVICE A at(std::int64_t v) const { return to_acc(row[v]); }
 
   SPO_DEVICE void edge(std::int64_t first, A (&x)[E]) const {
@@ -134,25 +161,44 @@ struct Source {
     for (int k = 0; k < E; ++k) x[k] = first + k < V ? to_acc(row[first + k]) : -INFINITY;
   }
 
-  // E elements from `first` on, all inside the row. Where the row is misaligned a chunk is cut out of the aligned
-  // vectors around it, unless these would reach beyond the row.
+  // E elements from `first` on, all inside the row, as they lie in memory: half the registers of their values. Where
+  // the row is misaligned a chunk is cut out of the aligned vectors around it, unless these would reach beyond the row.
+  struct Raw {
+    uint4 vectors[E * sizeof(T) / kVectorBytes];
+  };
   template <bool aligned, Cache cache>
-  SPO_DEVICE void full(std::int64_t first, A (&x)[E]) const {
+  SPO_DEVICE Raw raw(std::int64_t first) const {
+    constexpr int kPerVector = kVectorBytes / sizeof(T);
     const auto* bytes = reinterpret_cast<const char*>(row + first);
     const unsigned shift = aligned ? 0 : reinterpret_cast<std::uintptr_t>(bytes) % kVectorBytes;
-    if (!aligned && shift && (first < E || first + 2 * E > V)) return edge(first, x);
-    constexpr int kPerVector = kVectorBytes / sizeof(T);
+    Raw out;
+    if (!aligned && shift && (first < E || first + 2 * E > V)) {
+      A x[E];
+      edge(first, x);
+#pragma unroll
+      for (int k = 0; k < E; k += kPerVector) out.vectors[k / kPerVector] = pack(x + k, static_cast<const T*>(nullptr));
+      return out;
+    }
 #pragma unroll
     for (int k = 0; k < E / kPerVector; ++k) {
       const char* vector = bytes + k * kVectorBytes;
-      uint4 words;
       if (aligned || shift == 0)
-        words = load_vector<cache>(vector);
+        out.vectors[k] = load_vector<cache>(vector);
       else
-        words = shifted(load_vector<Cache::keep>(vector - shift),
-                        load_vector<Cache::keep>(vector - shift + kVectorBytes), shift);
-      unpack(words, static_cast<const T*>(nullptr), x + k * kPerVector);
+        out.vectors[k] = shifted(load_vector<Cache::keep>(vector - shift),
+                                 load_vector<Cache::keep>(vector - shift + kVectorBytes), shift);
     }
+    return out;
+  }
+  static SPO_DEVICE void values(const Raw& in, A (&x)[E]) {
+    constexpr int kPerVector = kVectorBytes / sizeof(T);
+#pragma unroll
+    for (int k = 0; k < E; k += kPerVector) unpack(in.vectors[k / kPerVector], static_cast<const T*>(nullptr), x + k);
+  }
+
+  template <bool aligned, Cache cache>
+  SPO_DEVICE void full(std::int64_t first, A (&x)[E]) const {
+    values(raw<aligned, cache>(first), x);
   }
 };
 
@@ -164,11 +210,13 @@ struct Source<AnyType, E> {
   std::int64_t V;
 
   SPO_DEVICE Source(const Rows& rows, std::int64_t i, std::int64_t V) : dtype(rows.dtype), V(V) {
-    const std::int64_t offset = i / rows.T * rows.stride_b + i % rows.T * rows.stride_t;
-    row = static_cast<const char*>(rows.data) + offset * (dtype == DType::f32 ? 4 : 2);
+    row = static_cast<const char*>(rows.data) + row_offset(rows, i) * bytes();
   }
 
-  SPO_DEVICE unsigned misaligned() const { return 0; }
+  SPO_DEVICE int bytes() const { return dtype == DType::f32 ? 4 : 2; }  // of an element
+  SPO_DEVICE bool aligned_at(std::int64_t v) const {
+    return (reinterpret_cast<std::uintptr_t>(row) + v * bytes()) % kVectorBytes == 0;
+  }
   SPO_DEVICE float at(std::int64_t v) const {
     switch (dtype) {
       case DType::bf16: return to_acc(static_cast<const bf16*>(row)[v]);
@@ -182,7 +230,28 @@ struct Source<AnyType, E> {
   }
   template <bool aligned, Cache cache>
   SPO_DEVICE void full(std::int64_t first, float (&x)[E]) const {
+    if constexpr (aligned) {
+      switch (dtype) {
+        case DType::bf16: return load_elements<cache>(static_cast<const bf16*>(row) + first, x);
+        case DType::f16: return load_elements<cache>(static_cast<const f16*>(row) + first, x);
+        default: return load_elements<cache>(static_cast<const float*>(row) + first, x);
+      }
+    }
     edge(first, x);
+  }
+
+  struct Raw {
+    float x[E];
+  };
+  template <bool aligned, Cache cache>
+  SPO_DEVICE Raw raw(std::int64_t first) const {
+    Raw out;
+    full<aligned, cache>(first, out.x);
+    return out;
+  }
+  static SPO_DEVICE void values(const Raw& in, float (&x)[E]) {
+#pragma unroll
+    for (int k = 0; k < E; ++k) x[k] = in.x[k];
   }
 };
 

@@ -39,22 +39,28 @@ inline ReduceConfig reduce_config(std::int64_t N, std::int64_t V, int multiproce
   return {kThreads, static_cast<int>(splits), elements, N * splits};
 }
 
+// Blocks of a launch whose blocks take one part of the work after another: no more than the GPU holds at a time.
+inline std::int64_t resident_blocks(std::int64_t blocks, int multiprocessors) {
+  constexpr std::int64_t kEach = 2048 / kThreads;  // 2048 threads a multiprocessor
+  return std::min(blocks, kEach * std::max(multiprocessors, 1));
+}
+
 // An elementwise kernel over rows: threads_per_row threads take block_elements of one row.
 struct ElementwiseConfig {
   int threads_per_row;
-  std::int64_t parts;  // of a row
+  unsigned parts;  // of a row
   std::int64_t part_elements;
   std::int64_t blocks;
 };
 
-// chunk: elements a thread takes at once.
-inline ElementwiseConfig elementwise_config(std::int64_t N, std::int64_t V, int chunk) {
+// per_thread: elements that a thread of a block takes, whole chunks.
+inline ElementwiseConfig elementwise_config(std::int64_t N, std::int64_t V, int per_thread) {
   if (V <= kWarpRow) {
     constexpr int kRows = kThreads / kWarp;
     return {kWarp, 1, V, (N + kRows - 1) / kRows};
   }
-  const std::int64_t elements = std::int64_t{kThreads} * 2 * chunk, parts = (V + elements - 1) / elements;
-  return {kThreads, parts, elements, N * parts};
+  const std::int64_t elements = std::int64_t{kThreads} * per_thread, parts = (V + elements - 1) / elements;
+  return {kThreads, static_cast<unsigned>(parts), elements, N * parts};
 }
 
 // Shared memory that a device offers to clusters of blocks, in bytes: 0 where its kernels run without clusters.

@@ -230,6 +230,13 @@ SPO_DEVICE A kl_of(const KlSum<A>& s) {
 template <class T>
 constexpr int kChunk = kVectorBytes / sizeof(T);
 
+// Chunks whose loads a thread of an elementwise kernel has in flight together: four vectors, of one tensor or of two.
+// A reference of another type is held as values, which take the registers of twice as many.
+template <bool with_kl, class R>
+constexpr int kBatch = !with_kl                     ? 4
+                       : std::is_same_v<R, AnyType> ? 1
+                                                    : 2;
+
 // Add the elements [begin, end) of a row, a thread's share of them, to a sum: tiles of two chunks, then what is left.
 // begin is a multiple of two chunks. add(first, number of chunks, full) takes chunks at `first` and, of two, one row of
 // threads further.
@@ -351,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   if constexpr (with_kl) {
     if (wanted.kl) {
       const Source<R, E> r(a.r, row, a.V);
-      const bool aligned = !z.misaligned() && !r.misaligned();
+      const bool aligned = z.aligned_at(0) && r.aligned_at(0);
       const auto sum =
           merge_threads<threads_per_row>(aligned ? sum_rows<threads_per_row, true, Cache::stream>(z, r, begin, end)
                                                  : sum_rows<threads_per_row, false, Cache::stream>(z, r, begin, end));
@@ -370,8 +377,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     return;
   }
   const auto sum =
-      merge_threads<threads_per_row>(z.misaligned() ? sum_row<threads_per_row, false, Cache::stream>(z, begin, end)
-                                                    : sum_row<threads_per_row, true, Cache::stream>(z, begin, end));
+      merge_threads<threads_per_row>(z.aligned_at(0) ? sum_row<threads_per_row, true, Cache::stream>(z, begin, end)
+                                                     : sum_row<threads_per_row, false, Cache::stream>(z, begin, end));
   if (!first) return;
   if (splits > 1) {
     if constexpr (with_kl)
@@ -456,21 +463,31 @@ SPO_DEVICE std::int64_t aligned_from(const T* out) {
   return misaligned ? (kVectorBytes - misaligned) / sizeof(T) : 0;
 }
 
-// Write elements [begin, end) of a row of V: whole chunks as vectors, aligned as the output is, and what lies before
-// the first and behind the last of them one by one. begin and end are multiples of a chunk, or the row's ends.
-// chunk(first, values) and one(v) compute.
-template <int threads_per_row, int E, class T, class ChunkFn, class OneFn>
-SPO_DEVICE void write_row(T* out, std::int64_t begin, std::int64_t end, std::int64_t V, ChunkFn chunk, OneFn one) {
+// Write elements [begin, end) of a row of V: whole chunks as vectors, aligned as the output is, and the elements before
+// the first chunk and behind the last one by one. begin and end are multiples of a chunk, or the row's ends.
+// load(first) reads a chunk's inputs, chunk(inputs, values) and one(v) compute. A thread reads the inputs of `batch`
+// chunks before it writes the first: memory is busy only while many loads are in flight.
+template <int threads_per_row, int E, int batch, class T, class LoadFn, class ChunkFn, class OneFn>
+SPO_DEVICE void write_row(T* out, std::int64_t begin, std::int64_t end, std::int64_t V, LoadFn load, ChunkFn chunk,
+                          OneFn one) {
   constexpr int kPerVector = kVectorBytes / sizeof(T);
+  constexpr std::int64_t kStep = std::int64_t{threads_per_row} * E;
   const int lane = threadIdx.x % threads_per_row;
-  const std::int64_t head = aligned_from(out);
-  for (std::int64_t v = begin + head + static_cast<std::int64_t>(lane) * E; v < end + head && v + E <= V;
-       v += std::int64_t{threads_per_row} * E) {
-    Acc<T> x[E];
-    chunk(v, x);
+  const std::int64_t head = aligned_from(out), last = (end + head < V ? end + head : V) - E;  // where a chunk may start
+  for (std::int64_t v = begin + head + static_cast<std::int64_t>(lane) * E; v <= last; v += batch * kStep) {
+    decltype(load(v)) inputs[batch];
 #pragma unroll
-    for (int k = 0; k < E; k += kPerVector)
-      __stcs(reinterpret_cast<uint4*>(out + v + k), pack(x + k, static_cast<const T*>(nullptr)));
+    for (int b = 0; b < batch; ++b)
+      if (v + b * kStep <= last) inputs[b] = load(v + b * kStep);
+#pragma unroll
+    for (int b = 0; b < batch; ++b) {
+      if (v + b * kStep > last) break;
+      Acc<T> x[E];
+      chunk(inputs[b], x);
+#pragma unroll
+      for (int k = 0; k < E; k += kPerVector)
+        __stcs(reinterpret_cast<uint4*>(out + v + b * kStep + k), pack(x + k, static_cast<const T*>(nullptr)));
+    }
   }
   if (begin == 0 && lane < head && lane < V) one(lane);
   if (end == V) {
@@ -490,14 +507,25 @@ SPO_DEVICE bool writes_in_chunk(const T* out, std::int64_t v, std::int64_t begin
 
 template <int threads_per_row, int E, class T>
 SPO_DEVICE void write_zeros(T* out, std::int64_t begin, std::int64_t end, std::int64_t V) {
-  write_row<threads_per_row, E>(
-      out, begin, end, V,
-      [](std::int64_t, Acc<T>(&x)[E]) {
+  write_row<threads_per_row, E, 1>(
+      out, begin, end, V, [](std::int64_t) { return 0; },
+      [](int, Acc<T>(&x)[E]) {
 #pragma unroll
         for (int k = 0; k < E; ++k) x[k] = 0;
       },
       [=](std::int64_t v) { from_acc(Acc<T>{0}, out[v]); });
 }
+
+// A chunk of the policy's and of the reference's logits.
+template <class Z, class R, bool with_kl>
+struct ChunkLogits {
+  Z z;
+  R r;
+};
+template <class Z, class R>
+struct ChunkLogits<Z, R, false> {
+  Z z;
+};
 
 // One row's gradient, or a part of it. label is -1 where there is none. z may be what `out` overwrites: a thread reads
 // the elements that it writes, and no others, where the two are aligned alike.
@@ -509,13 +537,20 @@ SPO_DEVICE void write_gradient(T* out, const Source<T, E>& z, const Source<R, E>
   // comparison. What it takes is read before the first time, which may be in place.
   const bool owns_label = label >= 0 && writes_in_chunk<threads_per_row, E>(out, label, begin, end, z.V);
   const A z_label = owns_label ? z.at(label) : A{0}, r_label = with_kl && owns_label ? r.at(label) : A{0};
+  using Inputs = ChunkLogits<typename Source<T, E>::Raw, typename Source<R, E>::Raw, with_kl>;
   const auto write = [&]<bool aligned>() {
-    write_row<threads_per_row, E>(
+    write_row<threads_per_row, E, kBatch<with_kl, R>>(
         out, begin, end, z.V,
-        [&](std::int64_t first, A(&x)[E]) {
+        [&](std::int64_t first) {
+          Inputs in;
+          in.z = z.template raw<aligned, Cache::stream>(first);
+          if constexpr (with_kl) in.r = r.template raw<aligned, Cache::stream>(first);
+          return in;
+        },
+        [&](const Inputs& in, A(&x)[E]) {
           A y[E];
-          z.template full<aligned, Cache::stream>(first, x);
-          if constexpr (with_kl) r.template full<aligned, Cache::stream>(first, y);
+          z.values(in.z, x);
+          if constexpr (with_kl) r.values(in.r, y);
 #pragma unroll
           for (int k = 0; k < E; ++k) x[k] = grad.template operator()<with_kl>(x[k], with_kl ? y[k] : 0, false);
         },
@@ -523,10 +558,8 @@ SPO_DEVICE void write_gradient(T* out, const Source<T, E>& z, const Source<R, E>
           from_acc(grad.template operator()<with_kl>(z.at(v), with_kl ? r.at(v) : 0, v == label), out[v]);
         });
   };
-  // Chunks start where the output is aligned, and so must the inputs.
-  const auto misaligned = reinterpret_cast<std::uintptr_t>(out) % kVectorBytes;
-  const bool aligned = z.misaligned() == misaligned && (!with_kl || r.misaligned() == misaligned);
-  if (aligned)
+  const std::int64_t head = aligned_from(out);  // where the first chunk starts
+  if (z.aligned_at(head) && (!with_kl || r.aligned_at(head)))
     write.template operator()<true>();
   else
     write.template operator()<false>();
@@ -535,34 +568,53 @@ SPO_DEVICE void write_gradient(T* out, const Source<T, E>& z, const Source<R, E>
 
 template <class T>
 SPO_DEVICE T* row_of(const Rows& rows, std::int64_t i) {
-  return static_cast<T*>(rows.data) + i / rows.T * rows.stride_b + i % rows.T * rows.stride_t;
+  return static_cast<T*>(rows.data) + row_offset(rows, i);
 }
+
+// The part of a row that a group of threads_per_row threads takes in an elementwise kernel.
+template <int threads_per_row>
+struct RowPart {
+  std::int64_t row, begin, end;
+
+  SPO_DEVICE RowPart(std::int64_t group, std::int64_t V, unsigned parts, std::int64_t part_elements) {
+    if constexpr (threads_per_row == kWarp) {
+      row = group, begin = 0, end = V;
+    } else {  // groups are blocks, of which a grid has less than 2^31
+      const unsigned block = static_cast<unsigned>(group);
+      row = block / parts;
+      begin = block % parts * part_elements;
+      end = begin + part_elements < V ? begin + part_elements : V;
+    }
+  }
+};
 
 template <class T, class R, bool with_kl, int threads_per_row>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    token_stats_bwd_kernel(TokenStatsBwd a, std::int64_t parts, std::int64_t part_elements) {
+    token_stats_bwd_kernel(TokenStatsBwd a, unsigned parts, std::int64_t part_elements) {
   using A = Acc<T>;
   constexpr int E = kChunk<T>;
-  const std::int64_t group = group_index<threads_per_row>(), row = group / parts;
+  const auto [row, begin, end] = RowPart<threads_per_row>(group_index<threads_per_row>(), a.V, parts, part_elements);
   if (row >= a.N) return;
-  const std::int64_t begin = group % parts * part_elements;
-  const std::int64_t end = begin + part_elements < a.V ? begin + part_elements : a.V;
   T* out = row_of<T>(a.dz, row);
 
-  const bool logp = a.dlogps && a.labels && a.labels[row] != a.ignore_index;
-  const bool kl = with_kl && a.dkl && (!a.mask || a.mask[row]);
+  // The block's first logits wait for these, so they are read once and together. A row with an upstream gradient of 0
+  // is not read: its logits may be NaN.
+  const std::int64_t target = a.dlogps && a.labels ? a.labels[row] : a.ignore_index;
+  const A dlogp = a.dlogps ? static_cast<const A*>(a.dlogps)[row] : A{0};
+  const A g_logp = target == a.ignore_index ? A{0} : dlogp;
+  const A g_kl = with_kl && a.dkl && (!a.mask || a.mask[row]) ? static_cast<const A*>(a.dkl)[row] : A{0};
+  const bool logp = g_logp != 0, kl = g_kl != 0;
   if (!logp && !kl) return write_zeros<threads_per_row, E>(out, begin, end, a.V);
 
-  const std::int64_t label = logp && a.labels[row] != kLabelElsewhere ? a.labels[row] : -1;
-  if (logp) check_label(a.labels[row], a.V);
+  const std::int64_t label = logp && target != kLabelElsewhere ? target : -1;
+  if (logp) check_label(target, a.V);
   const auto* stats = static_cast<const A*>(a.stats);
   const RowStats<A> policy(stats[row], stats[a.N + row]);
-  const A g_logp = logp ? static_cast<const A*>(a.dlogps)[row] : A{0};
   const Source<T, E> z(a.z, row, a.V);
   if constexpr (with_kl) {
     if (kl) {
       const Gradient<A> grad(policy, {stats[2 * a.N + row], stats[3 * a.N + row]},
-                             kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp, static_cast<const A*>(a.dkl)[row]);
+                             kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp, g_kl);
       const Source<R, E> r(a.r, row, a.V);
       return write_gradient<threads_per_row, true>(out, z, r, grad, label, begin, end);
     }
@@ -588,7 +640,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) kl_loss_fwd_kernel(KlLos
   const Source<T, E> z(a.z, row, a.V);
   const Source<R, E> r(a.r, row, a.V);
   // In place the second pass overwrites what the first has read: merging waits for every thread's reads.
-  const auto sum = merge_threads<threads_per_row>(!z.misaligned() && !r.misaligned()
+  const auto sum = merge_threads<threads_per_row>(z.aligned_at(0) && r.aligned_at(0)
                                                       ? sum_rows<threads_per_row, true, Cache::keep>(z, r, 0, a.V)
                                                       : sum_rows<threads_per_row, false, Cache::keep>(z, r, 0, a.V));
   const A kl = kl_of(sum);
@@ -611,28 +663,30 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>) sum_kernel(const double*
   if (threadIdx.x == 0) *loss = static_cast<A>(of_thread[0]);
 }
 
-// rows *= *factor; a factor of 1 leaves the memory untouched.
+// rows *= *factor; a factor of 1 leaves the memory untouched. The grid is as large as the GPU, or smaller: each group
+// of threads takes one part after another, so that a factor of 1 costs no launch of blocks without work.
 template <class T, int threads_per_row>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    scale_kernel(Rows rows, std::int64_t N, std::int64_t V, const Acc<T>* factor, std::int64_t parts,
+    scale_kernel(Rows rows, std::int64_t N, std::int64_t V, const Acc<T>* factor, unsigned parts,
                  std::int64_t part_elements) {
   using A = Acc<T>;
   constexpr int E = kChunk<T>;
   const A by = *factor;
-  const std::int64_t group = group_index<threads_per_row>(), row = group / parts;
-  if (by == 1 || row >= N) return;
-  const std::int64_t begin = group % parts * part_elements;
-  const std::int64_t end = begin + part_elements < V ? begin + part_elements : V;
-  const Source<T, E> x(rows, row, V);
-  T* out = row_of<T>(rows, row);
-  write_row<threads_per_row, E>(
-      out, begin, end, V,
-      [&](std::int64_t first, A(&values)[E]) {
-        x.template full<true, Cache::stream>(first, values);
+  if (by == 1) return;
+  const std::int64_t groups = static_cast<std::int64_t>(gridDim.x) * (kThreads / threads_per_row);
+  for (std::int64_t group = group_index<threads_per_row>(); group < N * parts; group += groups) {
+    const RowPart<threads_per_row> part(group, V, parts, part_elements);
+    const Source<T, E> x(rows, part.row, V);
+    T* out = row_of<T>(rows, part.row);
+    write_row<threads_per_row, E, kBatch<false, T>>(
+        out, part.begin, part.end, V, [&](std::int64_t first) { return x.template raw<true, Cache::stream>(first); },
+        [&](const typename Source<T, E>::Raw& in, A(&values)[E]) {
+          x.values(in, values);
 #pragma unroll
-        for (int k = 0; k < E; ++k) values[k] *= by;
-      },
-      [&](std::int64_t v) { from_acc(x.at(v) * by, out[v]); });
+          for (int k = 0; k < E; ++k) values[k] *= by;
+        },
+        [&](std::int64_t v) { from_acc(x.at(v) * by, out[v]); });
+  }
 }
 
 }  // namespace spo::cuda

@@ -74,10 +74,10 @@ cudaError_t TypedOps<T>::token_stats_fwd(const TokenStatsFwd& a, const Launch& a
 
 template <class T>
 cudaError_t TypedOps<T>::token_stats_bwd(const TokenStatsBwd& a, const Launch& at) {
-  const ElementwiseConfig config = elementwise_config(a.N, a.V, kChunk<T>);
-  unsigned grid;
-  if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
   const auto run = [&]<class R, bool with_kl>() {
+    const ElementwiseConfig config = elementwise_config(a.N, a.V, kBatch<with_kl, R> * kChunk<T>);
+    unsigned grid;
+    if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
     return with_threads(config.threads_per_row, [&]<int threads>() {
       return launch(token_stats_bwd_kernel<T, R, with_kl, threads>, grid, kThreads, at.stream, a, config.parts,
                     config.part_elements);
@@ -111,9 +111,9 @@ cudaError_t TypedOps<T>::kl_loss_fwd(const KlLossFwd& a, void* loss, const Launc
 
 template <class T>
 cudaError_t TypedOps<T>::scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* factor, const Launch& at) {
-  const ElementwiseConfig config = elementwise_config(N, V, kChunk<T>);
+  const ElementwiseConfig config = elementwise_config(N, V, kBatch<false, T> * kChunk<T>);
   unsigned grid;
-  if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
+  if (const cudaError_t error = grid_of(resident_blocks(config.blocks, at.multiprocessors), grid)) return error;
   return with_threads(config.threads_per_row, [&]<int threads>() {
     return launch(scale_kernel<T, threads>, grid, kThreads, at.stream, rows, N, V, static_cast<const Acc<T>*>(factor),
                   config.parts, config.part_elements);

@@ -39,23 +39,37 @@ inline Rows rows_of(const Tensor& t, const char* name, bool writable) {
   Rows rows;
   rows.data = writable ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
   rows.dtype = dtype_of(t, name);
-  rows.T = std::max<int64_t>(t.size(-2), 1);
-  rows.stride_t = t.stride(-2);
-  rows.stride_b = t.dim() == 3 ? t.stride(0) : 0;
+  rows.stride_b = t.stride(0);
+  if (t.dim() == 2) return rows;
+  const int64_t T = t.size(1), stride_t = t.stride(1);
+  if (t.stride(0) == T * stride_t) {  // evenly spaced: no division a row
+    rows.stride_b = stride_t;
+  } else {
+    rows.T = std::max<int64_t>(T, 1);
+    rows.stride_t = stride_t;
+  }
   return rows;
 }
 
 inline int64_t row_count(const Tensor& t) { return t.dim() == 3 ? t.size(0) * t.size(1) : t.size(0); }
 
-// A contiguous vector of one value a row, or null. The tensor returned keeps the data alive.
-inline Tensor row_values(const Tensor& t, ScalarType dtype, int64_t N, const char* name) {
+// A kernel must not read a pointer of another device: on a GPU that costs the process its context.
+inline void require_device(const Tensor& t, const Tensor& like, const char* name, const char* like_name = "logits") {
+  STD_TORCH_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name,
+                  " must be on the device of ", like_name);
+}
+
+// A contiguous vector of one value for each row of logits, or null. The tensor returned keeps the data alive.
+inline Tensor row_values(const Tensor& t, const Tensor& logits, ScalarType dtype, int64_t N, const char* name) {
+  require_device(t, logits, name);
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype");
   STD_TORCH_CHECK(t.numel() == N, name, " must have one element a row (", N, "), got ", t.numel());
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
-inline OptionalTensor row_values(const OptionalTensor& t, ScalarType dtype, int64_t N, const char* name) {
+inline OptionalTensor row_values(const OptionalTensor& t, const Tensor& logits, ScalarType dtype, int64_t N,
+                                 const char* name) {
   if (!t.has_value()) return std::nullopt;
-  return row_values(*t, dtype, N, name);
+  return row_values(*t, logits, dtype, N, name);
 }
 template <class T>
 const T* data_or_null(const OptionalTensor& t) {
@@ -64,6 +78,7 @@ const T* data_or_null(const OptionalTensor& t) {
 
 inline Rows ref_rows(const OptionalTensor& ref_logits, const Tensor& logits) {
   if (!ref_logits.has_value()) return {};
+  require_device(*ref_logits, logits, "ref_logits");
   const Rows rows = rows_of(*ref_logits, "ref_logits", false);
   bool same = ref_logits->dim() == logits.dim();
   for (int64_t d = 0; same && d < logits.dim(); ++d) same = ref_logits->size(d) == logits.size(d);
@@ -99,8 +114,8 @@ struct TokenStatsFwdCall {
                     const OptionalTensor& mask, int64_t ignore_index)
       : N(row_count(logits)),
         V(logits.size(-1)),
-        labels(row_values(labels, ScalarType::Long, N, "labels")),
-        mask(row_values(mask, ScalarType::Bool, N, "mask")) {
+        labels(row_values(labels, logits, ScalarType::Long, N, "labels")),
+        mask(row_values(mask, logits, ScalarType::Bool, N, "mask")) {
     const Rows z = rows_of(logits, "logits", false), r = ref_rows(ref_logits, logits);
     const ScalarType acc = acc_type(z.dtype);
     const std::vector<int64_t> rows = row_shape(logits);
@@ -133,14 +148,14 @@ struct TokenStatsBwdCall {
                     const OptionalTensor& mask, const Tensor& kl, const Tensor& stats, int64_t ignore_index)
       : N(row_count(logits)),
         V(logits.size(-1)),
-        labels(row_values(labels, ScalarType::Long, N, "labels")),
-        mask(row_values(mask, ScalarType::Bool, N, "mask")) {
+        labels(row_values(labels, logits, ScalarType::Long, N, "labels")),
+        mask(row_values(mask, logits, ScalarType::Bool, N, "mask")) {
     const Rows z = rows_of(logits, "logits", false), r = ref_rows(ref_logits, logits);
     const ScalarType acc = acc_type(z.dtype);
-    this->dlogps = row_values(dlogps, acc, N, "dlogps");
-    this->dkl = row_values(dkl, acc, N, "dkl");
-    this->kl = row_values(kl, acc, r.data ? N : 0, "kl");
-    this->stats = row_values(stats, acc, (r.data ? 4 : 2) * N, "stats");
+    this->dlogps = row_values(dlogps, logits, acc, N, "dlogps");
+    this->dkl = row_values(dkl, logits, acc, N, "dkl");
+    this->kl = row_values(kl, logits, acc, r.data ? N : 0, "kl");
+    this->stats = row_values(stats, logits, acc, (r.data ? 4 : 2) * N, "stats");
     STD_TORCH_CHECK(!dlogps || labels, "dlogps needs labels");
     STD_TORCH_CHECK(!dkl || ref_logits, "dkl needs ref_logits");
     args = {.z = z,
@@ -167,7 +182,7 @@ struct KlLossCall {
   KlLossCall(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& row_weight)
       : acc(acc_type(dtype_of(logits, "logits"))) {
     const int64_t N = row_count(logits);
-    this->row_weight = row_values(row_weight, acc, N, "row_weight");
+    this->row_weight = row_values(row_weight, logits, acc, N, "row_weight");
     args = {.z = rows_of(logits, "logits", false),
             .r = ref_rows(ref_logits, logits),
             .dz = rows_of(dlogits, "dlogits", true),
@@ -180,6 +195,7 @@ struct KlLossCall {
 
 // The rows to scale, after checking that scale is one value of their accumulation dtype.
 inline Rows scale_rows(const Tensor& tensor, const Tensor& scale) {
+  require_device(scale, tensor, "scale", "tensor");
   STD_TORCH_CHECK(scale.numel() == 1, "scale must have one element, got ", scale.numel());
   const Rows rows = rows_of(tensor, "tensor", true);
   STD_TORCH_CHECK(scale.scalar_type() == acc_type(rows.dtype), "scale must have the accumulation dtype of tensor");

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -111,7 +111,7 @@ class Llama(nn.Module):
         head_dim = config.dim // config.heads
         frequency = config.rope_base ** (-torch.arange(0, head_dim, 2) / head_dim)
         angle = torch.arange(config.max_length)[:, None] * frequency
-        # Cosine and sine of each position: [max_length, head_dim / 2, 2]. Real, so that `to(dtype)` may cast it.
+        # Cosine and sine of each position: [max_length, head_dim / 2, 2].
         self.register_buffer("rotation", torch.stack((angle.cos(), angle.sin()), -1), persistent=False)
         # Each block adds twice to the residual stream; scaling its outputs keeps the sum's variance near 1 layer's.
         residual_std = EMBEDDING_STD / math.sqrt(2 * config.layers)
@@ -119,6 +119,13 @@ class Llama(nn.Module):
             if parameter.dim() > 1:
                 std = residual_std if name.endswith(("out.weight", "down.weight")) else EMBEDDING_STD
                 nn.init.normal_(parameter, 0.0, std)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Llama:
+        rotation = self.rotation
+        super()._apply(fn, recurse)
+        if self.rotation.dtype != rotation.dtype:  # half precision would turn distant positions by a wrong angle
+            self.rotation = rotation.to(self.rotation.device)
+        return self
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, V] of the token after each position of tokens [B, T] int64."""

@@ -1,6 +1,6 @@
 """Backend selection: which implementation of the row ops serves which device, and why. The one place that decides it.
 
-A backend implements the row functions of `spo_kernels.reference`; one that fuses heads also its `linear_part_fwd`.
+A backend implements the row functions of `spo_kernels.reference`.
 torch's dispatcher is the device switch: importing this module puts one backend behind each device type.
 
 =====================  ===========================  =========================================================
@@ -24,6 +24,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -75,7 +76,6 @@ class _Entry(NamedTuple):
     module: str
     device_types: tuple[str, ...]
     missing: Callable[[], str | None]  # why it cannot be had on this machine; None when it can
-    fuses_heads: bool = False  # has a kernel that takes a head's statistics from the product
 
 
 def _cpu_missing() -> str | None:
@@ -99,7 +99,7 @@ def _triton_device_types() -> tuple[str, ...]:
 _ENTRIES = {
     "cpu": _Entry("spo_kernels.backends.cpu", ("cpu",), _cpu_missing),
     "cuda": _Entry("spo_kernels.backends.cuda", ("cuda",), _cuda_missing),
-    "triton": _Entry("spo_kernels.backends.triton", _triton_device_types(), _triton_missing, fuses_heads=True),
+    "triton": _Entry("spo_kernels.backends.triton", _triton_device_types(), _triton_missing),
     "reference": _Entry("spo_kernels.reference", ("cpu", "cuda"), lambda: None),
 }
 _DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the first that can be had
@@ -160,8 +160,11 @@ def active(device: torch.device | str = "cpu") -> str:
     return chosen.backend
 
 
+@cache
 def get(name: str) -> Backend:
     """The functions of a backend, to be called directly, without autograd.
+
+    Looks for the backend in the file system until it has been had once: every op call comes through here.
 
     Raises ValueError for an unknown name and RuntimeError for a backend that cannot be had.
     """
@@ -198,8 +201,6 @@ def _register(device_type: str) -> None:
         "kl_loss_fwd_": lambda *args: backend().kl_loss_fwd(*args, True)[0],
         "scale_": lambda *args: backend().scale_(*args),
     }
-    if name is not None and _ENTRIES[name].fuses_heads:
-        ops.library.impl("linear_part_fwd", lambda *args: backend().linear_part_fwd(*args), DISPATCH_KEYS[device_type])
     for op in ops.SCHEMAS:
         ops.library.impl(op, implementations[op], DISPATCH_KEYS[device_type])
 

@@ -18,6 +18,9 @@ name = "triton"
 
 _WARP = 64 if torch.version.hip else 32  # threads; 64 on AMD's data-centre GPUs
 _VECTOR_BYTES = 16  # the widest load
+# Sums of policy and reference are equal for equal logits only if both are contracted alike, which a compiler does not
+# promise: without contraction they are. Triton before 3.10 contracts by default.
+_NO_CONTRACTION = {"enable_fp_fusion": False}
 
 
 class RowConfig(NamedTuple):
@@ -34,19 +37,6 @@ class BlockConfig(NamedTuple):
 
     block: int
     threads: int
-
-
-class ProductConfig(NamedTuple):
-    """Of a kernel that multiplies matrices: rows by columns of a program's block, and what it sums over at a time."""
-
-    rows: int
-    columns: int
-    inner: int
-    threads: int
-
-
-# 64 products at a time spill on an RTX 50, 512 threads on most.
-PRODUCT = ProductConfig(128, 128, 32, 256)
 
 
 def row_config(V: int, itemsize: int, tensors: int, aligned: bool) -> RowConfig:
@@ -149,6 +139,7 @@ def token_stats_fwd(
                 LANES=config.lanes,
                 VECTOR=config.vector,
                 num_warps=config.threads // _WARP,
+                **_NO_CONTRACTION,
                 # Asserts are compiled in for the labels; checks of every integer operation are not wanted with them.
                 debug=labels is not None,
                 sanitize_overflow=False,
@@ -200,6 +191,7 @@ def token_stats_bwd(
                 ignore_index,
                 BLOCK=config.block,
                 num_warps=config.threads // _WARP,
+                **_NO_CONTRACTION,
             )
     return dlogits
 
@@ -229,6 +221,7 @@ def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, i
                 LANES=config.lanes,
                 VECTOR=config.vector,
                 num_warps=config.threads // _WARP,
+                **_NO_CONTRACTION,
             )
     return losses.sum(), dlogits
 
@@ -241,53 +234,5 @@ def scale_(tensor: Tensor, scale: Tensor) -> None:
         config = block_config(V)
         with torch.cuda.device_of(tensor):
             kernels.scale_kernel[(tensor.shape[:-1].numel() * triton.cdiv(V, config.block),)](
-                tensor, scale, V, *rows, BLOCK=config.block, num_warps=config.threads // _WARP
+                tensor, scale, V, *rows, BLOCK=config.block, num_warps=config.threads // _WARP, **_NO_CONTRACTION
             )
-
-
-def linear_part_fwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """`spo_kernels.reference.linear_part_fwd` for half precision, without the logits in memory."""
-    if hidden.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"hidden must be bfloat16 or float16, got {hidden.dtype}")
-    _check_device(hidden, "hidden")
-    if not weight.is_contiguous():
-        raise ValueError(f"weight must be contiguous, got strides {weight.stride()}")
-    (N, H), V = hidden.shape, weight.shape[0]
-    blocks = triton.cdiv(V, PRODUCT.columns)
-    row_blocks = triton.cdiv(N, PRODUCT.rows)
-    # Two programs a multiprocessor, and no split without columns.
-    blocks_per_split = triton.cdiv(blocks, min(blocks, triton.cdiv(2 * _processors(hidden), max(row_blocks, 1))))
-    splits = triton.cdiv(blocks, blocks_per_split)
-    tops, totals = hidden.new_empty(2, splits, N, dtype=torch.float32)
-    picked = hidden.new_empty(0 if labels is None else (splits, N), dtype=torch.float32)
-    if N:
-        with torch.cuda.device_of(hidden):
-            kernels.linear_part_fwd_kernel[(row_blocks, splits)](
-                hidden.contiguous(),
-                weight,
-                _per_row(bias),
-                _per_row(labels),
-                tops,
-                totals,
-                None if labels is None else picked,
-                scale,
-                N,
-                V,
-                H,
-                blocks_per_split,
-                BLOCK_N=PRODUCT.rows,
-                BLOCK_V=PRODUCT.columns,
-                BLOCK_H=PRODUCT.inner,
-                num_warps=PRODUCT.threads // _WARP,
-            )
-    shift = tops.amax(0)
-    shift = torch.where(shift == -torch.inf, 0, shift)
-    logsum = (totals * (tops - shift).exp()).sum(0).log()
-    return torch.stack([shift, logsum]), picked if labels is None else picked.amax(0)
-
-
-def _processors(tensor: Tensor) -> int:
-    """Multiprocessors of a tensor's GPU; 1 in the interpreter."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1

@@ -27,6 +27,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_LOW = tl.constexpr(1.9259629911266175e-08)  # what is left of it after rounding to float32
 
 
+# Values that change from batch to batch are not specialized: each kind of value would compile the kernel anew.
+_row_kernel = triton.jit(do_not_specialize=["N", "T", "ignore_index"])
+
+
 @triton.jit
 def _row_offset(row, T, stride_b, stride_t):
     return (row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t
@@ -174,7 +178,7 @@ def _kl_grad(z, r, p, logsum, ref_logsum, kl):
     return p * tl.where(p == 0, -kl, ((z - r) - kl) + (ref_logsum - logsum))
 
 
-@triton.jit
+@_row_kernel
 def token_stats_fwd_kernel(
     logits,  # [B, T, V]
     labels,  # [N] int64, or None: no log-probabilities
@@ -239,7 +243,7 @@ def token_stats_fwd_kernel(
         tl.store(logps + row, tl.where(labelled, logp, 0.0))
 
 
-@triton.jit
+@_row_kernel
 def token_stats_bwd_kernel(
     dlogits,  # out [B, T, V]; may be logits
     dlogps,  # [N], or None
@@ -275,9 +279,11 @@ def token_stats_bwd_kernel(
     wanted = False
     if dlogps is not None:
         label = tl.load(labels + row)
-        labelled = label != ignore_index
+        labelled = (label != ignore_index) & (tl.load(dlogps + row) != 0)
     if dkl is not None:
-        wanted = True if mask is None else tl.load(mask + row)
+        wanted = tl.load(dkl + row) != 0
+        if mask is not None:
+            wanted &= tl.load(mask + row)
 
     grad = tl.zeros([BLOCK], dtype)
     if labelled | wanted:
@@ -299,7 +305,7 @@ def token_stats_bwd_kernel(
     tl.store(dlogits + columns, grad.to(dlogits.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@_row_kernel
 def kl_loss_fwd_kernel(
     dlogits,  # out [B, T, V]; may be logits
     losses,  # out [N]: row_weight * kl
@@ -351,7 +357,7 @@ def kl_loss_fwd_kernel(
     tl.store(losses + row, loss)
 
 
-@triton.jit
+@_row_kernel
 def scale_kernel(
     tensor,  # [B, T, V], in place
     scale,  # 0-d
@@ -371,66 +377,3 @@ def scale_kernel(
         elements = tensor + _row_offset(row, T, stride_b, stride_t) + columns
         x = tl.load(elements, mask=columns < V)
         tl.store(elements, (x.to(dtype) * factor).to(x.dtype), mask=columns < V)
-
-
-@triton.jit
-def linear_part_fwd_kernel(
-    hidden,  # [N, H], contiguous
-    weight,  # [V, H], contiguous
-    bias,  # [V], or None
-    labels,  # [N] int64, or None
-    tops,  # out [SPLITS, N]: maximum
-    totals,  # out [SPLITS, N]: sum of exp(logit - maximum)
-    picked,  # out [SPLITS, N]: the label's logit, -inf where it is in no column of the split; None with labels
-    factor,
-    N,
-    V,
-    H,
-    blocks_per_split,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """Grid: BLOCK_N rows by a split of the vocabulary, rows first: programs at a time share the weight in the L2 cache.
-
-    The product of a block of logits stays in registers, where their statistics are taken: none is written.
-    """
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    is_row = rows < N
-    inner = tl.arange(0, BLOCK_H)
-    row_hidden = hidden + rows.to(tl.int64)[:, None] * H
-    element: tl.constexpr = hidden.dtype.element_ty
-    if labels is not None:
-        label = tl.load(labels + rows, mask=is_row, other=LABEL_ELSEWHERE)
-        found = tl.full([BLOCK_N], float("-inf"), tl.float32)
-
-    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    first = split * blocks_per_split
-    for block in range(first, tl.minimum(first + blocks_per_split, tl.cdiv(V, BLOCK_V))):
-        columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-        inside = columns < V
-        column_weight = weight + columns.to(tl.int64)[None, :] * H
-        z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        for h in range(0, H, BLOCK_H):
-            a = tl.load(row_hidden + (h + inner)[None, :], mask=is_row[:, None] & (h + inner < H)[None, :], other=0.0)
-            b = tl.load(
-                column_weight + (h + inner)[:, None], mask=inside[None, :] & (h + inner < H)[:, None], other=0.0
-            )
-            z = tl.dot(a, b, z)
-        if bias is not None:
-            z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-        # As rounded as the logits that the backward will have in memory.
-        z = (z * factor).to(element).to(tl.float32)
-        z = tl.where(inside[None, :], z, float("-inf"))
-        new_top = tl.maximum(top, tl.max(z, 1))
-        origin = _origin(new_top)
-        total = total * _exp(top - origin) + tl.sum(_exp(z - origin[:, None]), 1)
-        top = new_top
-        if labels is not None:
-            found = tl.maximum(found, tl.max(tl.where(columns[None, :] == label[:, None], z, float("-inf")), 1))
-    tl.store(tops + split * N + rows, top, mask=is_row)
-    tl.store(totals + split * N + rows, total, mask=is_row)
-    if labels is not None:
-        tl.store(picked + split * N + rows, found, mask=is_row)

@@ -27,19 +27,21 @@ def cuda_include() -> Path | None:
 
 
 def compile_objects(out: Path, flags: list[str]) -> list[str]:
-    """The kernels and their launches, without torch."""
-    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    """The kernels and their launches, without torch, and the ops."""
+    kernels = sorted((CSRC / "cuda").glob("*.cu"))
     include = cuda_include()
-    assert include is not None and sources
+    assert include is not None and kernels
+    of_torch = ["-isystem", str(Path(torch.__file__).parent / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
     def compile_object(source: Path) -> str:
         target = out / f"{source.stem}.o"
-        command = ["g++", *FLAGS, "-isystem", include, *flags, "-x", "c++", "-c", source, "-o", target]
+        more = ["-x", "c++"] if source in kernels else of_torch
+        command = ["g++", *FLAGS, "-isystem", include, *flags, *more, "-c", source, "-o", target]
         subprocess.run(command, check=True)
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compile_object, sources))
+        return list(pool.map(compile_object, [*kernels, CSRC / "torch/ops_cuda.cpp"]))
 
 
 def build_library(out: Path) -> Path:
@@ -50,12 +52,8 @@ def build_library(out: Path) -> Path:
     extra = os.environ.get("SPO_EMULATOR_FLAGS", "").split()
     flags = ["-O2", "-DSPO_POLYNOMIAL_EXP=1", *extra]
     objects = compile_objects(out, flags)
-    root = Path(torch.__file__).parent
-    target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-    headers = ["-isystem", str(cuda_include()), "-isystem", str(root / "include")]
-    ops, library = str(out / "ops.o"), out / "libspo_kernels_emulated.so"
-    command = ["g++", *FLAGS, *headers, *flags, target, "-c", CSRC / "torch/ops_cuda.cpp", "-o", ops]
-    subprocess.run(command, check=True)
-    link = ["g++", "-shared", *extra, *objects, ops, f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-o", library]
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    library = out / "libspo_kernels_emulated.so"
+    link = ["g++", "-shared", *extra, *objects, f"-L{torch_libraries}", "-ltorch", "-ltorch_cpu", "-o", library]
     subprocess.run(link, check=True)
     return library

@@ -82,11 +82,13 @@ int main() {
           require(r.splits == 1 || r.blocks <= 4 * multiprocessors + N, "no more blocks than wanted", N, V);
           require(!deterministic || r.split_elements == V, "a row's work independent of N", N, V);
           for (const int chunk : {2, 4, 8}) {
-            const ElementwiseConfig e = elementwise_config(N, V, chunk);
+            const ElementwiseConfig e = elementwise_config(N, V, 4 * chunk);
             require_partition(e.parts, e.part_elements, N, V);
             require_blocks(e.threads_per_row, N * e.parts, e.blocks, N, V);
             require(e.parts == 1 || e.part_elements % chunk == 0, "parts of whole chunks", N, V);
             require(e.blocks <= kMaxGrid, "a legal grid", N, V);
+            const std::int64_t resident = resident_blocks(e.blocks, multiprocessors);
+            require(resident >= 1 && resident <= e.blocks && resident <= 8 * multiprocessors, "some blocks", N, V);
           }
           require(r.blocks <= kMaxGrid, "a legal grid", N, V);
           ++tried;

@@ -13,6 +13,7 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
+from background import background
 
 from spo_kernels import backends
 from spo_kernels.backends import cuda
@@ -46,10 +47,24 @@ def test_every_launch_is_legal_and_covers_each_element_once(tmp_path: Path) -> N
     assert int(tried) > 10_000
 
 
-@pytest.mark.parametrize("types", ["SPO_TYPE(float,f32)SPO_TYPE(bf16,bf16)", "SPO_TYPE(f16,f16)SPO_TYPE(double,f64)"])
-def test_kernels_under_sanitizers(tmp_path: Path, types: str) -> None:
-    result = run_program(tmp_path, CSRC, *SANITIZE, f"-DSPO_TYPES={types}", "-DSPO_POLYNOMIAL_EXP=0")
-    assert (result.returncode, result.stdout) == (0, "ok\n"), result.stdout + result.stderr
+@background
+def sanitized_f32_bf16(out: Path) -> subprocess.CompletedProcess[str]:
+    types = "SPO_TYPE(float,f32)SPO_TYPE(bf16,bf16)"
+    return run_program(out, CSRC, *SANITIZE, f"-DSPO_TYPES={types}", "-DSPO_POLYNOMIAL_EXP=0")
+
+
+@background
+def sanitized_f16_f64(out: Path) -> subprocess.CompletedProcess[str]:
+    types = "SPO_TYPE(f16,f16)SPO_TYPE(double,f64)"
+    return run_program(out, CSRC, *SANITIZE, f"-DSPO_TYPES={types}", "-DSPO_POLYNOMIAL_EXP=0")
+
+
+@pytest.mark.slow
+def test_kernels_under_sanitizers(
+    sanitized_f32_bf16: subprocess.CompletedProcess[str], sanitized_f16_f64: subprocess.CompletedProcess[str]
+) -> None:
+    for result in (sanitized_f32_bf16, sanitized_f16_f64):
+        assert (result.returncode, result.stdout) == (0, "ok\n"), result.stdout + result.stderr
 
 
 CLUSTER, FIRST = "kl_loss_cluster.cuh", "mbarrier_wait(barriers + piece, 0)"
@@ -90,18 +105,28 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bugs_are_caught(tmp_path: Path, bug: str) -> None:
-    name, right, wrong, said = BUGS[bug]
-    csrc = tmp_path / "csrc"
+def run_with_bug(out: Path, bug: str) -> subprocess.CompletedProcess[str]:
+    name, right, wrong, _ = BUGS[bug]
+    csrc = out / "csrc"
     shutil.copytree(CSRC, csrc)
     path = csrc / "cuda" / name
     text = path.read_text()
     assert text.count(right) == 1, "the line to break has changed"
     path.write_text(text.replace(right, wrong))
-    result = run_program(tmp_path, csrc, *ADDRESS, "-DSPO_TYPES=SPO_TYPE(float,f32)", "-w")
+    return run_program(out, csrc, *ADDRESS, "-DSPO_TYPES=SPO_TYPE(float,f32)", "-w")
+
+
+@background
+def runs_with_bugs(out: Path) -> dict[str, subprocess.CompletedProcess[str]]:
+    return {bug: run_with_bug(out / str(i), bug) for i, bug in enumerate(BUGS)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(runs_with_bugs: dict[str, subprocess.CompletedProcess[str]], bug: str) -> None:
+    result = runs_with_bugs[bug]
     assert result.returncode != 0
-    assert said in result.stdout + result.stderr
+    assert BUGS[bug][-1] in result.stdout + result.stderr
 
 
 OUT_OF_RANGE = """

@@ -83,6 +83,13 @@ def test_logits_are_those_of_a_llama(make_model: Callable[..., Llama]) -> None:
     torch.testing.assert_close(model(tokens), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_rotation_keeps_its_dtype_through_a_cast(model: Llama) -> None:
+    rotation = model.rotation.clone()
+    assert model.bfloat16().embedding.weight.dtype == torch.bfloat16
+    assert torch.equal(model.rotation, rotation)
+    assert model.to("meta", torch.float16).rotation.device.type == "meta"
+
+
 def test_model_fulfils_the_protocol(model: Llama) -> None:
     assert isinstance(model, LanguageModel)
     assert (model.vocab_size, model.max_length) == (model.config.vocab_size, model.config.max_length)

@@ -34,9 +34,7 @@ HARDEST = (("bf16", None), ("bf16", "bf16"), ("fp64", "fp64"))
 
 
 # Arguments of which Triton knows nothing, whatever the tensors.
-_NEVER_ALIGNED = ("T", "ignore_index", "factor", "blocks_per_split")
-# Matrix instructions of NVIDIA's architectures, and of AMD's.
-_MATRIX = re.compile(r"\b(?:[HW]GMMA|HMMA|UTC\w*MMA|v_mfma_\w+)\b")
+_NEVER_ALIGNED = ("N", "T", "ignore_index")
 
 
 class Case(NamedTuple):
@@ -70,21 +68,13 @@ def cases(V: int, dtypes: Iterable[tuple[str, str | None]], alignments: Iterable
     yield Case("scale_kernel", "bf16", None, blocks, block.threads)
 
 
-def products() -> Iterator[Case]:
-    """Products with their statistics, of all arguments and of those it cannot do without."""
-    rows, columns, inner, threads = launch.PRODUCT
-    blocks = {"BLOCK_N": rows, "BLOCK_V": columns, "BLOCK_H": inner}
-    yield Case("linear_part_fwd_kernel", "bf16", None, blocks, threads)
-    yield Case("linear_part_fwd_kernel", "bf16", None, blocks, threads, True, ("bias", "labels", "picked"))
-
-
 def variants(V: int) -> Iterator[Case]:
     """Launches with arguments left out, and with sizes of 1, which Triton makes constants."""
     block = launch.block_config(V)
     blocks = {"BLOCK": block.block}
     row = launch.row_config(V, ITEMSIZE["bf16"], 2, True)
     tiles = {"STEPS": row.steps, "LANES": row.lanes, "VECTOR": row.vector}
-    ones = ("N", "V", "T", "stride_b")
+    ones = ("V", "stride_b")
     for absent in (("mask",), ("labels", "logps", "dlogps"), ("mask", "labels", "logps", "dlogps")):
         yield Case("token_stats_fwd_kernel", "bf16", "bf16", tiles, row.threads, True, absent, ones)
         yield Case("token_stats_bwd_kernel", "bf16", "bf16", blocks, block.threads, True, absent, ones)
@@ -96,8 +86,7 @@ def source(case: Case) -> ASTSource:
     """The kernel with the argument types of a launch; aligned: pointers, V and strides are multiples of 16."""
     wide = "fp64" if case.dtype == "fp64" else "fp32"
     types = dict.fromkeys(("logps", "dlogps", "stats", "losses", "row_weight", "scale", "kl", "dkl"), f"*{wide}")
-    types |= dict.fromkeys(("tops", "totals", "picked"), "*fp32") | {"factor": "fp32"}
-    types |= dict.fromkeys(("logits", "dlogits", "tensor", "hidden", "weight", "bias"), f"*{case.dtype}")
+    types |= dict.fromkeys(("logits", "dlogits", "tensor"), f"*{case.dtype}")
     types |= {"ref_logits": f"*{case.ref_dtype}", "mask": "*i1", "labels": "*i64"}
     absent = case.absent if case.ref_dtype else (*case.absent, "ref_logits", "mask", "kl", "dkl")
 
@@ -112,12 +101,11 @@ def source(case: Case) -> ASTSource:
 
 
 def resources(compiled: Any) -> dict[str, Any]:
-    """Registers, what was spilled, matrix instructions and the vector loops, read from the machine code."""
+    """Registers, what was spilled, the vector loops and, for NVIDIA, the kinds of floating-point division."""
     if "amdgcn" in compiled.asm:
         found = dict(re.findall(r"\.(vgpr_count|[vs]gpr_spill_count):\s*(\d+)", compiled.asm["amdgcn"]))
         spills = int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])
-        matrix = len(_MATRIX.findall(compiled.asm["amdgcn"]))
-        return {"registers": int(found["vgpr_count"]), "spills": spills, "matrix": matrix, "loops": []}
+        return {"registers": int(found["vgpr_count"]), "spills": spills, "loops": []}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -125,8 +113,8 @@ def resources(compiled: Any) -> dict[str, Any]:
         text = machine_code.run(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
     found = dict(re.findall(r"\b(REG|STACK):(\d+)", usage))
     loops = [loop._asdict() for loop in machine_code.vector_loops(compiled.metadata.name, text)]
-    matrix = len(_MATRIX.findall(text))
-    return {"registers": int(found["REG"]), "spills": int(found["STACK"]), "matrix": matrix, "loops": loops}
+    divisions = sorted(set(re.findall(r"\bdiv\.(?!u32|s32|u64|s64)[\w.]+", compiled.asm["ptx"])))
+    return {"registers": int(found["REG"]), "spills": int(found["STACK"]), "loops": loops, "divisions": divisions}
 
 
 def compile_for(target: str, case: Case) -> dict[str, Any]:
@@ -134,14 +122,14 @@ def compile_for(target: str, case: Case) -> dict[str, Any]:
     backend, architecture = target.split(":")
     warp = 64 if backend == "hip" else 32
     gpu = GPUTarget(backend, architecture if backend == "hip" else int(architecture), warp)
-    options: dict[str, int] = {"num_warps": case.threads // warp}
+    options: dict[str, int] = {"num_warps": case.threads // warp, **launch._NO_CONTRACTION}
     if case.kernel == "token_stats_fwd_kernel":
         options |= {"debug": True, "sanitize_overflow": False}
     return {"target": target} | case._asdict() | resources(triton.compile(source(case), gpu, options))
 
 
 def cases_for(target: str) -> list[Case]:
-    todo = list(products()) + list(cases(LARGEST, HARDEST, (True,))) + list(cases(LARGEST, HARDEST[1:2], (False,)))
+    todo = list(cases(LARGEST, HARDEST, (True,))) + list(cases(LARGEST, HARDEST[1:2], (False,)))
     if target == THOROUGH:
         # A smaller configuration has fewer threads, which do the same: one dtype will do.
         todo += [case for V in SMALLER for case in cases(V, HARDEST[1:2], (True,))]
