@@ -610,6 +610,57 @@ def test_kl_loss(backend: Backend, v: int, weighted: bool, dtype: torch.dtype) -
     assert_same(alone_loss, loss, "loss on one thread")
 
 
+# A GPU shares such rows out among blocks: evenly (32000 = Llama 2), with few vectors in the last piece of a block's
+# share (32776), and with less for the last block (40008).
+@pytest.mark.parametrize("dtype", FLOAT32_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("v", "rows"), [(32000, "noise"), (40008, "noise"), *((32776, rows) for rows in ("noise", "offset", "ramp"))]
+)
+def test_kl_loss_of_long_rows(backend: Backend, v: int, rows: str, dtype: torch.dtype) -> None:
+    case = make_case(7, v, dtype, rows=rows, mode="kl")
+    weight = case.dkl * case.mask  # 0 in rows 2 and 5
+    case = replace(case, mask=None, dkl=weight)
+    case.ref_logits[4] = case.logits[4]
+    true, rounded = truth(case), rounding(case)
+    assert rounded is not None
+    with poisoned_memory():  # and with results that do not depend on the number of rows
+        loss, dlogits = backend.kl_loss_fwd(case.logits, case.ref_logits, weight, False)
+        assert_rounded(loss, (weight * true.kl).sum(), loss_rounding(rounded, true, weight), "loss")
+        assert_rounded(dlogits, true.dlogits, rounded.dlogits, "dlogits")
+        for row in range(7):
+            only = slice(row, row + 1)
+            own_loss, alone = backend.kl_loss_fwd(case.logits[only], case.ref_logits[only], weight[only], False)
+            assert_same(alone[0], dlogits[row], "a row alone")
+            assert row != 4 or own_loss == 0
+        inplace_loss, inplace = backend.kl_loss_fwd(case.logits, case.ref_logits, weight, True)
+    assert_same(inplace, dlogits, "in place")
+    assert_same(inplace_loss, loss, "loss in place")
+
+
+@pytest.mark.parametrize("dtype", FLOAT32_DTYPES, ids=str)
+def test_kl_loss_of_long_rows_with_infinities(backend: Backend, dtype: torch.dtype) -> None:
+    case = replace(make_case(6, 32000, dtype, mode="kl"), mask=None, dkl=torch.ones(6))
+    logits, ref_logits = case.logits, case.ref_logits
+    logits[0, 1::3] = -INF
+    logits[1, :20000] = ref_logits[1, :20000] = -INF
+    ref_logits[2, 77] = logits[2, 31999] = -INF  # an infinite KL, and a token without probability
+    logits[3, 5] = INF
+    logits[4, 31998] = NAN
+    true, rounded = truth(case), rounding(case)
+    assert rounded is not None
+    with poisoned_memory():
+        for row in range(6):
+            only = slice(row, row + 1)
+            loss, dlogits = backend.kl_loss_fwd(logits[only], ref_logits[only], None, False)
+            assert_rounded(loss, true.kl[row], rounded.kl[row], f"loss of row {row}")
+            if row == 2:
+                assert dlogits[0, 77].isnan()
+                assert not dlogits[0, :31999].isfinite().any()
+                assert dlogits[0, 31999] == 0
+            else:
+                assert_rounded(dlogits[0], true.dlogits[row], rounded.dlogits[row], f"dlogits of row {row}")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kl_loss_layouts(backend: Backend, layout: Layout) -> None:
     logits, ref_logits = torch.randn(2, 3, 4, 33)

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 namespace spo::cuda {
 
@@ -60,6 +61,57 @@ inline ElementwiseConfig elementwise_config(std::int64_t N, std::int64_t V, int 
   }
   const std::int64_t elements = std::int64_t{kThreads} * per_thread, parts = (V + elements - 1) / elements;
   return {kThreads, static_cast<unsigned>(parts), elements, N * parts};
+}
+
+// Shared memory that a device offers to clusters of blocks, in bytes: 0 where its kernels run without clusters.
+struct SharedMemory {
+  std::int64_t block, multiprocessor;
+};
+
+// A kernel that holds a row of two tensors in the shared memory of a cluster.
+struct ClusterConfig {
+  int blocks;        // of a cluster; 0: the row does not suit the kernel
+  int threads;       // of a block: 256 or 512
+  int vectors;       // of 16 bytes that a block holds of each tensor; the last blocks may hold fewer
+  int shared_bytes;  // of a block
+  int rounds = 1;    // the grid has this many times the clusters that the device holds at once
+};
+
+constexpr int kMaxCluster = 8;                      // blocks: every device with clusters takes so many
+constexpr int kPieceVectors = 128;                  // a warp copies and computes a block's share in such pieces
+constexpr std::int64_t kClusterRowBytes = 1 << 15;  // of one tensor: a shorter row leaves a block too little work
+constexpr int kSumBytes = 20;                       // of the partial sums of a thread, warp or block
+constexpr int kSystemSharedBytes = 1024;            // that the system takes of every block
+
+// Shared memory: the shares of both tensors, a barrier for each piece and two for the sums of blocks, and sums: one of
+// each warp, two of each block.
+constexpr int cluster_shared_bytes(int vectors, int threads) {
+  const int pieces = (vectors + kPieceVectors - 1) / kPieceVectors;
+  return 32 * vectors + 8 * (pieces + 2) + kSumBytes * (threads / kWarp + 2 * kMaxCluster);
+}
+
+// A row of V elements, a whole number of vectors, in a cluster of so many blocks. Tests and benchmarks may try sizes
+// that cluster_config() does not choose.
+inline ClusterConfig cluster_of(std::int64_t V, int element_bytes, int blocks, int threads) {
+  const std::int64_t share = (V * element_bytes / 16 + blocks - 1) / blocks;
+  const std::int64_t vectors = (share + 7) / 8 * 8;  // whole lines of the cache
+  if (vectors > (1 << 20)) return {};
+  return {blocks, threads, static_cast<int>(vectors), cluster_shared_bytes(static_cast<int>(vectors), threads)};
+}
+
+// Depends on the row's length and the device alone: a row's result must not depend on the number of rows. While one
+// block of a multiprocessor waits for its peers, the others keep the memory busy, so three blocks are better than two,
+// and two than one. A multiprocessor that holds one block needs more threads.
+inline ClusterConfig cluster_config(std::int64_t V, int element_bytes, const SharedMemory& memory) {
+  if (memory.block == 0 || V * element_bytes % 16 != 0 || V * element_bytes < kClusterRowBytes) return {};
+  for (const int resident : {3, 2, 1}) {
+    const std::int64_t most = std::min(memory.block, memory.multiprocessor / resident / 128 * 128 - kSystemSharedBytes);
+    for (int blocks = 1; blocks <= kMaxCluster; blocks *= 2) {
+      const ClusterConfig config = cluster_of(V, element_bytes, blocks, resident == 1 ? 512 : 256);
+      if (config.blocks && config.shared_bytes <= most) return config;
+    }
+  }
+  return {};
 }
 
 }  // namespace spo::cuda

@@ -21,7 +21,7 @@ struct Launch {
 
 cudaError_t token_stats_fwd(const TokenStatsFwd& args, const Launch& launch);
 cudaError_t token_stats_bwd(const TokenStatsBwd& args, const Launch& launch);
-// loss (acc, one element) = the sum of weighted_kl. Rows are never split.
+// loss (acc, one element) = the sum of weighted_kl. Results of a row never depend on the number of rows.
 cudaError_t kl_loss_fwd(const KlLossFwd& args, void* loss, const Launch& launch);
 // rows [N, V] *= *factor (acc); nothing is written where the factor is 1.
 cudaError_t scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* factor, const Launch& launch);

@@ -2,6 +2,7 @@
 // compile side by side.
 #pragma once
 
+#include "kl_loss_cluster.cuh"
 #include "row_kernels.cuh"
 #include "row_ops.h"
 
@@ -91,7 +92,12 @@ cudaError_t TypedOps<T>::kl_loss_fwd(const KlLossFwd& a, void* loss, const Launc
   const ReduceConfig config = reduce_config(a.N, a.V, at.multiprocessors, true);
   unsigned grid;
   if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
-  if (a.N > 0) {
+  bool launched = a.N == 0;
+  if constexpr (!std::is_same_v<T, double>) {
+    if (!launched)
+      if (const cudaError_t error = kl_loss_cluster<T>(a, at.stream, launched)) return error;
+  }
+  if (!launched) {
     const cudaError_t error = with_ref_type<T>(a.r.dtype, [&]<class R>() {
       return with_threads(config.threads_per_row, [&]<int threads>() {
         return launch(kl_loss_fwd_kernel<T, R, threads>, grid, kThreads, at.stream, a);

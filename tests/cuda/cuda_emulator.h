@@ -1,9 +1,17 @@
-// Runs CUDA kernels on the CPU, one fiber a CUDA thread, one block at a time: for tests of csrc/cuda without a GPU.
+// Runs CUDA kernels on the CPU, one fiber a CUDA thread, one cluster of blocks at a time: for tests of csrc/cuda
+// without a GPU.
 //
 // It models blocks, warps, barriers, shuffles, shared memory and vector loads. A thread runs until it waits for others;
 // warps take turns only then, forwards in even blocks and backwards in odd ones, so that a result that needs a barrier
 // that is not there comes out wrong in one order or the other. It stops the program at what a GPU may answer with a
 // hang or garbage: a barrier that some threads never reach, a shuffle of lanes that are not there, a misaligned vector.
+//
+// Blocks of a cluster take turns likewise, each when the others wait: for the cluster's barrier, or for bytes. Each has
+// its dynamic shared memory, which starts as NaN; kernels of clusters must not have static shared memory. A bulk copy
+// happens when it is started in even clusters, and in odd ones when a thread waits for its barrier: what is read too
+// early is then NaN or an older row. The program stops at a copy that nobody waits for, and at a store in the shared
+// memory of a block that has not begun or has returned. What one block stores in another comes as late as a copy.
+//
 // It does not model data races within those turns, or anything that takes time. Approximate instructions go
 // through off_by(): up or down by a hash of the result, always the same for the same result.
 //
@@ -18,6 +26,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <tuple>
 #include <type_traits>
@@ -31,7 +40,7 @@
 #endif
 
 #undef __shared__
-#define __shared__ static thread_local  // one block at a time on a thread
+#define __shared__ static thread_local  // one block at a time on a thread, but for clusters
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
@@ -39,6 +48,9 @@ namespace emulator {
 
 constexpr int kWarp = 32;
 constexpr std::size_t kStack = 128 * 1024;
+
+inline int capability = 90;    // of the device that is played, times ten: 90 has clusters, 80 has not
+inline long clusters_run = 0;  // of kernels with dynamic shared memory
 
 // A stack and where execution left it.
 #if defined(__x86_64__)
@@ -81,7 +93,40 @@ inline void make_context(Context& context, char* stack, void (*entry)()) {
 }
 #endif
 
-enum class State { ready, at_collective, at_barrier, done };
+enum class State { ready, at_collective, at_barrier, at_cluster, at_mbarrier, done };
+
+struct Copy {
+  void* to;
+  const void* from;  // null: the values
+  std::size_t bytes;
+  float values[4] = {};
+};
+
+// One arrival ends a phase, together with the bytes that it announces.
+struct Mbarrier {
+  unsigned phase = 0;
+  bool arrived = false;
+  std::int64_t missing = 0;   // bytes announced that have not come
+  std::vector<Copy> waiting;  // copies to make when a thread waits
+
+  void advance() {
+    if (!arrived || missing) return;
+    ++phase;
+    arrived = false;
+  }
+  void make(const Copy& copy) {
+    std::memcpy(copy.to, copy.from ? copy.from : copy.values, copy.bytes);
+    missing -= static_cast<std::int64_t>(copy.bytes);
+    advance();
+  }
+  bool passed(unsigned parity) {  // asked by a thread that waits
+    if (phase % 2 != parity % 2) return true;
+    std::vector<Copy> copies;
+    copies.swap(waiting);
+    for (const Copy& copy : copies) make(copy);
+    return phase % 2 != parity % 2;
+  }
+};
 
 struct Thread {
   uint3 index;
@@ -89,14 +134,25 @@ struct Thread {
   State state = State::ready;
   std::uint32_t mask = 0;              // of the collective it waits at
   std::uint64_t given = 0, taken[32];  // to the collective, and what every lane gave
+  Mbarrier* awaited = nullptr;         // the phase of this parity
+  unsigned parity = 0;
   Context context;
   char* stack = nullptr;
+};
+
+struct FreeAligned {
+  void operator()(char* p) const { std::free(p); }
 };
 
 struct Block {
   dim3 grid, size;
   uint3 index;
   std::vector<Thread> threads;
+  std::vector<Block>* cluster = nullptr;
+  bool begun = false, late_copies = false;
+  std::unique_ptr<char, FreeAligned> shared;
+  std::size_t shared_bytes = 0;
+  std::map<const void*, Mbarrier> mbarriers;
   Context scheduler;
   void (*run)(const void*) = nullptr;
   const void* kernel = nullptr;
@@ -173,25 +229,60 @@ inline bool release_collective(Thread* warp, int lanes) {
   return false;
 }
 
-inline void run_block(bool backwards) {
-  auto& threads = block->threads;
+inline bool can_run(Thread& t) {
+  return t.state == State::ready || (t.state == State::at_mbarrier && t.awaited->passed(t.parity));
+}
+
+// Until every thread waits for other blocks or for bytes, or has returned. False if none of them could run.
+inline bool run_block(Block& current, bool backwards) {
+  block = &current;
+  auto& threads = current.threads;
   const int n = static_cast<int>(threads.size()), warps = (n + kWarp - 1) / kWarp;
-  for (;;) {
+  for (bool ran = false;; ran = true) {
+    bool moved = false;
     for (int w = 0; w < warps; ++w) {
       const int warp = backwards ? warps - 1 - w : w, lanes = std::min(kWarp, n - warp * kWarp);
       Thread* first = &threads[warp * kWarp];
       do {
-        for (int i = 0; i < lanes; ++i)
-          if (first[i].state == State::ready) resume(first[i]);
+        for (int i = 0; i < lanes; ++i) {
+          if (!can_run(first[i])) continue;
+          current.begun = moved = true;
+          first[i].state = State::ready;
+          resume(first[i]);
+        }
       } while (release_collective(first, lanes));
     }
     int waiting = 0, done = 0;
     for (const Thread& t : threads) waiting += t.state == State::at_barrier, done += t.state == State::done;
-    if (done == n) return;
-    if (done) stop("__syncthreads() is not reached by all threads of the block: some have returned");
-    if (waiting != n) stop("deadlock");
-    for (Thread& t : threads) t.state = State::ready;
+    if (waiting == n) {
+      for (Thread& t : threads) t.state = State::ready;
+      continue;
+    }
+    if (waiting && done) stop("__syncthreads() is not reached by all threads of the block: some have returned");
+    if (!moved) return ran;
   }
+}
+
+inline void run_cluster(std::vector<Block>& blocks, bool backwards) {
+  for (;;) {
+    bool moved = false;
+    for (std::size_t b = 0; b < blocks.size(); ++b)
+      moved |= run_block(blocks[backwards ? blocks.size() - 1 - b : b], (blocks[0].index.x + b) % 2 == 1);
+    std::size_t all = 0, waiting = 0, done = 0;
+    for (const Block& b : blocks)
+      for (const Thread& t : b.threads) ++all, waiting += t.state == State::at_cluster, done += t.state == State::done;
+    if (done == all) break;
+    if (waiting == all) {
+      for (Block& b : blocks)
+        for (Thread& t : b.threads) t.state = State::ready;
+      continue;
+    }
+    if (waiting && done) stop("the cluster's barrier is not reached by all threads: some have returned");
+    if (!moved) stop("deadlock");
+  }
+  for (const Block& b : blocks)
+    for (const auto& entry : b.mbarriers)
+      if (entry.second.missing) stop("nobody waits for a bulk copy or a store in another block");
 }
 
 struct alignas(64) Stack {
@@ -201,38 +292,125 @@ inline thread_local std::vector<std::unique_ptr<Stack>> stacks;
 
 // One launch. Arguments are copied, as a launch copies them.
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), unsigned grid, unsigned threads, const Args&... args) {
+void launch_clusters(void (*kernel)(Params...), unsigned clusters, unsigned cluster, unsigned threads, int shared_bytes,
+                     const Args&... args) {
   using Arguments = std::tuple<std::decay_t<Params>...>;
   struct Call {
     void (*kernel)(Params...);
     Arguments arguments;
   };
   const Call call{kernel, Arguments(static_cast<std::decay_t<Params>>(args)...)};
-  while (stacks.size() < threads) stacks.emplace_back(new Stack);
+  while (stacks.size() < std::size_t{cluster} * threads) stacks.emplace_back(new Stack);
 
-  Block current;
-  current.grid = dim3(grid);
-  current.size = dim3(threads);
-  current.kernel = &call;
-  current.run = [](const void* c) {
-    const auto& call = *static_cast<const Call*>(c);
-    std::apply(call.kernel, call.arguments);
-  };
-  block = &current;
-  for (unsigned b = 0; b < grid; ++b) {
-    current.index = {b, 0, 0};
-    current.threads.assign(threads, {});
-    for (unsigned i = 0; i < threads; ++i) {
-      Thread& t = current.threads[i];
-      t.index = {i, 0, 0};
-      t.lane = static_cast<int>(i % kWarp);
-      t.warp = static_cast<int>(i / kWarp);
-      t.stack = stacks[i]->bytes;
-      make_context(t.context, t.stack, enter);
+  for (unsigned c = 0; c < clusters; ++c) {
+    std::vector<Block> blocks(cluster);
+    for (unsigned b = 0; b < cluster; ++b) {
+      Block& current = blocks[b];
+      current.grid = dim3(clusters * cluster);
+      current.size = dim3(threads);
+      current.index = {c * cluster + b, 0, 0};
+      current.cluster = &blocks;
+      current.late_copies = c % 2 == 1;
+      current.kernel = &call;
+      current.run = [](const void* c) {
+        const auto& call = *static_cast<const Call*>(c);
+        std::apply(call.kernel, call.arguments);
+      };
+      if (shared_bytes) {
+        void* shared = nullptr;
+        if (posix_memalign(&shared, 128, static_cast<std::size_t>(shared_bytes))) std::abort();
+        std::memset(shared, 0xff, static_cast<std::size_t>(shared_bytes));
+        current.shared.reset(static_cast<char*>(shared));
+        current.shared_bytes = static_cast<std::size_t>(shared_bytes);
+      }
+      current.threads.assign(threads, {});
+      for (unsigned i = 0; i < threads; ++i) {
+        Thread& t = current.threads[i];
+        t.index = {i, 0, 0};
+        t.lane = static_cast<int>(i % kWarp);
+        t.warp = static_cast<int>(i / kWarp);
+        t.stack = stacks[b * threads + i]->bytes;
+        make_context(t.context, t.stack, enter);
+      }
     }
-    run_block(b % 2 == 1);
+    run_cluster(blocks, c % 2 == 1);
+    clusters_run += shared_bytes > 0;
   }
   block = nullptr;
+}
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), unsigned grid, unsigned threads, const Args&... args) {
+  launch_clusters(kernel, grid, 1, threads, 0, args...);
+}
+
+inline char* dynamic_shared() { return block->shared.get(); }
+
+// Where `bytes` at p begin in the block's dynamic shared memory.
+inline std::size_t shared_offset(const void* p, std::size_t bytes) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(block->shared.get()), at = reinterpret_cast<std::uintptr_t>(p);
+  if (at < begin || at + bytes > begin + block->shared_bytes) stop("an address outside the block's shared memory");
+  return at - begin;
+}
+
+inline void cluster_sync() {
+  self->state = State::at_cluster;
+  yield();
+}
+
+template <class T>
+void store_async(T* own, unsigned rank, const T& value, std::uint64_t* at) {
+  if (rank >= block->cluster->size()) stop("a store in a block that the cluster has not");
+  Block& peer = (*block->cluster)[rank];
+  if (!peer.begun) stop("a store in the shared memory of a block that has not begun");
+  bool left = true;
+  for (const Thread& t : peer.threads) left &= t.state == State::done;
+  if (left) stop("a store in the shared memory of a block that has returned");
+  const std::size_t offset = shared_offset(own, sizeof(T));
+  if (offset % sizeof(T)) stop("misaligned vector access");
+  const auto found = peer.mbarriers.find(peer.shared.get() + shared_offset(at, 8));
+  if (found == peer.mbarriers.end()) stop("an mbarrier of another block is not initialized");
+  Copy copy{peer.shared.get() + offset, nullptr, sizeof(T)};
+  std::memcpy(copy.values, &value, sizeof(T));
+  if (block->late_copies)
+    found->second.waiting.push_back(copy);
+  else
+    found->second.make(copy);
+}
+
+inline void mbarrier_init(std::uint64_t* at) {
+  if (shared_offset(at, 8) % 8) stop("a misaligned mbarrier");
+  if (!block->mbarriers.emplace(at, Mbarrier{}).second) stop("an mbarrier is initialized twice");
+}
+inline Mbarrier& mbarrier(const std::uint64_t* at) {
+  const auto found = block->mbarriers.find(at);
+  if (found == block->mbarriers.end()) stop("an mbarrier is not initialized");
+  return found->second;
+}
+inline void mbarrier_expect(std::uint64_t* at, std::uint32_t bytes) {
+  Mbarrier& barrier = mbarrier(at);
+  if (barrier.arrived) stop("an mbarrier gets more arrivals than it waits for");
+  barrier.arrived = true;
+  barrier.missing += bytes;
+  barrier.advance();
+}
+inline void copy_bulk(void* to, const void* from, std::uint32_t bytes, std::uint64_t* at) {
+  if (bytes == 0 || bytes % 16 || shared_offset(to, bytes) % 16 || reinterpret_cast<std::uintptr_t>(from) % 16)
+    stop("a bulk copy is not of whole aligned vectors");
+  Mbarrier& barrier = mbarrier(at);
+  if (!barrier.arrived) stop("a bulk copy is started before its bytes are announced");
+  if (block->late_copies)
+    barrier.waiting.push_back({to, from, bytes});
+  else
+    barrier.make({to, from, bytes});
+}
+inline void mbarrier_wait(std::uint64_t* at, unsigned parity) {
+  Mbarrier& barrier = mbarrier(at);
+  if (barrier.passed(parity)) return;
+  self->awaited = &barrier;
+  self->parity = parity;
+  self->state = State::at_mbarrier;
+  yield();
 }
 
 inline const std::uint64_t* collective(std::uint32_t mask, std::uint64_t value) {
@@ -282,6 +460,7 @@ inline void __syncthreads() {
   emulator::self->state = emulator::State::at_barrier;
   emulator::yield();
 }
+inline void __syncwarp() { emulator::collective(0xffffffffu, 0); }
 template <class T>
 T __shfl_xor_sync(std::uint32_t mask, T value, int lanes) {
   return emulator::from_lane(mask, value, emulator::self->lane ^ lanes);

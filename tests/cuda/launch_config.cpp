@@ -1,4 +1,5 @@
-// Every launch of a large grid of shapes is legal and covers each element exactly once. Prints "ok" and how many.
+// Every launch of a large grid of shapes is legal and covers each element exactly once; clusters have the sizes that
+// the code says are best. Prints "ok" and how many.
 #include "cuda/launch_config.h"
 
 #include <cstdio>
@@ -25,10 +26,49 @@ void require_blocks(int threads_per_row, std::int64_t groups, std::int64_t block
   require(blocks * in_block >= groups && (blocks - 1) * in_block < groups, "enough blocks and none idle", N, V);
 }
 
+constexpr SharedMemory kH100{232448, 233472}, kNone{0, 0};  // also a B200's
+
+void require_cluster(std::int64_t V, int element_bytes) {
+  const ClusterConfig c = cluster_config(V, element_bytes, kH100);
+  require(cluster_config(V, element_bytes, kNone).blocks == 0, "no clusters without shared memory for them", 0, V);
+  if (c.blocks == 0) {
+    const bool suits = V * element_bytes % 16 == 0 && V * element_bytes >= kClusterRowBytes;
+    require(!suits || 2 * V * element_bytes > 8 * 229000, "clusters for long rows but those that exceed them", 0, V);
+    return;
+  }
+  require(V * element_bytes % 16 == 0, "rows of whole vectors", 0, V);
+  require(c.blocks <= kMaxCluster, "a size that every device takes", 0, V);
+  require(c.threads == kThreads || c.threads == 2 * kThreads, "threads that are compiled", 0, V);
+  require_partition(c.blocks, c.vectors, 0, V * element_bytes / 16);
+  require(c.shared_bytes >= 32 * c.vectors && c.shared_bytes <= kH100.block, "a share that fits", 0, V);
+  require(c.shared_bytes % 4 == 0, "aligned sums", 0, V);
+}
+
+// Three blocks of these reside on a multiprocessor, or as many as is said.
+void require_size(std::int64_t V, int element_bytes, int blocks, int resident = 3) {
+  const ClusterConfig c = cluster_config(V, element_bytes, kH100);
+  require(c.blocks == blocks, "the cluster's size", blocks, V);
+  const std::int64_t each = (c.shared_bytes + kSystemSharedBytes + 127) / 128 * 128;
+  require(kH100.multiprocessor / each == resident, "the resident blocks", resident, V);
+  require(c.threads == (resident == 1 ? 2 : 1) * kThreads, "the threads", c.threads, V);
+}
+
 }  // namespace
 
 int main() {
   long tried = 0;
+  for (const int element_bytes : {2, 4})
+    for (std::int64_t V = 1; V <= 1000000; V = V < 20 ? V + 1 : V % 16 ? V + 16 - V % 16 : V + V / 37 + 1)
+      require_cluster(V, element_bytes);
+  require_size(16384, 2, 1);
+  require_size(32000, 2, 2);
+  require_size(50304, 2, 4, 4);
+  require_size(128256, 2, 8);
+  require_size(151936, 2, 8);  // just less than a third of the shared memory
+  require_size(262144, 2, 8, 1);
+  require_size(32000, 4, 4);
+  require_size(128256, 4, 8, 1);
+  require(cluster_config(262144, 4, kH100).blocks == 0, "no cluster for more than it holds", 0, 262144);
   const std::int64_t rows[] = {1, 2, 3, 7, 8, 9, 31, 66, 131, 132, 133, 264, 1000, 4096, 65535, 65536, 70000, 1 << 20};
   for (const std::int64_t N : rows)
     for (std::int64_t V = 1; V <= 300000; V = V < 20 ? V + 1 : V + V / 7 + V % 3)

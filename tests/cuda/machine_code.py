@@ -126,6 +126,17 @@ def _disassemble(library: Path, arch: str) -> Iterator[tuple[str, str]]:
                 yield mangled, body
 
 
+def _cycles(body: list[str]) -> dict[str, float]:
+    """Of every pipe for one iteration."""
+    cycles = {pipe: 0.0 for pipe, _, _ in PIPES}
+    for name in body:
+        for pipe, each, prefixes in PIPES:
+            if name.startswith(tuple(prefixes.split())):
+                cycles[pipe] += each * (4 if ".128" in name else 1)  # a vector takes four turns
+                break
+    return cycles | {"issue": ISSUE_CYCLES * len(body)}
+
+
 def _loop(kernel: str, body: list[str]) -> Loop | None:
     """None unless all its memory accesses are whole vectors."""
     memory = Counter(name for name in body if name.startswith(("LDG", "STG", "LDL", "STL")))
@@ -134,14 +145,7 @@ def _loop(kernel: str, body: list[str]) -> Loop | None:
         return None
     loads = sum(count for name, count in vectors.items() if name.startswith("LDG"))
     stores = sum(vectors.values()) - loads
-    cycles = {pipe: 0.0 for pipe, _, _ in PIPES}
-    for name in body:
-        for pipe, each, prefixes in PIPES:
-            if name.startswith(tuple(prefixes.split())):
-                cycles[pipe] += each * (4 if name in vectors else 1)  # a vector takes four turns
-                break
-    cycles["issue"] = ISSUE_CYCLES * len(body)
-    return Loop(_short(kernel), len(body), loads, stores, cycles)
+    return Loop(_short(kernel), len(body), loads, stores, _cycles(body))
 
 
 def loops(library: Path, arch: str, only: str) -> Iterator[Loop]:
@@ -151,15 +155,10 @@ def loops(library: Path, arch: str, only: str) -> Iterator[Loop]:
             yield from vector_loops(mangled, text)
 
 
-def vector_loops(kernel: str, text: str) -> Iterator[Loop]:
-    """Of one disassembled kernel. kernel: its name, mangled or not.
-
-    Of loops that differ in nothing but how many vectors an iteration takes, the largest: the others are for what is
-    left at the end of a row.
-    """
+def _loop_bodies(text: str) -> Iterator[list[str]]:
+    """The instructions' names from a label to each branch back to it."""
     names: list[str] = []
     labels: dict[str, int] = {}
-    found: dict[bool, list[Loop]] = {}
     for line in text.splitlines():
         if match := re.match(r"^(\.L_x_\d+):", line):
             labels[match[1]] = len(names)
@@ -167,12 +166,49 @@ def vector_loops(kernel: str, text: str) -> Iterator[Loop]:
             names.append(match[1])
             target = re.search(r"`\((\.L_x_\d+)\)", match[2])
             if match[1].startswith("BRA") and target and target[1] in labels:
-                loop = _loop(kernel, names[labels[target[1]] :])
-                if loop and loop.loads:
-                    found.setdefault(loop.stores > 0, []).append(loop)
+                yield names[labels[target[1]] :]
+
+
+def vector_loops(kernel: str, text: str) -> Iterator[Loop]:
+    """Of one disassembled kernel. kernel: its name, mangled or not.
+
+    Of loops that differ in nothing but how many vectors an iteration takes, the largest: the others are for what is
+    left at the end of a row.
+    """
+    found: dict[bool, list[Loop]] = {}
+    for body in _loop_bodies(text):
+        loop = _loop(kernel, body)
+        if loop and loop.loads:
+            found.setdefault(loop.stores > 0, []).append(loop)
     for stores, candidates in found.items():
         largest = max(loop.loads for loop in candidates)
         yield from (loop for loop in candidates if stores or loop.loads == largest)
+
+
+def cluster_loops(library: Path, arch: str, only: str) -> Iterator[Loop]:
+    """The work on one vector of each tensor in the kernels of clusters whose name matches, as one loop a kernel.
+
+    Bulk copies bring the vectors into shared memory, so that no loop shows all traffic: the loop of the sums, which
+    reads two vectors there, counts as two loads, and the loop of the gradient as one store. Both contain code that
+    most iterations skip (new maxima, infinities), so this counts too many instructions. What a row costs once, the
+    merging of sums, is in neither.
+    """
+    for mangled, text in _disassemble(library, arch):
+        if not re.search(only, _short(mangled)):
+            continue
+        sums: list[list[str]] = []
+        gradients: list[list[str]] = []
+        for body in _loop_bodies(text):
+            memory = Counter(name for name in body if name.startswith(("LDG", "STG", "LDL", "STL", "LDS", "SYNCS")))
+            stores = memory.pop("STG.E.EF.128", 0)
+            if memory == {"LDS.128": 2} and stores <= 1:
+                (gradients if stores else sums).append(body)
+            elif stores == 1 and set(memory) == {"LDS.128"}:
+                gradients.append(body)  # reads a second time for infinities
+        if not sums or not gradients:
+            continue
+        body = max(sums, key=len) + min(gradients, key=len)
+        yield Loop(_short(mangled), len(body), 2, 1, _cycles(body))
 
 
 def main(library: Path) -> None:
@@ -182,16 +218,22 @@ def main(library: Path) -> None:
     print(
         f"{'GPU':<6}{'kernel':<58}{'bytes':>6}{'instr':>7}{'instr/elem':>12}{'busiest pipe':>14}{'of memory time':>16}"
     )
+
+    def row(name: str, gpu: Gpu, loop: Loop) -> None:
+        share, pipe = loop.share(gpu)
+        elements = loop.loads * 16 * WARP // 2
+        print(
+            f"{name:<6}{loop.kernel:<58}{loop.bytes:>6}{loop.instructions:>7}"
+            f"{loop.instructions * WARP / elements:>12.1f}{pipe:>14}{share:>16.0%}"
+        )
+
     for name, gpu in GPUS.items():
         for loop in loops(library, gpu.arch, r"<bf16, (bf16, )?.*256>|<bf16, bf16, 256>"):
             if "AnyType" in loop.kernel or "scale" in loop.kernel:
                 continue
-            share, pipe = loop.share(gpu)
-            elements = loop.loads * 16 * WARP // 2
-            print(
-                f"{name:<6}{loop.kernel:<58}{loop.bytes:>6}{loop.instructions:>7}"
-                f"{loop.instructions * WARP / elements:>12.1f}{pipe:>14}{share:>16.0%}"
-            )
+            row(name, gpu, loop)
+        for loop in cluster_loops(library, gpu.arch, r"<bf16, 256>"):
+            row(name, gpu, loop)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 // buffers without an element to spare. For the sanitizers, and for planted bugs; what is right to the last digit is
 // tested through torch. Prints "ok" or what is wrong.
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <random>
 
@@ -99,6 +100,85 @@ void check(DType dtype, std::int64_t V, std::int64_t pad, std::int64_t lead, int
   close("scaled", cuda::to_acc(dz.row(N - 1)[V - 1]), before / 2, rounding);
 }
 
+// kl_loss by clusters, of several rows each: every KL and gradient, rows of weight 0, each row alone and in place, and
+// the KL of equal rows.
+template <class T>
+void check_clusters(DType dtype, std::int64_t V, int blocks, int threads) {
+  using A = cuda::Acc<T>;
+  if constexpr (std::is_same_v<A, double>) {
+    return;
+  } else {
+    constexpr std::int64_t N = 8;
+    const cuda::SharedMemory memory{232448, 233472};
+    const Block<T> z(2, N / 2, V, 16, 0, dtype), r(2, N / 2, V, 8, 8, dtype);
+    Block<T> dz(2, N / 2, V, 0, 0, dtype), alone(1, 1, V, 0, 0, dtype);
+    const std::unique_ptr<A[]> weight(new A[N]{0.75, -0.5, 0, 1, 0.75, 0, 2, 1});
+    const std::unique_ptr<double[]> weighted(new double[N]), weighted_alone(new double[1]);
+    const cuda::ClusterConfig config = cuda::cluster_of(V, sizeof(T), blocks, threads);
+    const auto run = [&](const KlLossFwd& a) {
+      bool launched = false;
+      cuda::launch_kl_loss_cluster<T>(a, config, memory, nullptr, launched);
+      close("launched", launched, 1, 0);
+    };
+    run({z.rows, r.rows, dz.rows, weight.get(), N, V, weighted.get()});
+    const double exact = 2e-5, rounding = sizeof(T) == 2 ? 0x1p-8 : exact;
+    for (std::int64_t i = 0; i < N; ++i) {
+      const double lse_z = lse(z.row(i), V), lse_r = lse(r.row(i), V);
+      const auto log_p = [&](std::int64_t v) { return double(cuda::to_acc(z.row(i)[v])) - lse_z; };
+      const auto gap = [&](std::int64_t v) { return log_p(v) - (double(cuda::to_acc(r.row(i)[v])) - lse_r); };
+      double kl = 0;
+      for (std::int64_t v = 0; v < V; ++v) kl += std::exp(log_p(v)) * gap(v);
+      close("weighted kl", weighted[i], weight[i] * kl, exact);
+      for (std::int64_t v = 0; v < V; ++v)
+        close("gradient", cuda::to_acc(dz.row(i)[v]), weight[i] * std::exp(log_p(v)) * (gap(v) - kl), 2 * rounding);
+    }
+    for (std::int64_t i = 0; i < N; ++i) {
+      const auto same = [&](const T* row, double kl) {
+        if (std::memcmp(row, dz.row(i), V * sizeof(T)) != 0 || kl != weighted[i]) close("the same row", kl, NAN, 0);
+      };
+      Rows z_row = z.rows, r_row = r.rows;
+      z_row.data = const_cast<T*>(z.row(i)), r_row.data = const_cast<T*>(r.row(i));
+      run({z_row, r_row, alone.rows, weight.get() + i, 1, V, weighted_alone.get()});
+      same(alone.row(0), weighted_alone[0]);
+      run({z_row, r_row, z_row, weight.get() + i, 1, V, weighted_alone.get()});
+      same(z.row(i), weighted_alone[0]);
+    }
+    run({r.rows, r.rows, r.rows, nullptr, N, V, weighted.get()});
+    for (std::int64_t i = 0; i < N; ++i) close("kl of equal rows", weighted[i], 0, 0);
+  }
+}
+
+// Which rows go to clusters: on a device that has them, long ones at whole vectors, however many there are.
+template <class T>
+void check_choice(DType dtype) {
+  constexpr std::int64_t V = 32768 / sizeof(T), N = 3;
+  const Block<T> z(1, N, V, 0, 0, dtype), odd(1, N, V, 1, 1, dtype);
+  Block<T> dz(1, N, V, 0, 0, dtype), odd_dz(1, N, V, 3, 0, dtype);
+  const std::unique_ptr<double[]> weighted(new double[N]);
+  cuda::Acc<T> loss;
+  const auto clusters = [&](const Rows& z, const Rows& r, const Rows& dz, std::int64_t N, std::int64_t V) {
+    const long before = emulator::clusters_run;
+    cuda::TypedOps<T>::kl_loss_fwd({z, r, dz, nullptr, N, V, weighted.get()}, &loss, {nullptr, 16});
+    return double(emulator::clusters_run - before);
+  };
+  const bool can = sizeof(T) < 8;
+  close("three rows in clusters", clusters(z.rows, z.rows, dz.rows, N, V), can ? 3 : 0, 0);
+  close("a row in a cluster", clusters(z.rows, z.rows, dz.rows, 1, V), can ? 1 : 0, 0);
+  close("a short row", clusters(z.rows, z.rows, dz.rows, N, V - 16), 0, 0);
+  close("a row of no whole vectors", clusters(z.rows, z.rows, dz.rows, N, V - 1), 0, 0);
+  close("odd logits", clusters(odd.rows, z.rows, dz.rows, N, V), 0, 0);
+  close("an odd reference", clusters(z.rows, odd.rows, dz.rows, N, V), 0, 0);
+  close("an odd gradient, whose first row is aligned", clusters(z.rows, z.rows, odd_dz.rows, 1, V), 0, 0);
+  if (can) {
+    Rows other = z.rows;
+    other.dtype = dtype == DType::f16 ? DType::bf16 : DType::f16;
+    close("a reference of another type", clusters(z.rows, other, dz.rows, 1, V / 2), 0, 0);
+  }
+  emulator::capability = 80;
+  close("a device without clusters", clusters(z.rows, z.rows, dz.rows, N, V), 0, 0);
+  emulator::capability = 90;
+}
+
 }  // namespace
 
 int main() {
@@ -110,5 +190,14 @@ int main() {
         SPO_TYPES
 #undef SPO_TYPE
       }
+  // A piece of a block's share for every warp or for some; two for some warps; a block with less than the others.
+#define SPO_TYPE(T, name)                                                 \
+  check_choice<T>(DType::name);                                           \
+  check_clusters<T>(DType::name, 16 / sizeof(T) * 300, 1, 256);           \
+  check_clusters<T>(DType::name, 16 / sizeof(T) * 2 * 1090, 2, 256);      \
+  check_clusters<T>(DType::name, 16 / sizeof(T) * (3 * 513 - 2), 3, 512); \
+  check_clusters<T>(DType::name, 16 / sizeof(T) * (8 * 129 - 7), 8, 256);
+  SPO_TYPES
+#undef SPO_TYPE
   std::printf("ok\n");
 }

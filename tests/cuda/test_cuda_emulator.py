@@ -67,6 +67,7 @@ def test_kernels_under_sanitizers(
         assert (result.returncode, result.stdout) == (0, "ok\n"), result.stdout + result.stderr
 
 
+CLUSTER, FIRST = "kl_loss_cluster.cuh", "mbarrier_wait(barriers + piece, 0)"
 # What is replaced in which file, by what, and what the program must say then.
 BUGS = {
     "missing barrier": (
@@ -81,6 +82,18 @@ BUGS = {
         "    if (threadIdx.x == 200) return sum;\n    __syncthreads();\n    sum = of_warp[0];",
         "not reached by all threads",
     ),
+    "bytes not waited for": (CLUSTER, "mbarrier_wait(barriers + piece, parity);", "", "nobody waits"),
+    "always the first phase": (CLUSTER, "mbarrier_wait(barriers + piece, parity)", FIRST, "deadlock"),
+    "sums of blocks not waited for": (CLUSTER, "mbarrier_wait<true>(barrier, turn / 2 % 2);", "", "nobody waits"),
+    "one place for the sums of blocks": (CLUSTER, "turn % 2 * kMaxCluster", "0", "off"),
+    "copy before all lanes have read": (
+        CLUSTER,
+        "__syncwarp();  // every lane has read",
+        "// every lane has read",
+        "off",
+    ),
+    "blocks that have not begun": (CLUSTER, "cluster_sync();  // without", "// without", "has not begun"),
+    "more bytes announced than copied": (CLUSTER, "2 * bytes", "3 * bytes", "deadlock"),
     "shuffle mask": ("row_kernels.cuh", "0xffffffffu, s.sum", "0x0000ffffu, s.sum", "not in its mask"),
     "out of bounds": ("chunk.cuh", "(first < E || first + 2 * E > V)", "first < E", "heap-buffer-overflow"),
     "misaligned vector": (

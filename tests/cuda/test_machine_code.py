@@ -18,13 +18,16 @@ LIBRARY = cuda.library_path()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="built without CUDA")
 
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "sm_120"}
-KERNELS = ["kl_loss_fwd", "token_stats_fwd", "token_stats_bwd", "merge_splits", "scale", "sum"]
+KERNELS = ["kl_loss_fwd", "kl_loss_cluster", "token_stats_fwd", "token_stats_bwd", "merge_splits", "scale", "sum"]
 REGISTERS = {False: 80, True: 128}  # of float64 kernels: three blocks a multiprocessor, two
 SHARED_BYTES = 4096  # a block, of which the system takes 1024 from sm_90 on: far too few to limit the blocks
 
 # The busiest pipe's share of the memory's time, at most. The KL's forward on a B200 was to stay below 0.8 as well; it
 # issues 8.7 instructions an element where that would allow 7.
 H100_SHARE, B200_SHARE, B200_KL_FORWARD_SHARE = 0.6, 0.8, 1.02
+# Of both loops of kl_loss in clusters: sums and gradient in three vectors of traffic, where kl_loss_fwd has five. On a
+# B200 the instructions alone take longer than the memory.
+CLUSTER_SHARE = {"H100": 0.8, "B200": 1.4}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,20 @@ def test_loops_leave_the_b200_bound_by_memory_but_for_the_kl_forward() -> None:
     rest = [loop for loop in loops if not is_kl_forward(loop)]
     assert len(rest) >= 5
     assert over(rest, "B200", B200_SHARE) == []
+
+
+@pytest.mark.parametrize("gpu", [*CLUSTER_SHARE])
+def test_the_kernel_of_clusters_is_compiled_for_devices_that_have_them(gpu: str) -> None:
+    assert LIBRARY is not None
+    loops = list(machine_code.cluster_loops(LIBRARY, GPUS[gpu].arch, r"^kl_loss_cluster_kernel<bf16, "))
+    assert sorted(loop.kernel for loop in loops) == [f"kl_loss_cluster_kernel<bf16, {n}>" for n in (256, 512)]
+    assert over(loops, gpu, CLUSTER_SHARE[gpu]) == []
+
+
+def test_kernels_of_clusters_are_empty_elsewhere(resources: list[Resources]) -> None:
+    """No device that would load these runs them."""
+    registers = {(r.arch, r.registers > 16) for r in resources if r.kernel.startswith("kl_loss_cluster")}
+    assert registers == {("sm_80", False), ("sm_90", True), ("sm_100", True), ("sm_120", False)}
 
 
 @background
