@@ -11,8 +11,8 @@ enum class DType { f32, bf16, f16, f64 };
 // and its gradient has no 1. A number that no mistake makes: the least is what a NaN becomes as an integer.
 constexpr std::int64_t kLabelElsewhere = -(std::int64_t{1} << 62) - 1;
 
-// Rows [N, V] of a tensor [B, T, V] with unit stride along V; strides in elements. T = 1 for [N, V] and wherever the rows
-// are evenly spaced.
+// Rows [N, V] of a tensor [B, T, V] with unit stride along V; strides in elements. T = 1 for [N, V] and wherever the
+// rows are evenly spaced.
 struct Rows {
   void* data = nullptr;
   DType dtype = DType::f32;

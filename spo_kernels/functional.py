@@ -214,8 +214,10 @@ def kl_loss(
             them afterwards and is differentiated, through any tensor that shares their memory. Not caught: whatever
             reads them afterwards without a gradient (a metric, ``logits.detach()``) gets the gradient's numbers. The
             same logits are refused as by ``inplace_backward``, and so are views that autograd lets no in-place
-            operation change (of ``chunk``, ``split``, ``unbind``, or made under ``no_grad``); a slice will do. The
-            option changes nothing without gradients or under ``torch.compile``: the logits stay.
+            operation change (of ``chunk``, ``split``, ``unbind``, or made under ``no_grad``); a slice will do.
+            ``torch.autograd.grad`` of the logits themselves needs their edge of the graph, taken before the call with
+            ``torch.autograd.graph.get_gradient_edge``. The option changes nothing without gradients or under
+            ``torch.compile``: the logits stay.
         process_group, vocab_shards: see `token_logps`. The gradient then has to wait for the other columns: this is
             ``(row_weight * token_kl(...)).sum()``, and overwrite_logits its ``inplace_backward``.
 
