@@ -34,15 +34,16 @@ class TileSizes(NamedTuple):
     least_forward_rows: int | None  # a forward takes whole rows where this many fit in `bytes`; None: never
     wide_bytes: int  # of a tile of whole rows, which gradients within the forward need
     least_wide_rows: int  # of such a tile
+    row_multiple: int  # of tiles of whole rows: products take rows in blocks of so many
 
 
 TILE_SIZES = {
     # Near the peak of matrix products (below 512 rows or 1024 columns a fifth is lost), and small enough to stay in
     # cache between the product and the row op.
-    "cpu": TileSizes(4096, 16 << 20, 1024, None, 64 << 20, 512),
+    "cpu": TileSizes(4096, 16 << 20, 1024, None, 64 << 20, 512, 1),
     # So large that launches cost little beside products: the host takes 5 to 7 us a launch, and an H100 50 us for the
     # product of a 16 MiB tile at H = 2048. Statistics of whole rows need no merging, which takes 30 launches a block.
-    "cuda": TileSizes(4096, 256 << 20, 1024, 512, 1 << 30, 512),
+    "cuda": TileSizes(4096, 256 << 20, 1024, 512, 1 << 30, 512, 256),
 }
 # Columns whose weight, or whose products, are cast at a time where half precision is involved.
 _CAST_COLUMNS = 4096
@@ -309,6 +310,11 @@ def tile_sizes(hidden: Tensor) -> TileSizes:
     return TILE_SIZES["cpu" if hidden.device.type == "cpu" else "cuda"]
 
 
+def _rounded_down(number: int, multiple: int) -> int:
+    """To a multiple, where there is one that is not 0."""
+    return max(number // multiple * multiple, min(number, multiple))
+
+
 def _tile_rows(rows_in_all: int, chunk_size: int | None, size: int) -> int:
     return max(min(size if chunk_size is None else chunk_size, rows_in_all), 1)
 
@@ -322,7 +328,7 @@ def _tile_shape(
     """
     sizes, columns_in_all = tile_sizes(head.hidden), head.weight.shape[0]
     itemsize = _product_dtype(head.hidden, options).itemsize
-    whole = sizes.bytes // (columns_in_all * itemsize)
+    whole = _rounded_down(sizes.bytes // (columns_in_all * itemsize), sizes.row_multiple)
     if forward and sizes.least_forward_rows is not None and sizes.least_forward_rows <= whole:
         rows = _tile_rows(rows_in_all, chunk_size, whole)
         if rows <= whole:
@@ -498,7 +504,7 @@ def kl_loss_fwd(
 def _wide_tile_rows(head: Head, options: LogitOptions, chunk_size: int | None, buffers: int = 1) -> int:
     sizes = tile_sizes(head.hidden)
     row_bytes = head.weight.shape[0] * _product_dtype(head.hidden, options).itemsize
-    size = max(sizes.wide_bytes // row_bytes, sizes.least_wide_rows) // buffers
+    size = _rounded_down(max(sizes.wide_bytes // row_bytes, sizes.least_wide_rows) // buffers, sizes.row_multiple)
     rows = _tile_rows(head.hidden.shape[0], chunk_size, size)
     # Every process must take the same rows at a time, also where shards are uneven.
     return rows if head.shard is None else head.shard.least(rows, head.hidden.device)

@@ -70,7 +70,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
         return
     name, _, level = request.param.partition("-")
     if name == "gpu":
-        yield OnDevice(backends.get(level), "cuda")
+        yield OnDevice(backends.get(level), level, "cuda")
         return
     if not level:
         yield backends.get(name)

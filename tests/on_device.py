@@ -18,8 +18,9 @@ class OnDevice:
     are on the CPU; one in place is the caller's own tensor, as from any backend.
     """
 
-    def __init__(self, backend: Backend, device: str) -> None:
+    def __init__(self, backend: Backend, name: str, device: str) -> None:
         self._backend = backend
+        self.name = name
         self._device = device
 
     def __getattr__(self, name: str) -> Callable[..., Any]:

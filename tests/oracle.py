@@ -121,7 +121,7 @@ class SoftmaxRounding(NamedTuple):
 
     @property
     def logsum_error(self) -> Tensor:
-        return self.sum_error + half_ulp(self.logsum)
+        return self.sum_error + ulp(self.logsum, torch.float32)
 
     @classmethod
     def of(cls, logits: Tensor) -> SoftmaxRounding:
@@ -147,7 +147,7 @@ def rounding(case: Case) -> Result | None:
       relative errors of ``eps |s| / 2``, and by an ulp of its own.
     - The errors of different elements are independent, and a sum over the vocabulary has the root of the sum of their
       squares.
-    - logsum is off by that of its sum and by its own rounding.
+    - logsum is off by that of its sum and by an ulp: what the C and the CUDA library promise of a logarithm.
     - ``logp = s_y - logsum``: by the rounding of s_y, and the error of logsum.
     - ``kl = E_p[s - t] + (ref_logsum - logsum)``: by the rounding of s, of t and of ``s - t`` in each element, by the
       error of each weight times how far its log-ratio is from the mean, by the errors of the two logsums, and by the
@@ -232,7 +232,7 @@ def assert_stats_within_budget(stats: Tensor, case: Case) -> None:
         if case.logits.dtype == torch.float64:
             budget = _float64_budget(true)
         else:
-            budget = FACTOR * (SoftmaxRounding.of(logits).sum_error + half_ulp(logsum))
+            budget = FACTOR * (SoftmaxRounding.of(logits).sum_error + ulp(logsum, torch.float32))
         _assert_within(shift.double() + logsum.double(), true, budget, "lse")
 
 

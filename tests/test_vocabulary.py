@@ -217,7 +217,9 @@ def test_compile(processes: Processes, shards: tuple[int, ...]) -> None:
 
 # ---- from hidden states
 
-TILES = head.TileSizes(rows=5, bytes=1, least_columns=10, least_forward_rows=None, wide_bytes=2**11, least_wide_rows=12)
+TILES = head.TileSizes(
+    rows=5, bytes=1, least_columns=10, least_forward_rows=None, wide_bytes=2**11, least_wide_rows=12, row_multiple=1
+)
 OPTIONS = {"temperature": 1.3, "softcap": 3.0, "logit_scale": 0.6}
 
 

@@ -12,6 +12,7 @@
 // begins at an odd address, which kl_loss_fwd_kernel takes.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <mutex>
@@ -254,6 +255,19 @@ __global__ void __launch_bounds__(threads, threads == kThreads ? 3 : 2)
   }
 }
 
+// Rows as [B, T, V] with a T that all three tensors have: evenly spaced rows fit any. False where there is none.
+inline bool with_same_steps(const KlLossFwd& a, KlLossFwd* out) {
+  const std::int64_t T = std::max({a.z.T, a.r.T, a.dz.T});
+  KlLossFwd same = a;
+  for (Rows* rows : {&same.z, &same.r, &same.dz}) {
+    if (rows->T == T) continue;
+    if (rows->T != 1) return false;
+    *rows = {rows->data, rows->dtype, T, rows->stride_b * T, rows->stride_b};
+  }
+  if (out) *out = same;
+  return true;
+}
+
 // The cluster for rows like these; none where kl_loss_fwd_kernel takes them. Length and strides decide, of one row as
 // of many. A gradient that is not written in place is contiguous, and rows of whole vectors are aligned there too: the
 // kernel is the same in place and out of place.
@@ -262,7 +276,7 @@ inline ClusterConfig cluster_config_of(const KlLossFwd& a, int element_bytes, co
     const std::int64_t begin = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(rows.data));
     return (begin | rows.stride_b * element_bytes | rows.stride_t * element_bytes) % kVectorBytes == 0;
   };
-  if (a.z.dtype != a.r.dtype || a.N > kMaxGrid || a.r.T != a.z.T || a.dz.T != a.z.T) return {};
+  if (a.z.dtype != a.r.dtype || a.N > kMaxGrid || !with_same_steps(a, nullptr)) return {};
   if (!aligned(a.z) || !aligned(a.r) || !aligned(a.dz)) return {};
   return cluster_config(a.V, element_bytes, memory);
 }
@@ -327,7 +341,9 @@ cudaError_t kl_loss_cluster(const KlLossFwd& a, cudaStream_t stream, bool& launc
   SharedMemory memory;
   if (const cudaError_t error = shared_memory_of_device(memory)) return error;
   const ClusterConfig config = cluster_config_of(a, sizeof(T), memory);
-  return config.blocks ? launch_kl_loss_cluster<T>(a, config, memory, stream, launched) : cudaSuccess;
+  KlLossFwd same = a;
+  if (config.blocks == 0 || !with_same_steps(a, &same)) return cudaSuccess;
+  return launch_kl_loss_cluster<T>(same, config, memory, stream, launched);
 }
 
 }  // namespace spo::cuda

@@ -39,9 +39,10 @@ inline ReduceConfig reduce_config(std::int64_t N, std::int64_t V, int multiproce
   return {kThreads, static_cast<int>(splits), elements, N * splits};
 }
 
-// Blocks of a launch whose blocks take one part of the work after another: no more than the GPU holds at a time.
-inline std::int64_t resident_blocks(std::int64_t blocks, int multiprocessors) {
-  constexpr std::int64_t kEach = 2048 / kThreads;  // 2048 threads a multiprocessor
+// Blocks of a launch whose blocks take one part of the work after another: few enough that blocks without work cost
+// microseconds, and several times what the GPU holds, so that all multiprocessors end at the same time.
+inline std::int64_t looping_blocks(std::int64_t blocks, int multiprocessors) {
+  constexpr std::int64_t kEach = 64;
   return std::min(blocks, kEach * std::max(multiprocessors, 1));
 }
 
@@ -79,7 +80,8 @@ struct ClusterConfig {
 
 constexpr int kMaxCluster = 8;                      // blocks: every device with clusters takes so many
 constexpr int kPieceVectors = 128;                  // a warp copies and computes a block's share in such pieces
-constexpr std::int64_t kClusterRowBytes = 1 << 15;  // of one tensor: a shorter row leaves a block too little work
+constexpr std::int64_t kClusterRowBytes = 1 << 14;  // of one tensor: a shorter row leaves a block too little work
+constexpr std::int64_t kWideShareBytes = 1 << 16;   // of both: from here on a block has 512 threads
 constexpr int kSumBytes = 20;                       // of the partial sums of a thread, warp or block
 constexpr int kSystemSharedBytes = 1024;            // that the system takes of every block
 
@@ -99,17 +101,15 @@ inline ClusterConfig cluster_of(std::int64_t V, int element_bytes, int blocks, i
   return {blocks, threads, static_cast<int>(vectors), cluster_shared_bytes(static_cast<int>(vectors), threads)};
 }
 
-// Depends on the row's length and the device alone: a row's result must not depend on the number of rows. While one
-// block of a multiprocessor waits for its peers, the others keep the memory busy, so three blocks are better than two,
-// and two than one. A multiprocessor that holds one block needs more threads.
+// Depends on the row's length and the device alone: a row's result must not depend on the number of rows. The fewest
+// blocks that hold the row are best on an H100: they meet once a row, and each block refills its pieces while others
+// wait. Sizes of five to seven leave multiprocessors of a cluster's neighbourhood idle.
 inline ClusterConfig cluster_config(std::int64_t V, int element_bytes, const SharedMemory& memory) {
   if (memory.block == 0 || V * element_bytes % 16 != 0 || V * element_bytes < kClusterRowBytes) return {};
-  for (const int resident : {3, 2, 1}) {
-    const std::int64_t most = std::min(memory.block, memory.multiprocessor / resident / 128 * 128 - kSystemSharedBytes);
-    for (int blocks = 1; blocks <= kMaxCluster; blocks *= 2) {
-      const ClusterConfig config = cluster_of(V, element_bytes, blocks, resident == 1 ? 512 : 256);
-      if (config.blocks && config.shared_bytes <= most) return config;
-    }
+  for (const int blocks : {1, 2, 3, 4, kMaxCluster}) {
+    ClusterConfig config = cluster_of(V, element_bytes, blocks, 512);
+    if (config.blocks == 0 || config.shared_bytes > memory.block) continue;
+    return config.shared_bytes < kWideShareBytes ? cluster_of(V, element_bytes, blocks, 256) : config;
   }
   return {};
 }

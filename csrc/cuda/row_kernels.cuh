@@ -663,8 +663,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>) sum_kernel(const double*
   if (threadIdx.x == 0) *loss = static_cast<A>(of_thread[0]);
 }
 
-// rows *= *factor; a factor of 1 leaves the memory untouched. The grid is as large as the GPU, or smaller: each group
-// of threads takes one part after another, so that a factor of 1 costs no launch of blocks without work.
+// rows *= *factor; a factor of 1 leaves the memory untouched. Each group of threads takes one part after another: with
+// a block for each part a factor of 1 would cost a tenth of the work.
 template <class T, int threads_per_row>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     scale_kernel(Rows rows, std::int64_t N, std::int64_t V, const Acc<T>* factor, unsigned parts,

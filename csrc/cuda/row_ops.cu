@@ -39,6 +39,10 @@ cudaError_t token_stats_bwd(const TokenStatsBwd& args, const Launch& launch) {
   return with_type(args.z.dtype, [&]<class Ops>() { return Ops::token_stats_bwd(args, launch); });
 }
 
+bool kl_loss_in_clusters(const KlLossFwd& args) {
+  return with_type(args.z.dtype, [&]<class Ops>() { return Ops::kl_loss_in_clusters(args); });
+}
+
 cudaError_t kl_loss_fwd(const KlLossFwd& args, void* loss, const Launch& launch) {
   return with_type(args.z.dtype, [&]<class Ops>() { return Ops::kl_loss_fwd(args, loss, launch); });
 }

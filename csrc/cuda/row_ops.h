@@ -21,6 +21,9 @@ struct Launch {
 
 cudaError_t token_stats_fwd(const TokenStatsFwd& args, const Launch& launch);
 cudaError_t token_stats_bwd(const TokenStatsBwd& args, const Launch& launch);
+// Whether kl_loss_fwd holds rows like these in the shared memory of clusters: it then needs no second launch for them,
+// few or many. dz counts as any other rows.
+bool kl_loss_in_clusters(const KlLossFwd& args);
 // loss (acc, one element) = the sum of weighted_kl. Results of a row never depend on the number of rows.
 cudaError_t kl_loss_fwd(const KlLossFwd& args, void* loss, const Launch& launch);
 // rows [N, V] *= *factor (acc); nothing is written where the factor is 1.

@@ -14,6 +14,7 @@ struct TypedOps {
                                       bool deterministic);
   static cudaError_t token_stats_fwd(const TokenStatsFwd& a, const Launch& at);
   static cudaError_t token_stats_bwd(const TokenStatsBwd& a, const Launch& at);
+  static bool kl_loss_in_clusters(const KlLossFwd& a);
   static cudaError_t kl_loss_fwd(const KlLossFwd& a, void* loss, const Launch& at);
   static cudaError_t scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* factor, const Launch& at);
 };
@@ -88,6 +89,16 @@ cudaError_t TypedOps<T>::token_stats_bwd(const TokenStatsBwd& a, const Launch& a
 }
 
 template <class T>
+bool TypedOps<T>::kl_loss_in_clusters(const KlLossFwd& a) {
+  if constexpr (std::is_same_v<T, double>) {
+    return false;
+  } else {
+    SharedMemory memory;
+    return shared_memory_of_device(memory) == cudaSuccess && cluster_config_of(a, sizeof(T), memory).blocks > 0;
+  }
+}
+
+template <class T>
 cudaError_t TypedOps<T>::kl_loss_fwd(const KlLossFwd& a, void* loss, const Launch& at) {
   const ReduceConfig config = reduce_config(a.N, a.V, at.multiprocessors, true);
   unsigned grid;
@@ -113,7 +124,7 @@ template <class T>
 cudaError_t TypedOps<T>::scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* factor, const Launch& at) {
   const ElementwiseConfig config = elementwise_config(N, V, kBatch<false, T> * kChunk<T>);
   unsigned grid;
-  if (const cudaError_t error = grid_of(resident_blocks(config.blocks, at.multiprocessors), grid)) return error;
+  if (const cudaError_t error = grid_of(looping_blocks(config.blocks, at.multiprocessors), grid)) return error;
   return with_threads(config.threads_per_row, [&]<int threads>() {
     return launch(scale_kernel<T, threads>, grid, kThreads, at.stream, rows, N, V, static_cast<const Acc<T>*>(factor),
                   config.parts, config.part_elements);

@@ -61,10 +61,13 @@ void check(cudaError_t error, const char* op) {
 #endif
 }
 
-bool splits_rows(const Tensor& logits, bool with_kl, bool deterministic) {
+// Whether token_stats_fwd would share rows like these among blocks, where kl_loss_fwd would leave most of a GPU idle.
+bool kl_loss_splits_rows(const Tensor& logits, const Tensor& ref_logits, bool deterministic) {
   const OnDevice device(logits);
-  return cuda::workspace_bytes(rows_of(logits, "logits", false), with_kl, row_count(logits), logits.size(-1),
-                               device.launch.multiprocessors, deterministic) > 0;
+  const KlLossCall call(logits, logits, ref_logits, std::nullopt);
+  if (cuda::kl_loss_in_clusters(call.args)) return false;
+  return cuda::workspace_bytes(call.args.z, true, call.args.N, call.args.V, device.launch.multiprocessors,
+                               deterministic) > 0;
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_stats_fwd(const Tensor& logits, const OptionalTensor& labels,
@@ -114,7 +117,7 @@ STABLE_TORCH_LIBRARY_IMPL(spo_kernels_emulated, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(spo_kernels_cuda, CUDA, m) {
 #endif
-  m.impl("splits_rows", TORCH_BOX(&spo::splits_rows));
+  m.impl("kl_loss_splits_rows", TORCH_BOX(&spo::kl_loss_splits_rows));
   m.impl("token_stats_fwd", TORCH_BOX(&spo::token_stats_fwd));
   m.impl("token_stats_bwd", TORCH_BOX(&spo::token_stats_bwd));
   m.impl("kl_loss_fwd", TORCH_BOX(&spo::kl_loss_fwd));

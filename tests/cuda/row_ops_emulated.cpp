@@ -151,7 +151,7 @@ void check_clusters(DType dtype, std::int64_t V, int blocks, int threads) {
 // Which rows go to clusters: on a device that has them, long ones at whole vectors, however many there are.
 template <class T>
 void check_choice(DType dtype) {
-  constexpr std::int64_t V = 32768 / sizeof(T), N = 3;
+  constexpr std::int64_t V = 16384 / sizeof(T), N = 3;
   const Block<T> z(1, N, V, 0, 0, dtype), odd(1, N, V, 1, 1, dtype);
   Block<T> dz(1, N, V, 0, 0, dtype), odd_dz(1, N, V, 3, 0, dtype);
   const std::unique_ptr<double[]> weighted(new double[N]);

@@ -145,6 +145,16 @@ def test_a_label_out_of_range_traps(emulated_library: Path, tmp_path: Path) -> N
     assert "labels must be in [0, V) or ignore_index" in result.stderr
 
 
+def test_values_on_another_device_are_refused(emulated_cuda: backends.Backend) -> None:
+    logits, elsewhere = torch.randn(3, 5), torch.zeros(3, dtype=torch.int64, device="meta")
+    with pytest.raises(RuntimeError, match="labels must be on cpu like the logits, got meta"):
+        emulated_cuda.token_stats_fwd(logits, elsewhere, None, None, -100)
+    with pytest.raises(RuntimeError, match="row_weight must be on cpu like the logits, got meta"):
+        emulated_cuda.kl_loss_fwd(logits, logits, elsewhere.float(), False)
+    with pytest.raises(RuntimeError, match="scale must be on cpu like the logits, got meta"):
+        emulated_cuda.scale_(logits, elsewhere[0].float())
+
+
 def test_splitting_rows_is_left_out_where_results_must_be_deterministic(emulated_cuda: backends.Backend) -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 40_000), torch.tensor([0, 1, 39_999])
@@ -157,8 +167,10 @@ def test_splitting_rows_is_left_out_where_results_must_be_deterministic(emulated
         torch.use_deterministic_algorithms(False)
     assert alone[0] == among[0]
     torch.testing.assert_close(split, alone, rtol=0, atol=4e-6)
-    assert torch.ops.spo_kernels_emulated.splits_rows(logits, False, False)
-    assert not torch.ops.spo_kernels_emulated.splits_rows(logits, False, True)
+    odd = torch.randn(3, 40_001)  # not whole vectors: such rows are not held in clusters
+    assert torch.ops.spo_kernels_emulated.kl_loss_splits_rows(odd, odd, False)
+    assert not torch.ops.spo_kernels_emulated.kl_loss_splits_rows(odd, odd, True)
+    assert not torch.ops.spo_kernels_emulated.kl_loss_splits_rows(logits, logits, False)
 
 
 @pytest.mark.skipif(cuda.library_path() is None, reason="built without CUDA")
