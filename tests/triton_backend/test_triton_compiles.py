@@ -20,9 +20,9 @@ pytestmark = pytest.mark.slow
 # One process each: a test machine has two cores, and cuda:90 compiles more than the others.
 GROUPS = (("cuda:90", "cuda:80"), ("cuda:100", "cuda:120", "hip:gfx942"))
 
-# The busiest pipe's share of the memory's time, at most. Two steps a tile cost more instructions than four or eight, and
-# an H100 is up to twice as fast with them (`row_config`). On a B200, where nothing was measured, the exponentials alone
-# take 97 % of the memory's time, and the KL's instructions need 118 %; the CUDA kernels compute a quarter of the
+# The busiest pipe's share of the memory's time, at most. Two steps a tile cost more instructions than four or eight,
+# but an H100 is up to twice as fast with them (`row_config`). On a B200, where nothing was measured, the exponentials
+# alone take 97 % of the memory's time, and the KL's instructions need 118 %; the CUDA kernels compute a quarter of the
 # exponentials by a polynomial.
 SHARES = {"A100": 0.6, "H100": 0.65, "B200": 1.2}
 
