@@ -76,7 +76,7 @@ def assert_near(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], 
 def test_on_device_keeps_layouts_and_writes_in_place() -> None:
     """The carrier of the CPU's cases, over a backend that needs none."""
     direct = backends.get(backends.active("cpu"))
-    carried = OnDevice(direct, "cpu")
+    carried = OnDevice(direct, "cpu", "cpu")
     buffer = torch.randn(5, 40)
     logits, ref_logits, labels = buffer[:, 3:33], torch.randn(5, 30), torch.randint(30, (5,))
     expected = direct.token_stats_fwd(logits, labels, ref_logits, None, -100)
