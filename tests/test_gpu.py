@@ -309,6 +309,21 @@ def test_values_on_another_device_are_refused() -> None:
         torch.ops.spo_kernels.scale_(logits, ones[0])
 
 
+@on_any_device
+def test_an_error_in_the_library_reaches_python(device: str) -> None:
+    """In a process of its own: on one machine with a GPU an exception of the library once ended the interpreter."""
+    program = (
+        "import torch, spo_kernels\n"
+        f"logits = torch.randn(2, 5, device='{device}')\n"
+        "try:\n"
+        "    torch.ops.spo_kernels.token_stats_fwd(logits, logits[:, 0].int(), None, None, -100, False)\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, "labels has the wrong dtype" in done.stdout) == (0, True), done.stderr
+
+
 @on_gpu
 @pytest.mark.parametrize("name", [name for name in ("cuda", "triton") if name in backends.available()])
 def test_a_label_out_of_range_stops_the_program(name: str) -> None:
