@@ -351,8 +351,9 @@ def report(runs: tuple[Path, ...], out: Path, stories: int) -> None:
 @out_folder
 @click.option("--quick", is_flag=True, help="Sizes that take seconds, to see that everything works; it shows no more.")
 @click.option("--fresh", is_flag=True, help="Start over: remove an earlier demo from the folder.")
+@device_option
 @settings_options(DemoConfig, unset=True)
-def demo(out: Path, quick: bool, fresh: bool, **options: Any) -> None:
+def demo(out: Path, quick: bool, fresh: bool, device: str, **options: Any) -> None:
     """The whole job on the shipped model: pairs, SPO, DPO, win rates, figure; about five minutes on two cores.
 
     Samples stories from the shipped reference model, has pairs of them judged, aligns the model with SPO
@@ -363,20 +364,25 @@ def demo(out: Path, quick: bool, fresh: bool, **options: Any) -> None:
     config = DemoConfig(**(base | {name: value for name, value in options.items() if value is not None}))
     from spo_train.demo import run_demo
 
-    run_demo(out, config, fresh=fresh, say=click.echo)
+    _require_device(device)
+    run_demo(out, config, device=device, fresh=fresh, say=click.echo)
+
+
+def _require_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device).cpu()  # a meta tensor has no values to copy
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what builds without CUDA raise, and meta
+        raise ValueError(f"device must be one that torch can use here, got {device!r}: {error}") from error
 
 
 def _load(folder: Path | None, device: str) -> tuple[Llama, Tokenizer]:
     """Model and tokenizer of a folder, of the run in a folder, or (None) those shipped with the package."""
-    import torch
-
     from spo_train.align import MODEL_FOLDER, RUN_FILE
     from spo_train.model import load_pretrained, load_reference
 
-    try:
-        torch.empty(0, device=device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be one that torch can use here, got {device!r}: {error}") from error
+    _require_device(device)
     if folder is None:
         return load_reference(device)
     if not folder.exists():

@@ -37,12 +37,20 @@ ALIGNMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_demo(out: Path, config: DemoConfig, *, fresh: bool = False, say: Callable[[str], None] = print) -> list[Path]:
+def run_demo(
+    out: Path,
+    config: DemoConfig,
+    *,
+    device: str = "cpu",
+    fresh: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
     """Runs the demo in the folder `out`, or what is left of it.
 
     Args:
         out: the demo's folder.
         config: sizes.
+        device: where the models run, as torch names it. It is no part of the demo: the rest may run on another one.
         fresh: remove an earlier demo from `out` first; files that are not the demo's stay.
         say: takes each line of the account of what is done.
 
@@ -55,7 +63,7 @@ def run_demo(out: Path, config: DemoConfig, *, fresh: bool = False, say: Callabl
     """
     start = time.perf_counter()
     _prepare(out, config, fresh)
-    reference, tokenizer = load_reference()
+    reference, tokenizer = load_reference(device)
     judge = story_judge()
 
     pairs_file = out / PAIRS_FILE
@@ -83,7 +91,7 @@ def run_demo(out: Path, config: DemoConfig, *, fresh: bool = False, say: Callabl
     for number, (folder, settings) in enumerate(zip(folders, ALIGNMENTS.values(), strict=True), start=3):
         if not is_finished(folder):
             # A fresh copy of the reference is the policy's first state.
-            policy, _ = load_reference()
+            policy, _ = load_reference(device)
             align(
                 policy,
                 reference,

@@ -287,6 +287,8 @@ def test_demo(tmp_path: Path) -> None:
     assert [file.stat().st_mtime_ns for file in files] == before
 
     assert "steps=2, now 3" in refused(*arguments, "--steps", "3")
+    for device in ("abacus", "cuda:99", "meta"):
+        assert "device must be one that torch can use here" in refused(*arguments, "--device", device)
 
 
 def test_a_fresh_demo_removes_the_demos_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +303,7 @@ def test_a_fresh_demo_removes_the_demos_files_only(tmp_path: Path, monkeypatch: 
     class ReachedError(Exception):
         pass
 
-    def reached() -> None:
+    def reached(device: str) -> None:
         raise ReachedError
 
     monkeypatch.setattr("spo_train.demo.load_reference", reached)
