@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,7 +311,7 @@ def test_values_on_another_device_are_refused() -> None:
 
 
 @on_any_device
-def test_an_error_in_the_library_reaches_python(device: str) -> None:
+def test_an_error_in_the_library_reaches_python(device: str, tmp_path: Path) -> None:
     """In a process of its own: on one machine with a GPU an exception of the library once ended the interpreter."""
     program = (
         "import torch, spo_kernels\n"
@@ -320,13 +321,14 @@ def test_an_error_in_the_library_reaches_python(device: str) -> None:
         "except RuntimeError as error:\n"
         "    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    # Elsewhere: from the repository's root Python would import the source tree before the installed package.
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, "labels has the wrong dtype" in done.stdout) == (0, True), done.stderr
 
 
 @on_gpu
 @pytest.mark.parametrize("name", [name for name in ("cuda", "triton") if name in backends.available()])
-def test_a_label_out_of_range_stops_the_program(name: str) -> None:
+def test_a_label_out_of_range_stops_the_program(name: str, tmp_path: Path) -> None:
     """A trap leaves the GPU unusable for its process, so it has one of its own."""
     program = (
         "import torch, spo_kernels\n"
@@ -335,7 +337,8 @@ def test_a_label_out_of_range_stops_the_program(name: str) -> None:
         "torch.randn(8, 1000, device='cuda'), labels, None, None, -100)\n"
         "torch.cuda.synchronize()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    # Elsewhere: from the repository's root Python would import the source tree before the installed package.
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "assert" in done.stderr.lower()
 
