@@ -51,11 +51,10 @@ def token_logps(
         logits: ``[..., V]``.
         labels: ``[...]`` int64, aligned with logits; ``ignore_index`` marks rows that are not wanted.
         inplace_backward: let the backward overwrite ``logits`` with its gradient, so that no second ``[..., V]`` tensor
-            is needed. Use it when nothing needs the logits once the backward has come this far. Caught: autograd raises
-            in the backward where another function saved the logits and its turn comes later, and so does a second
-            backward. Not caught: whatever reads the logits when the backward is over, to differentiate it or not, gets
-            the gradient's numbers. Logits that are a leaf, or whose elements share memory, are refused. Under
-            ``torch.compile`` the result is the same and memory is left to the compiler.
+            is needed. Use it when nothing else needs the logits. Caught: a function that saved the logits and whose
+            backward runs later raises, and so does a second backward. Not caught: code that reads the logits after
+            the backward gets the gradient's numbers. Logits that are a leaf, or whose elements share memory, are
+            refused. Under ``torch.compile`` the result is the same and memory is left to the compiler.
         process_group: the group that holds the vocabulary, or None: this process has all of it. See the module.
         vocab_shards: columns of each process, in the order of ranks; None: all have as many as this one.
 
@@ -409,7 +408,7 @@ def _check_inplace(logits: Tensor, option: str) -> None:
 
 
 def _check_markable(logits: Tensor) -> None:
-    """Refuse views of which autograd would not see that they have been overwritten."""
+    """Refuse views that autograd does not track: a later use of the overwritten memory would go unseen."""
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad and logits._is_view()):
         return
     autograd = torch._C._autograd

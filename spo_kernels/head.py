@@ -40,10 +40,26 @@ class TileSizes(NamedTuple):
 TILE_SIZES = {
     # Near the peak of matrix products (below 512 rows or 1024 columns a fifth is lost), and small enough to stay in
     # cache between the product and the row op.
-    "cpu": TileSizes(4096, 16 << 20, 1024, None, 64 << 20, 512, 1),
-    # So large that launches cost little beside products: the host takes 5 to 7 us a launch, and an H100 50 us for the
-    # product of a 16 MiB tile at H = 2048. Statistics of whole rows need no merging, which takes 30 launches a block.
-    "cuda": TileSizes(4096, 256 << 20, 1024, 512, 1 << 30, 512, 256),
+    "cpu": TileSizes(
+        rows=4096,
+        bytes=16 << 20,
+        least_columns=1024,
+        least_forward_rows=None,
+        wide_bytes=64 << 20,
+        least_wide_rows=512,
+        row_multiple=1,
+    ),
+    # So large that launches cost little beside products: a host took 17 us a launch, and its H100 50 us for the product
+    # of a 16 MiB tile at H = 2048. Statistics of whole rows need no merging, which takes 30 launches a block.
+    "cuda": TileSizes(
+        rows=4096,
+        bytes=256 << 20,
+        least_columns=1024,
+        least_forward_rows=512,
+        wide_bytes=1 << 30,
+        least_wide_rows=512,
+        row_multiple=256,
+    ),
 }
 # Columns whose weight, or whose products, are cast at a time where half precision is involved.
 _CAST_COLUMNS = 4096

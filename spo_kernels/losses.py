@@ -506,7 +506,7 @@ class SPOLoss(nn.Module):
         average: take the mean of token log-probs in place of their sum for L_w and L_l.
         ignore_index: label of rows that are no part of a response.
         inplace_backward: the backward writes dlogits into the memory of `logits` and `kl_logits`: no V-wide allocation,
-            and neither may be used afterwards. What autograd catches of that, `token_logps` says.
+            and neither may be used afterwards. See `token_logps` for what autograd catches.
         process_group, vocab_shards: see `spo_kernels.functional`; the group that holds the vocabulary. Pairs split over
             another group are `SoftImportance`'s.
     """

@@ -107,10 +107,10 @@ def _sharded_token_stats_fwd(
     part = vocabulary.part_of(logits, local, ref_logits, mask)
     shard = vocabulary.Shard(vocab_start, vocab_size, process_group)
     whole = vocabulary.combine(part, shard, columns, labels=labels, mask=mask)
-    if labels is not None:  # after the all-gather: where labels differ, every process must hear of it
+    if labels is not None:  # after the all-gather, so that labels that differ are an error in every process
         vocabulary.check_labels(labels, vocab_size, ignore_index)
     logps, kl = whole.logps(), whole.kl
-    # Of rows nobody asked for the parts say nothing.
+    # Ignored and masked rows carry no statistics; report 0.
     if labels is not None:
         logps = torch.where(labels.flatten() == ignore_index, 0, logps).view(rows)
     if ref_logits is not None:

@@ -177,7 +177,7 @@ def combine(part: Part, shard: Shard | None, columns: int, **same: Tensor | None
 
     Every process merges the parts in the same order and gets the same bits. Without a shard the part is the whole.
     Raises ValueError where the shards are not the vocabulary without gap or overlap, or where one of the tensors `same`
-    is not so in every process; a GPU has a device-side assertion.
+    differs between processes; a GPU has a device-side assertion.
     """
     if shard is None:
         return part

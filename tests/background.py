@@ -1,4 +1,4 @@
-"""Compilers and child processes that tests wait for, at work beside the other tests from the session's start.
+"""Compilers and child processes that tests wait for, at work beside the other tests from the start of a run.
 
 Tests that wait for one run last (`waits_for` and pytest_collection_modifyitems in conftest.py), and what no selected
 test waits for is not started.
@@ -18,7 +18,7 @@ _FUNCTIONS: dict[str, Callable[[Path], Any]] = {}
 
 
 def background(function: Callable[[Path], Any]) -> Any:
-    """The session fixture of what ``function(an empty folder)`` returns; an exception is raised in whoever asks."""
+    """A fixture with the result of ``function(an empty folder)``, computed once. Its exception reaches every user."""
     name = function.__name__
     _FUNCTIONS[name] = function
 

@@ -3,9 +3,9 @@
 // sm_10x), policy and reference of one type, and rows that begin and end at a multiple of 16 bytes.
 //
 // A cluster takes one row after another. Each of its blocks holds a share of the row, and each warp of the block every
-// eighth (or sixteenth) piece of the share. A warp starts the copies of its pieces, waits for them and, when it has
-// written a piece's gradient, starts the copy of the same piece of the next row: blocks meet only where they merge
-// their sums, once a row. Meanwhile the other blocks of the multiprocessor keep the memory busy.
+// eighth (or sixteenth) piece of the share. A warp starts the copies of its pieces and waits for them. When it has
+// written a piece's gradient, it starts the copy of the same piece of the next row, which keeps the memory busy. Blocks
+// meet only where they merge their sums, once a row.
 //
 // Which lane adds up which elements depends on the row's length and the device alone (cluster_config), so that a row's
 // result does not depend on other rows or their number. It may differ in the last bits from that of a row that

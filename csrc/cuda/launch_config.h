@@ -64,9 +64,9 @@ inline ElementwiseConfig elementwise_config(std::int64_t N, std::int64_t V, int 
   return {kThreads, static_cast<unsigned>(parts), elements, N * parts};
 }
 
-// Shared memory that a device offers to clusters of blocks, in bytes: 0 where its kernels run without clusters.
+// Shared memory that a device offers to a block of a cluster, in bytes: 0 where its kernels run without clusters.
 struct SharedMemory {
-  std::int64_t block, multiprocessor;
+  std::int64_t block;
 };
 
 // A kernel that holds a row of two tensors in the shared memory of a cluster.
@@ -83,7 +83,6 @@ constexpr int kPieceVectors = 128;                  // a warp copies and compute
 constexpr std::int64_t kClusterRowBytes = 1 << 14;  // of one tensor: a shorter row leaves a block too little work
 constexpr std::int64_t kWideShareBytes = 1 << 16;   // of both: from here on a block has 512 threads
 constexpr int kSumBytes = 20;                       // of the partial sums of a thread, warp or block
-constexpr int kSystemSharedBytes = 1024;            // that the system takes of every block
 
 // Shared memory: the shares of both tensors, a barrier for each piece and two for the sums of blocks, and sums: one of
 // each warp, two of each block.

@@ -64,16 +64,14 @@ cudaError_t launch_clusters(void (*kernel)(Params...), unsigned clusters, const 
 inline cudaError_t shared_memory(int device, SharedMemory& memory) {
 #if defined(SPO_CUDA_EMULATOR)
   (void)device;
-  memory = emulator::capability == 90 ? SharedMemory{232448, 233472} : SharedMemory{};  // an H100's
+  memory = emulator::capability == 90 ? SharedMemory{232448} : SharedMemory{};  // an H100's
   return cudaSuccess;
 #else
   memory = {};
-  int major = 0, block = 0, multiprocessor = 0;
+  int major = 0, block = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  if (error == cudaSuccess && (major == 9 || major == 10)) memory = {block, multiprocessor};
+  if (error == cudaSuccess && (major == 9 || major == 10)) memory = {block};
   return error;
 #endif
 }

@@ -59,7 +59,9 @@ class CompiledOps:
         ignore_index: int,
         inplace: bool,
     ) -> Tensor:
-        _require_device(logits, labels=labels, ref_logits=ref_logits, mask=mask, dlogps=dlogps, dkl=dkl, stats=stats)
+        _require_device(
+            logits, labels=labels, ref_logits=ref_logits, mask=mask, dlogps=dlogps, dkl=dkl, kl=kl, stats=stats
+        )
         dlogits = _gradient_of(logits, inplace)
         self._ops.token_stats_bwd(dlogits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index)
         return dlogits
@@ -85,7 +87,11 @@ class CompiledOps:
 
 
 def _require_device(logits: Tensor, **values: Tensor | None) -> None:
-    """A kernel that reads a pointer of another device costs the process its context."""
+    """A kernel that reads a pointer of another device costs the process its context.
+
+    The library checks it as well, for all compiled backends. Here the check comes before the library: on one machine an
+    exception of the library ended the interpreter (benchmarks/results/h100.md, "Correctness").
+    """
     device = logits.device
     for name, value in values.items():
         if value is not None and value.device != device:

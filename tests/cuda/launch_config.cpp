@@ -26,7 +26,7 @@ void require_blocks(int threads_per_row, std::int64_t groups, std::int64_t block
   require(blocks * in_block >= groups && (blocks - 1) * in_block < groups, "enough blocks and none idle", N, V);
 }
 
-constexpr SharedMemory kH100{232448, 233472}, kNone{0, 0};  // also a B200's
+constexpr SharedMemory kH100{232448}, kNone{0};  // also a B200's
 
 void require_cluster(std::int64_t V, int element_bytes) {
   const ClusterConfig c = cluster_config(V, element_bytes, kH100);

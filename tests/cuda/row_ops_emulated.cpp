@@ -109,7 +109,7 @@ void check_clusters(DType dtype, std::int64_t V, int blocks, int threads) {
     return;
   } else {
     constexpr std::int64_t N = 8;
-    const cuda::SharedMemory memory{232448, 233472};
+    const cuda::SharedMemory memory{232448};
     const Block<T> z(2, N / 2, V, 16, 0, dtype), r(2, N / 2, V, 8, 8, dtype);
     Block<T> dz(2, N / 2, V, 0, 0, dtype), alone(1, 1, V, 0, 0, dtype);
     const std::unique_ptr<A[]> weight(new A[N]{0.75, -0.5, 0, 1, 0.75, 0, 2, 1});
