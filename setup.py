@@ -40,6 +40,9 @@ COMMON_FLAGS = [
     "-Wextra",
     "-Wno-unused-function",
 ]
+# What a library takes from a static archive is its own alone. A compiler that links libstdc++ statically would otherwise
+# export its copy, and the loader would mix that copy with torch's: an error's text then lost its numbers, or crashed.
+LINK_FLAGS = ["-shared", "-Wl,--exclude-libs,ALL"]
 X86_LEVELS = {
     # g++ 12's own AVX-512 headers read an undefined vector on purpose.
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized",
@@ -229,7 +232,7 @@ class NinjaBuild(build_ext):
                 depfile="$out.d",
                 deps="gcc",
             )
-            writer.rule("link", f"{shell([compiler])} -shared {shell(extra)} $in $flags -o $out")
+            writer.rule("link", f"{shell([compiler, *LINK_FLAGS, *extra])} $in $flags -o $out")
 
             def compile_object(source: str, flags: list[str]) -> str:
                 out = source.replace("/", "_") + ".o"

@@ -26,8 +26,10 @@ from spo_train.model import Llama, ModelConfig
 
 _ALPHA, _BETA, _GAMMA = 0.1, 0.03, 0.1
 _IGNORED = -100
-# float32 against float64 through a whole model and a clipped gradient; what a wrong coefficient costs is far beyond it.
-_GATE_BUDGET = 1e-3
+# Against float64 through a whole model; what a wrong coefficient costs is far beyond it. In half precision the model's
+# own activations are rounded, for everyone.
+_GATE_BUDGETS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+_GATE_SHAPE = (1, 64)  # at most so many pairs and sampled sequences, and tokens of each: float64 of all would not fit
 _PROFILED_STEPS = 3
 
 
@@ -62,8 +64,13 @@ class Losses:
     compiled: bool = False
 
 
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32, as trainers cast logits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def eager_preference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logps = F.log_softmax(F.linear(hidden, weight), -1)
+    logps = F.log_softmax(_wide(F.linear(hidden, weight)), -1)
     picked = logps.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
     logp_w, logp_l = (picked * (labels != _IGNORED)).sum(-1).chunk(2)
     scores = _GAMMA * torch.logaddexp(logp_w, logp_l).detach()
@@ -72,12 +79,12 @@ def eager_preference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def eager_kl(hidden: Tensor, weight: Tensor, batch: KLBatch) -> Tensor:
-    logps, ref_logps = F.log_softmax(F.linear(hidden, weight), -1), F.log_softmax(batch.ref_logits, -1)
+    logps, ref_logps = (F.log_softmax(_wide(x), -1) for x in (F.linear(hidden, weight), batch.ref_logits))
     return _BETA * ((logps.exp() * (logps - ref_logps)).sum(-1) * batch.mask).sum(-1).mean()
 
 
 def _per_row(batch: KLBatch) -> Tensor:
-    return batch.ref_hidden.new_full(batch.mask.shape, _BETA / len(batch.mask))
+    return torch.full(batch.mask.shape, _BETA / len(batch.mask), device=batch.mask.device)
 
 
 def _ours(*, inplace: bool) -> Losses:
@@ -127,6 +134,7 @@ LOSSES: dict[str, Losses] = {
 MODEL_ONLY = "model_only"
 REFRESH = "refresh"  # not a step: what every k-th of anyone's steps has on top
 PROVIDERS = (*LOSSES, MODEL_ONLY)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -166,6 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
         "--hidden", type=count, default=256, help="width of the model, a multiple of 64 or less than 64"
     )
     parser.add_argument("--layers", type=count, default=2)
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the model, its gradients and AdamW")
     parser.add_argument("--providers", choices=PROVIDERS, nargs="+", metavar="NAME", help="default: all")
 
 
@@ -179,7 +188,7 @@ class Step:
         self._gradients: tuple[Tensor, Tensor] | None = None
         if name == MODEL_ONLY:
             self._gradients = (
-                torch.full((*batch.ids.shape, model.vocab_size), 1e-6, device=batch.ids.device),
+                torch.full((*batch.ids.shape, model.vocab_size), 1e-6, device=batch.ids.device, dtype=batch.kl.ref_logits.dtype),
                 torch.full_like(batch.kl.ref_logits, 1e-6),
             )
             return
@@ -222,7 +231,7 @@ class Refresh:
         self._reference = copy.deepcopy(model)
         with torch.no_grad():
             for parameter in self._reference.parameters():
-                noise = torch.randn(parameter.shape, device=generator.device, generator=generator)
+                noise = torch.randn(parameter.shape, dtype=parameter.dtype, device=generator.device, generator=generator)
                 parameter.add_(0.05 * parameter.std(correction=0) * noise)
 
     def run(self) -> KLBatch:
@@ -247,7 +256,8 @@ def _make_model(options: argparse.Namespace, device: torch.device) -> Llama:
         ffn_dim=max(options.hidden * 11 // 4, 1),
         max_length=options.tokens + 1,
     )
-    return Llama(config).to(device)
+    with device:
+        return Llama(config).to(_DTYPES[options.dtype])
 
 
 def _make_batch(options: argparse.Namespace, refresh: Refresh, generator: torch.Generator) -> Batch:
@@ -261,6 +271,25 @@ def _make_batch(options: argparse.Namespace, refresh: Refresh, generator: torch.
 def _gradients(name: str, model: Llama, batch: Batch) -> tuple[float, dict[str, Tensor]]:
     objective = Step(name, model, None, batch).run().item()
     return objective, {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def _gate_batch(batch: Batch) -> Batch:
+    """The first pairs and samples, their last tokens: those after the prompt."""
+    pairs, tokens = _GATE_SHAPE
+    chosen, rejected = (half[:pairs] for half in batch.ids.chunk(2))
+    labels = torch.cat([half[:pairs] for half in batch.labels.chunk(2)])
+    kl = batch.kl
+    return Batch(
+        torch.cat((chosen, rejected))[:, -tokens:].contiguous(),
+        labels[:, -tokens:].contiguous(),
+        KLBatch(
+            kl.ids[:pairs, -tokens:].contiguous(),
+            kl.mask[:pairs, -tokens:].contiguous(),
+            kl.ref_hidden[:pairs, -tokens:].contiguous(),
+            kl.ref_weight,
+            kl.ref_logits[:pairs, -tokens:].contiguous(),
+        ),
+    )
 
 
 def _truth(model: Llama, batch: Batch) -> tuple[float, dict[str, Tensor]]:
@@ -277,7 +306,8 @@ def _gate(row: StepRow, model: Llama, batch: Batch, truth: tuple[float, dict[str
         for key, grad in truth[1].items()
         if grad.norm() > 0
     )
-    if not (row.error_loss <= _GATE_BUDGET and row.error_grad <= _GATE_BUDGET):
+    budget = _GATE_BUDGETS[model.embedding.weight.dtype]
+    if not (row.error_loss <= budget and row.error_grad <= budget):
         row.status = f"wrong: loss off by {row.error_loss:.3g}, gradients by {row.error_grad:.3g}, relative"
 
 
@@ -288,7 +318,8 @@ def run_step(options: argparse.Namespace, environment: report.Environment, setti
     generator = torch.Generator(device).manual_seed(0)
     refresh = Refresh(options, model, generator)
     batch = _make_batch(options, refresh, generator)
-    truth = _truth(model, batch)
+    gate_batch = _gate_batch(batch)
+    truth = _truth(model, gate_batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     rows, entries = {}, {}
@@ -296,7 +327,7 @@ def run_step(options: argparse.Namespace, environment: report.Environment, setti
         sizes = (options.pairs, options.kl_samples, options.kl_every, options.tokens)
         row = rows[name] = StepRow(name, *sizes, options.vocabulary, options.hidden, options.layers)
         if name in LOSSES:
-            _gate(row, model, batch, truth)
+            _gate(row, model, gate_batch, truth)
         if not row.status:
             run = refresh.run if name == REFRESH else Step(name, model, optimizer, batch).run
             entries[name] = measure.Entry(run)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shlex
 import shutil
@@ -132,6 +133,31 @@ def test_native_architectures(
         return
     with pytest.raises(SystemExit, match=r"got '7\.5'" if capabilities else "needs a GPU that torch sees"):
         setup.cuda_architectures()
+
+
+@pytest.mark.slow
+def test_errors_are_whole_where_the_compiler_links_its_library_statically(tmp_path: Path) -> None:
+    """As some images' compilers do. The loader must not mix that copy of libstdc++ with the one that torch loaded."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "spo_kernels", "python"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    flags = {"CXXFLAGS": "-static-libstdc++", "SPO_CUDA": "0", "PYTHONPATH": str(tmp_path)}
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=tmp_path, env=os.environ | flags, check=True, capture_output=True, timeout=600)
+    program = (
+        "import torch, spo_kernels\n"
+        "print(spo_kernels.__file__)\n"
+        "logits = torch.randn(2, 5)\n"
+        "try:\n"
+        "    torch.ops.spo_kernels.token_stats_fwd(logits, logits[:, 0].int(), None, None, -100, False)\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | flags, capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith(str(tmp_path)), done
+    assert re.search(r"arguments\.h:\d+, labels has the wrong dtype", done.stdout), done
 
 
 @pytest.fixture
