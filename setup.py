@@ -40,8 +40,8 @@ COMMON_FLAGS = [
     "-Wextra",
     "-Wno-unused-function",
 ]
-# What a library takes from a static archive is its own alone. A compiler that links libstdc++ statically would otherwise
-# export its copy, and the loader would mix that copy with torch's: an error's text then lost its numbers, or crashed.
+# Symbols of static archives stay inside the library. If a compiler links libstdc++ statically and the library exported
+# its copy, the loader would mix it with torch's: throwing an error could crash.
 LINK_FLAGS = ["-shared", "-Wl,--exclude-libs,ALL"]
 X86_LEVELS = {
     # g++ 12's own AVX-512 headers read an undefined vector on purpose.

@@ -188,7 +188,7 @@ class Step:
         self._gradients: tuple[Tensor, Tensor] | None = None
         if name == MODEL_ONLY:
             self._gradients = (
-                torch.full((*batch.ids.shape, model.vocab_size), 1e-6, device=batch.ids.device, dtype=batch.kl.ref_logits.dtype),
+                batch.kl.ref_logits.new_full((*batch.ids.shape, model.vocab_size), 1e-6),
                 torch.full_like(batch.kl.ref_logits, 1e-6),
             )
             return
@@ -231,7 +231,7 @@ class Refresh:
         self._reference = copy.deepcopy(model)
         with torch.no_grad():
             for parameter in self._reference.parameters():
-                noise = torch.randn(parameter.shape, dtype=parameter.dtype, device=generator.device, generator=generator)
+                noise = torch.empty_like(parameter).normal_(generator=generator)
                 parameter.add_(0.05 * parameter.std(correction=0) * noise)
 
     def run(self) -> KLBatch:

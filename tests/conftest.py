@@ -8,7 +8,6 @@ importing the package or asking for its backend fails, and so does the suite.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,17 @@ import pytest
 # A thread that waits for another sleeps. Where compilers share the cores, spinning takes ten times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
-
-# pytest's importlib mode leaves sys.path alone; the tests share oracle.py and the emulator's build.
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent / "cuda")]
-
 import emulated
+import torch
 from background import Work, background, waits_for
 from on_device import OnDevice
 from oracle import ACTIVE, LEVELS
+from repository import import_benchmarks
 
 from spo_kernels import backends
 from spo_kernels.backends import cpu, cuda
+
+import_benchmarks()
 
 # The oracle has tests of its own; here it stands in only where it is what serves the CPU.
 IMPLEMENTATIONS = [f"cpu-{level}" for level in LEVELS] if ACTIVE == "cpu" else [ACTIVE]

@@ -15,12 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-# Last, so that the tree does not shadow the installed package.
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-
 from oracle import LEVELS
+from torch import Tensor
 
 from benchmarks import ROOT, bars, gpu, growth, head, measure, report, step
 from benchmarks import __main__ as cli

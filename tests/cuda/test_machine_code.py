@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 
 import emulated
-import machine_code
 import pytest
 from background import background
-from machine_code import GPUS, Loop, Resources
 
+from benchmarks.models import machine_code
+from benchmarks.models.machine_code import GPUS, Loop, Resources
 from spo_kernels.backends import cuda
 
 LIBRARY = cuda.library_path()

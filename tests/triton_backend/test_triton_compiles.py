@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from background import background
-from machine_code import GPUS, Loop
+from repository import ROOT
+
+from benchmarks.models.machine_code import GPUS, Loop
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -30,7 +32,7 @@ SHARES = {"A100": 0.6, "H100": 0.65, "B200": 1.2}
 @background
 def compiled(out: Path) -> list[dict[str, Any]]:
     """What cross_compile.py says of every target, from an empty cache."""
-    program = Path(__file__).with_name("cross_compile.py")
+    command = [sys.executable, "-m", "benchmarks.models.cross_compile"]
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
         "TRITON_CACHE_DIR": str(out),
@@ -39,7 +41,7 @@ def compiled(out: Path) -> list[dict[str, Any]]:
     with ThreadPoolExecutor() as pool:
         runs = pool.map(
             lambda targets: subprocess.run(
-                [sys.executable, str(program), *targets], env=environment, capture_output=True, text=True, timeout=600
+                [*command, *targets], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
             ),
             GROUPS,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -17,14 +19,24 @@ import torch.distributed as dist
 _TIMEOUT = 120  # seconds
 
 
+def _import(name: str, file: str) -> None:
+    """Import a test module under the name that pytest gave it, for pickle to find. No search path leads to it."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+
+
 def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
-    sys.path.append(str(Path(__file__).parents[1]))  # pytest's importlib mode calls the test modules tests.*
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     groups = {size: dist.new_group(list(range(size))) for size in range(1, world + 1)}
     while (message := connection.recv_bytes()) != b"":
-        function, size, arguments = pickle.loads(message)
+        module, file, size, call = pickle.loads(message)
         try:
+            _import(module, file)
+            function, arguments = pickle.loads(call)
             result = function(groups[size], *arguments) if rank < size else None
         except Exception as error:
             result = error
@@ -51,7 +63,8 @@ class Processes:
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """The results by rank; an exception is a result. Raises TimeoutError where a process does not come back."""
-        message = pickle.dumps((function, size, arguments))
+        call = pickle.dumps((function, arguments))
+        message = pickle.dumps((function.__module__, inspect.getfile(function), size, call))
         for connection in self._connections:
             connection.send_bytes(message)
         results = []

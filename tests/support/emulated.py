@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from repository import ROOT
 
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent.parent / "csrc"
+CSRC = ROOT / "csrc"
+EMULATOR = ROOT / "tests/cuda"  # cuda_emulator.h
 
 # Contraction is written out in the kernels, as for the CPU; vectors and their elements alias, as nvcc lets them.
-FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}"]
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{EMULATOR}"]
 FLAGS += ["-DSPO_CUDA_EMULATOR", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
 
 

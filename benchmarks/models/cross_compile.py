@@ -1,7 +1,7 @@
-"""Compiles every Triton kernel for GPUs that need not be there: ``python cross_compile.py cuda:90 hip:gfx942``.
+"""``python -m benchmarks.models.cross_compile cuda:90 hip:gfx942`` compiles every Triton kernel, without those GPUs.
 
 Prints one JSON object per compilation: what it was, its registers, the bytes or registers it spilled, and its loops
-over vectors, for the model in tests/cuda/machine_code.py. With ``table``, prints what the loops of the largest bfloat16
+over vectors, for the model in machine_code.py. With ``table``, prints what the loops of the largest bfloat16
 configurations need. Runs as a program, because a process that interprets kernels cannot compile them.
 """
 
@@ -13,16 +13,13 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "cuda"))
-
-import machine_code
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.models import machine_code
 from spo_kernels.backends import triton as launch
 from spo_kernels.backends import triton_kernels as kernels
 

@@ -1,4 +1,4 @@
-"""Which lines of csrc/cuda the tests of the emulated backend run: ``python tests/cuda/coverage.py``. Takes minutes."""
+"""``python -m benchmarks.models.coverage``: lines of csrc/cuda that the emulated backend runs. Takes minutes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from benchmarks import ROOT
+
 SOURCES = ROOT / "csrc" / "cuda"
 
 

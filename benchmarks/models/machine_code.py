@@ -1,4 +1,4 @@
-"""Reads compiled kernels: registers, spills, and a static model of their loops. ``python machine_code.py`` prints it.
+"""``python -m benchmarks.models.machine_code`` prints the CUDA kernels' registers, spills, and a model of their loops.
 
 The model sets the cycles that each loop needs of the busiest pipe of a multiprocessor (warp instructions times the
 pipe's cycles for one, CUDA programming guide, "arithmetic instructions") against the cycles the memory needs to
