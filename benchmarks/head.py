@@ -31,7 +31,7 @@ from torch import Tensor
 import spo_kernels
 from benchmarks import measure, report
 from benchmarks.run import Settings
-from spo_kernels.head import native_products
+from spo_kernels.precision import native_products
 
 DEFAULT_PAIRS = 8
 _ALPHA = 0.1

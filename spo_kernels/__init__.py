@@ -10,8 +10,8 @@ from spo_kernels.functional import (
     token_logps_kl,
 )
 from spo_kernels.linear import linear_kl_loss, linear_sequence_logps, linear_token_kl, linear_token_logps
-from spo_kernels.linear_losses import LinearSPOLoss
-from spo_kernels.losses import SoftImportance, SPOLoss, preference_loss, spo_loss
+from spo_kernels.losses import SoftImportance, preference_loss, spo_loss
+from spo_kernels.modules import LinearSPOLoss, SPOLoss
 
 __all__ = [
     "LinearSPOLoss",

@@ -13,20 +13,19 @@ A pair of weight 0 is not read: whatever its log-probs are, NaN included, its lo
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spo_kernels.functional import sequence_logps, token_kl
+from spo_kernels.checks import check_float, check_like, check_number, checked_pair, checked_references, upcast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["LOSSES", "SPOLoss", "SPOMetrics", "SoftImportance", "dpo_loss", "preference_loss", "spo_loss"]
+__all__ = ["LOSSES", "SoftImportance", "dpo_loss", "preference_loss", "spo_loss"]
 
 PairWeight = Tensor | Callable[[Tensor, Tensor], Tensor]
 LossTriple = tuple[Tensor, Tensor, Tensor]
@@ -34,58 +33,6 @@ LossTriple = tuple[Tensor, Tensor, Tensor]
 # Below this, alpha D and 1/alpha near the ends of float32, and the term that eq. 9 drops, alpha D^2 / 8, is lost in the
 # rounding of D / 2.
 _SMALLEST_ALPHA = 1e-30
-
-
-def check_number(name: str, value: float, low: float = 0.0, high: float = math.inf, *, above: bool = False) -> None:
-    """`value` must be a Python number in [low, high), (low, high) if `above`; a Tensor would sync when compared."""
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
-    if not ((low < value if above else low <= value) and value < high):  # written so that NaN fails
-        upper = " and finite" if high == math.inf else f" and < {high:g}"
-        raise ValueError(f"{name} must be {'>' if above else '>='} {low:g}{upper}, got {value}")
-
-
-def _check_float(name: str, x: Tensor, form: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a floating-point Tensor {form}, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise ValueError(f"{name} must be a floating-point Tensor {form}, got {x.dtype}")
-
-
-def check_like(name: str, x: Tensor, like_name: str, like: Tensor, *, same_dtype: bool) -> None:
-    """`x` must be a floating-point [P] on the device of `like`, which is known to be a good [P]."""
-    _check_float(name, x, "[P]")
-    if x.shape != like.shape:
-        raise ValueError(f"{name} must be [P] like {like_name}, got {list(x.shape)} against {list(like.shape)}")
-    if x.device != like.device:
-        raise ValueError(f"{name} must be on the device of {like_name}, got {x.device} against {like.device}")
-    if same_dtype and x.dtype != like.dtype:
-        raise ValueError(f"{name} must have the dtype of {like_name}, got {x.dtype} against {like.dtype}")
-
-
-def _upcast(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _checked_pair(chosen_name: str, chosen: Tensor, rejected_name: str, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    """Both log-probs, checked to be one [P] of one dtype on one device; float32, or float64 if they came so."""
-    _check_float(chosen_name, chosen, "[P]")
-    if chosen.dim() != 1:
-        raise ValueError(f"{chosen_name} must be [P], got {list(chosen.shape)}")
-    check_like(rejected_name, rejected, chosen_name, chosen, same_dtype=True)
-    return _upcast(chosen), _upcast(rejected)
-
-
-def _checked_references(chosen: Tensor | None, rejected: Tensor | None, policy: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The reference's log-probs as constants in the policy's dtype; None if neither was given."""
-    if chosen is None and rejected is None:
-        return None
-    if chosen is None or rejected is None:
-        given = "reference_rejected_logps" if chosen is None else "reference_chosen_logps"
-        raise ValueError(f"reference_chosen_logps and reference_rejected_logps come together, got only {given}")
-    check_like("reference_chosen_logps", chosen, "policy_chosen_logps", policy, same_dtype=False)
-    check_like("reference_rejected_logps", rejected, "policy_chosen_logps", policy, same_dtype=False)
-    return chosen.detach().to(policy.dtype), rejected.detach().to(policy.dtype)
 
 
 def checked_mu(weight: PairWeight | None, logp_w: Tensor, logp_l: Tensor) -> Tensor:
@@ -133,6 +80,11 @@ class _PairPreference(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (margin,) = ctx.saved_tensors
         return -pair_error(margin, ctx.alpha) * grad, None, None
+
+
+def mean_or_zero(x: Tensor) -> Tensor:
+    """Mean of [P]; 0, still on the graph, for P = 0."""
+    return x.sum() / max(x.numel(), 1)
 
 
 def spo_loss(
@@ -184,10 +136,10 @@ def spo_loss(
             reference; beta without kl, kl without beta, an empty kl.
         TypeError: something that is not a Tensor or a number where one is needed.
     """
-    logp_w, logp_l = _checked_pair(
+    logp_w, logp_l = checked_pair(
         "policy_chosen_logps", policy_chosen_logps, "policy_rejected_logps", policy_rejected_logps
     )
-    references = _checked_references(reference_chosen_logps, reference_rejected_logps, logp_w)
+    references = checked_references(reference_chosen_logps, reference_rejected_logps, logp_w)
     check_number("alpha", alpha)
     check_number("beta", beta)
     margin = logp_w - logp_l
@@ -200,14 +152,14 @@ def spo_loss(
     if kl is not None:
         if beta == 0:
             raise ValueError("kl must be None where beta is 0: it would have no effect; give beta > 0")
-        _check_float("kl", kl, "[S] or []")
+        check_float("kl", kl, "[S] or []")
         if kl.dim() > 1 or kl.numel() == 0:
             raise ValueError(f"kl must be [S] with S >= 1 or [], got {list(kl.shape)}")
         if kl.device != losses.device:
             raise ValueError(
                 f"kl must be on the device of policy_chosen_logps, got {kl.device} against {losses.device}"
             )
-        losses = losses + beta * _upcast(kl).mean().to(losses.dtype)
+        losses = losses + beta * upcast(kl).mean().to(losses.dtype)
     elif beta != 0:
         raise ValueError(f"kl must be given where beta is not 0 (it needs samples of the policy), got beta = {beta}")
     return losses, *_rewards(alpha, logp_w, logp_l, references)
@@ -251,10 +203,10 @@ def dpo_loss(
     Raises:
         ValueError: a reference is missing; pairs differ in count, dtype or device; an option is out of its range.
     """
-    logp_w, logp_l = _checked_pair(
+    logp_w, logp_l = checked_pair(
         "policy_chosen_logps", policy_chosen_logps, "policy_rejected_logps", policy_rejected_logps
     )
-    references = _checked_references(reference_chosen_logps, reference_rejected_logps, logp_w)
+    references = checked_references(reference_chosen_logps, reference_rejected_logps, logp_w)
     if references is None:
         raise ValueError("reference_chosen_logps and reference_rejected_logps must be [P] for dpo, got None")
     check_number("beta", beta, above=True)
@@ -412,7 +364,7 @@ class SoftImportance(nn.Module):
         return self._mean(self._scores(logp_w, logp_l))
 
     def _scores(self, logp_w: Tensor, logp_l: Tensor) -> Tensor:
-        return self.gamma * torch.logaddexp(*_checked_pair("logp_w", logp_w, "logp_l", logp_l))
+        return self.gamma * torch.logaddexp(*checked_pair("logp_w", logp_w, "logp_l", logp_l))
 
     def _mean(self, scores: Tensor) -> Tensor:
         totals = torch.stack((scores, torch.ones_like(scores))).sum(dim=1)  # sum and count in one message
@@ -436,197 +388,3 @@ class SoftImportance(nn.Module):
             self.running_mean.copy_(torch.where(usable, moved, self.running_mean))
             self.num_updates.add_(usable)
         return torch.where(self.num_updates > 0, self.running_mean, mean)
-
-
-class SPOMetrics(NamedTuple):
-    """What a step of `SPOLoss` is watched by: detached Tensors on the device, nothing read back to the host."""
-
-    preference_loss: Tensor  # [] mean over pairs, without the KL
-    kl: Tensor  # [] mean over sampled sequences of their summed token KL, nats; 0 without samples
-    chosen_logps: Tensor  # [P] nats
-    rejected_logps: Tensor  # [P] nats
-    chosen_rewards: Tensor  # [P] as `spo_loss` returns them
-    rejected_rewards: Tensor  # [P]
-    accuracy: Tensor  # [] share of pairs with D > 0: the policy's own preference (eq. 6) agrees with the label
-    margin: Tensor  # [] mean of D, nats; this and accuracy are over the pairs whose mu is not 0
-    mu: Tensor  # [P] weights of the pairs; 1 without importance
-    preference_error: Tensor  # [P] sigmoid(-alpha D) of eq. 12: 0 where the policy surely prefers the chosen response
-
-
-def mean_or_zero(x: Tensor) -> Tensor:
-    """Mean of [P]; 0, still on the graph, for P = 0."""
-    return x.sum() / max(x.numel(), 1)
-
-
-def spo_metrics(
-    preference: Tensor,
-    kl: Tensor | None,
-    logp_w: Tensor,
-    logp_l: Tensor,
-    chosen_rewards: Tensor,
-    rejected_rewards: Tensor,
-    mu: Tensor,
-    alpha: float,
-) -> SPOMetrics:
-    margin = (logp_w - logp_l).detach()
-    read = mu != 0
-    pairs = read.sum().clamp(min=1)
-    return SPOMetrics(
-        preference_loss=preference.detach(),
-        kl=torch.zeros_like(preference) if kl is None else kl.detach(),
-        chosen_logps=logp_w.detach(),
-        rejected_logps=logp_l.detach(),
-        chosen_rewards=chosen_rewards,
-        rejected_rewards=rejected_rewards,
-        accuracy=(read & (margin > 0)).sum().to(margin.dtype) / pairs,
-        margin=torch.where(read, margin, 0).sum() / pairs,
-        mu=mu,
-        preference_error=pair_error(margin, alpha),
-    )
-
-
-def checked_importance(weight: float | Callable[[Tensor, Tensor], Tensor] | None) -> Any:
-    """The `weight` of a module: None, a callable, or the `SoftImportance` that a number gamma stands for."""
-    if weight is None or callable(weight):
-        return weight
-    if not isinstance(weight, (int, float)):
-        raise TypeError(f"weight must be a number gamma, a callable or None, got {type(weight).__name__}")
-    return SoftImportance(weight)
-
-
-class SPOLoss(nn.Module):
-    """SPO's objective from logits: mean preference loss over pairs plus beta times the mean KL over samples (eq. 1, 8).
-
-    Args:
-        alpha: softness, >= 0; see `spo_loss`.
-        beta: weight of the KL, >= 0. If it is not 0, `forward` needs `kl_logits` and `kl_ref_logits`.
-        weight: None for uniform weights, a number gamma for `SoftImportance(gamma)`, or a `SoftImportance` (or any
-            callable from two [P] to [P]), whose state then belongs to this module.
-        center: leave out eq. 8's constant log(2)/alpha.
-        average: take the mean of token log-probs in place of their sum for L_w and L_l.
-        ignore_index: label of rows that are no part of a response.
-        inplace_backward: the backward writes dlogits into the memory of `logits` and `kl_logits`: no V-wide allocation,
-            and neither may be used afterwards. See `token_logps` for what autograd catches.
-        process_group, vocab_shards: see `spo_kernels.functional`; the group that holds the vocabulary. Pairs split over
-            another group are `SoftImportance`'s.
-    """
-
-    def __init__(
-        self,
-        alpha: float = 0.1,
-        beta: float = 0.0,
-        weight: float | Callable[[Tensor, Tensor], Tensor] | None = None,
-        *,
-        center: bool = False,
-        average: bool = False,
-        ignore_index: int = -100,
-        inplace_backward: bool = False,
-        process_group: ProcessGroup | None = None,
-        vocab_shards: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__()
-        check_number("alpha", alpha)
-        check_number("beta", beta)
-        self.alpha = alpha
-        self.beta = beta
-        self.weight = checked_importance(weight)
-        self.center = center
-        self.average = average
-        self.ignore_index = ignore_index
-        self.inplace_backward = inplace_backward
-        self.process_group = process_group
-        self.vocab_shards = vocab_shards
-
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, beta={self.beta}, center={self.center}, average={self.average}"
-
-    def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        *,
-        cu_seqlens: Tensor | None = None,
-        kl_logits: Tensor | None = None,
-        kl_ref_logits: Tensor | None = None,
-        kl_mask: Tensor | None = None,
-        kl_cu_seqlens: Tensor | None = None,
-        reference_chosen_logps: Tensor | None = None,
-        reference_rejected_logps: Tensor | None = None,
-    ) -> tuple[Tensor, SPOMetrics]:
-        """The objective and its metrics.
-
-        Args:
-            logits: [2P, T, V], chosen responses in rows [0:P], rejected ones of the same pairs in [P:2P]; packed,
-                [N, V] with `cu_seqlens`. Aligned with labels: nothing is shifted.
-            labels: [2P, T] or [N] int64; `ignore_index` outside responses.
-            cu_seqlens: [2P + 1], start of each sequence in the packed rows, and N.
-            kl_logits: [S, T', V], the policy on sequences sampled from it; packed, [N', V] with `kl_cu_seqlens`.
-            kl_ref_logits: the reference's logits of the same rows, without gradient.
-            kl_mask: [S, T'] or [N'] bool, True for the rows that predict a token of the sampled response, its
-                end-of-sequence token included; None for all rows.
-            kl_cu_seqlens: [S + 1]; the mean over S is all that depends on it.
-            reference_chosen_logps: [P], for the rewards only.
-            reference_rejected_logps: [P], for the rewards only.
-
-        Returns:
-            (objective [], `SPOMetrics`), float32 (float64 for float64 logits). With P = 0 the preference part is 0.
-
-        Raises:
-            ValueError: an odd number of sequences; beta without KL logits, KL logits without beta, only one of the two,
-                or no sampled sequence; and what `sequence_logps`, `token_kl` and `spo_loss` raise.
-        """
-        logps = sequence_logps(
-            logits,
-            labels,
-            ignore_index=self.ignore_index,
-            cu_seqlens=cu_seqlens,
-            average=self.average,
-            inplace_backward=self.inplace_backward,
-            process_group=self.process_group,
-            vocab_shards=self.vocab_shards,
-        )
-        pairs = logps.shape[0] // 2  # the compiler has no divmod of a dynamic size
-        if logps.shape[0] % 2:
-            raise ValueError(f"logits must hold P chosen and then P rejected sequences, got {logps.shape[0]} in all")
-        logp_w, logp_l = logps[:pairs], logps[pairs:]
-        mu = checked_mu(self.weight, logp_w, logp_l)
-        losses, chosen_rewards, rejected_rewards = spo_loss(
-            logp_w,
-            logp_l,
-            reference_chosen_logps,
-            reference_rejected_logps,
-            alpha=self.alpha,
-            weight=mu,
-            center=self.center,
-        )
-        preference = objective = mean_or_zero(losses)
-        kl = self._mean_kl(kl_logits, kl_ref_logits, kl_mask, kl_cu_seqlens)
-        if kl is not None:
-            objective = preference + self.beta * kl
-        return objective, spo_metrics(preference, kl, logp_w, logp_l, chosen_rewards, rejected_rewards, mu, self.alpha)
-
-    def _mean_kl(
-        self, logits: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> Tensor | None:
-        """Mean over sampled sequences of the token KL summed over each (Appendix B); None at beta = 0."""
-        if self.beta == 0:
-            if logits is not None or ref_logits is not None:
-                raise ValueError("kl_logits must be None where beta is 0: they would have no effect; give beta > 0")
-            return None
-        if logits is None or ref_logits is None:
-            missing = "kl_logits" if logits is None else "kl_ref_logits"
-            raise ValueError(f"{missing} must be given where beta is not 0, got None with beta = {self.beta}")
-        if cu_seqlens is None and logits.dim() != 3:
-            raise ValueError(f"kl_logits must be [S, T, V], or [N, V] with kl_cu_seqlens, got {list(logits.shape)}")
-        sequences = logits.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        if sequences < 1:
-            raise ValueError(f"kl_logits must hold at least one sequence, got {list(logits.shape)}")
-        kl = token_kl(
-            logits,
-            ref_logits,
-            mask,
-            inplace_backward=self.inplace_backward,
-            process_group=self.process_group,
-            vocab_shards=self.vocab_shards,
-        )
-        return kl.sum() / sequences

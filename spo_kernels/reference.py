@@ -15,16 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-name = "reference"
+from spo_kernels.precision import accumulate_dtype
 
-# Label of a row whose token lies in another part of the vocabulary: the row counts as any other, its log-prob is -inf
-# and its gradient has no 1. A number that no mistake makes: the least is what a NaN becomes as an integer.
+# Label of a row whose token is not among these columns of the vocabulary. The row counts as any other: its log-prob is
+# -inf and its gradient has no 1. No mistake makes this number; the lowest int64 is what a NaN becomes as an integer.
 LABEL_ELSEWHERE = -(2**62) - 1
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of outputs and of accumulation: float64 for float64 logits, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _log_softmax_stats(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

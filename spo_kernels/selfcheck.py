@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels import backends, reference
-from spo_kernels.functional import LOGITS_DTYPES
+from spo_kernels.precision import LOGITS_DTYPES, accumulate_dtype
 
 COMPARED_ROWS = 64
 FEW_ROWS = 2  # which a GPU splits over several blocks
@@ -155,7 +155,7 @@ def _calls(problem: Problem, backend: backends.Backend) -> dict[str, tuple[Calla
 def check(dtype: torch.dtype, device: torch.device, rows: int, vocab: int, repeats: int) -> Iterator[Result]:
     """Compare and time the ops on ``[rows, vocab]`` logits of a dtype."""
     problem = Problem.random(rows, vocab, dtype, device)
-    acc = reference.accumulate_dtype(dtype)
+    acc = accumulate_dtype(dtype)
     truth = problem.head(COMPARED_ROWS, torch.float64).values(reference)
     # float64 is its own truth: what is left there is the order of the sums.
     slack = 4 * torch.finfo(acc).eps if acc != torch.float64 else 1e-12

@@ -1,13 +1,18 @@
-"""Sequences of rows, padded ``[B, T]`` or packed ``[N]`` with ``cu_seqlens [B + 1]``: their rows and their sums.
+"""Sequences of rows, padded ``[B, T]`` or packed ``[N]`` with ``cu_seqlens [B + 1]``, and the sums over them.
 
-A sequence's sum is the same from run to run and depends on its own values alone. They are added up in float64, so that
-neither the length nor the layout shows in a float32 result.
+A sequence's sum is the same from run to run and depends on its own values alone. Sums are taken in float64, so neither
+the length nor the layout changes a float32 result.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from spo_kernels.checks import check_sequences
+from spo_kernels.op_library import op
 
 
 def padded_bounds(values: Tensor) -> Tensor:
@@ -15,14 +20,14 @@ def padded_bounds(values: Tensor) -> Tensor:
     return torch.arange(values.shape[0] + 1, device=values.device) * values.shape[1]
 
 
-def check_bounds(bounds: Tensor, rows: int) -> None:
+def _check_bounds(bounds: Tensor, rows: int) -> None:
     """RuntimeError for bounds that do not rise from 0 to the number of rows; on a GPU a device-side assertion."""
     legal = (bounds[0] == 0) & (bounds[-1] == rows) & (bounds.diff() >= 0).all()
     torch._assert_async(legal, "cu_seqlens must rise from 0 to the number of rows N")
 
 
 def of_rows(bounds: Tensor, rows: int) -> Tensor:
-    """Which sequence each row belongs to: ``[N]`` int64."""
+    """The index of each row's sequence: ``[N]`` int64."""
     row = torch.arange(rows, device=bounds.device, dtype=bounds.dtype)
     return torch.searchsorted(bounds[1:].contiguous(), row, right=True)
 
@@ -33,3 +38,49 @@ def sums(values: Tensor, bounds: Tensor) -> Tensor:
     The bounds need not begin with the first row, nor end with the last. A GPU adds in a fixed order, without atomics.
     """
     return torch.segment_reduce(values, "sum", offsets=bounds, unsafe=True)  # unsafe: bounds are not read by the host
+
+
+# An op because of its gradient: that of torch.segment_reduce gives each sequence a single thread of a GPU.
+@op
+def sequence_sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Sums ``[B]`` of values ``[B, T]``, or ``[N]`` with cu_seqlens ``[B + 1]``, in their dtype."""
+    if cu_seqlens is None:
+        bounds = padded_bounds(values)
+    else:
+        bounds = cu_seqlens.contiguous()
+        _check_bounds(bounds, values.shape[0])
+    return sums(values.flatten().double(), bounds).to(values.dtype)
+
+
+@sequence_sums.fake
+def _empty_sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return values.new_empty(values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+
+
+def _save_bounds(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+    values, cu_seqlens = inputs
+    ctx.shape = values.shape
+    ctx.save_for_backward(cu_seqlens)
+
+
+def _sums_backward(ctx: Any, dsums: Tensor) -> Tensor:
+    (cu_seqlens,) = ctx.saved_tensors
+    if cu_seqlens is None:
+        return dsums[:, None].expand(ctx.shape)
+    return dsums[of_rows(cu_seqlens, ctx.shape[0])]
+
+
+_SequenceSums = sequence_sums.gradient(_save_bounds, _sums_backward, of="values")
+
+
+def checked_sums(values: Tensor, cu_seqlens: Tensor | None, name: str, like: str = "logits") -> Tensor:
+    """Sums ``[B]`` of values ``[B, T]``, or of ``[N]`` or ``[1, N]`` with cu_seqlens ``[B + 1]``.
+
+    ValueError, with the values called `name`, where the layout is another one.
+    """
+    check_sequences(values, cu_seqlens, name, like)
+    if cu_seqlens is not None:
+        values = values.flatten()
+    if torch.is_grad_enabled() and values.requires_grad and not torch.compiler.is_compiling():
+        return _SequenceSums.apply(values, cu_seqlens)
+    return sequence_sums.packet(values, cu_seqlens)

@@ -23,7 +23,7 @@ from oracle import (
 )
 from torch import Tensor
 
-from spo_kernels import functional, get_batch_logps, kl_loss, sequence_logps, token_kl, token_logps, token_logps_kl
+from spo_kernels import get_batch_logps, kl_loss, sequence_logps, sequences, token_kl, token_logps, token_logps_kl
 
 OPS = torch.ops.spo_kernels
 NAN, INF = math.nan, math.inf
@@ -178,20 +178,20 @@ def test_sums_of_long_sequences_are_exact_in_both_layouts() -> None:
     exact = values.double().sum(1).float()
     bounds = torch.tensor([0, 3, 3, 131075, 262147])
     packed = torch.cat([torch.tensor([-1e30, 1e30, 7]), *values])
-    assert torch.equal(functional.sum_sequences(values, None, "values"), exact)
-    assert functional.sum_sequences(packed, bounds, "values").tolist() == [7, 0, *exact.tolist()]
-    assert functional.sum_sequences(packed[None], bounds.int(), "values").tolist() == [7, 0, *exact.tolist()]
+    assert torch.equal(sequences.checked_sums(values, None, "values"), exact)
+    assert sequences.checked_sums(packed, bounds, "values").tolist() == [7, 0, *exact.tolist()]
+    assert sequences.checked_sums(packed[None], bounds.int(), "values").tolist() == [7, 0, *exact.tolist()]
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_a_sequence_does_not_depend_on_its_neighbours(bad: float) -> None:
     values = torch.randn(4, 50)
-    sums = functional.sum_sequences(values, None, "values")
+    sums = sequences.checked_sums(values, None, "values")
     bounds = torch.arange(5) * 50
     values[1, 7] = bad
     for got in (
-        functional.sum_sequences(values, None, "values"),
-        functional.sum_sequences(values.flatten(), bounds, "values"),
+        sequences.checked_sums(values, None, "values"),
+        sequences.checked_sums(values.flatten(), bounds, "values"),
     ):
         assert_same(got[[0, 2, 3]], sums[[0, 2, 3]])
         assert_same(got[1], torch.tensor(bad))
@@ -200,10 +200,10 @@ def test_a_sequence_does_not_depend_on_its_neighbours(bad: float) -> None:
 def test_the_gradient_of_a_sum_is_the_upstream_gradient_of_its_sequence() -> None:
     values, upstream = torch.randn(7, dtype=torch.float64, requires_grad=True), torch.tensor([0.1, NAN, -3.0, 0.0])
     bounds = torch.tensor([0, 2, 2, 5, 7])
-    (got,) = torch.autograd.grad(functional.sum_sequences(values, bounds, "values"), values, upstream.double())
+    (got,) = torch.autograd.grad(sequences.checked_sums(values, bounds, "values"), values, upstream.double())
     assert torch.equal(got, upstream.double()[[0, 0, 2, 2, 2, 3, 3]])
     padded = torch.randn(3, 2, requires_grad=True)
-    (got,) = torch.autograd.grad(functional.sum_sequences(padded, None, "values"), padded, torch.arange(3.0))
+    (got,) = torch.autograd.grad(sequences.checked_sums(padded, None, "values"), padded, torch.arange(3.0))
     assert got.tolist() == [[0, 0], [1, 1], [2, 2]]
 
 

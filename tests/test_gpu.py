@@ -17,7 +17,7 @@ from on_device import OnDevice
 from torch import Tensor
 
 import spo_kernels
-from spo_kernels import backends, functional
+from spo_kernels import backends, precision, sequences
 
 IMPORTANCE = spo_kernels.SoftImportance(0.1)
 
@@ -93,7 +93,7 @@ def test_on_device_keeps_layouts_and_writes_in_place() -> None:
 
 
 @on_any_device
-@pytest.mark.parametrize("dtype", spo_kernels.functional.LOGITS_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", precision.LOGITS_DTYPES, ids=str)
 def test_a_training_step_is_that_of_float64(device: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(device, 4, 6, 1003, dtype=dtype)
     exact = {
@@ -147,11 +147,11 @@ def test_sums_of_long_sequences_are_the_same_every_time_and_in_both_layouts(devi
     exact = values.detach().double().sum(1).float()
     for _ in range(5):
         for sums in (
-            functional.sum_sequences(values, None, "values"),
-            functional.sum_sequences(values.flatten(), bounds, "values"),
+            sequences.checked_sums(values, None, "values"),
+            sequences.checked_sums(values.flatten(), bounds, "values"),
         ):
             torch.testing.assert_close(sums, exact, rtol=2e-7, atol=0)
-            assert torch.equal(sums, functional.sum_sequences(values, None, "values"))
+            assert torch.equal(sums, sequences.checked_sums(values, None, "values"))
             (gradient_of_values,) = torch.autograd.grad(sums, values, upstream)
             expected = upstream[:, None].expand(3, 131072)
             torch.testing.assert_close(gradient_of_values, expected, rtol=0, atol=0, equal_nan=True)

@@ -46,34 +46,45 @@ def is_within(name: str, package: str) -> bool:
 
 
 KERNELS = modules("spo_kernels")
-LOWER = {  # what each module may import of its own package
-    "spo_kernels.reference": (),
-    "spo_kernels.vocabulary": ("spo_kernels.reference",),
-    "spo_kernels.sequences": (),
-    "spo_kernels.head": ("spo_kernels.reference", "spo_kernels.sequences", "spo_kernels.vocabulary"),
-    "spo_kernels.ops": (
-        "spo_kernels.head",
-        "spo_kernels.reference",
-        "spo_kernels.sequences",
-        "spo_kernels.vocabulary",
-    ),
-    "spo_kernels.functional": ("spo_kernels.ops", "spo_kernels.vocabulary"),
-    "spo_kernels.linear": ("spo_kernels.functional", "spo_kernels.head", "spo_kernels.vocabulary"),
-    "spo_kernels.losses": ("spo_kernels.functional",),
-    "spo_kernels.linear_losses": (
-        "spo_kernels.functional",
-        "spo_kernels.head",
-        "spo_kernels.linear",
-        "spo_kernels.losses",
-        "spo_kernels.ops",
-        "spo_kernels.sequences",
-        "spo_kernels.vocabulary",
-    ),
+LAYERS = [  # a module may import the modules of its package that stand before it
+    "precision",
+    "checks",
+    "op_library",
+    "reference",
+    "row_ops",
+    "sequences",
+    "shards",
+    "losses",
+    "linear.records",
+    "linear.checks",
+    "linear.tiles",
+    "linear.loops",
+    "linear.ops",
+    "linear.functional",
+    "linear",
+    "functional",
+    "modules",
+]
+# Selection registers backends for the row ops; a backend itself knows the oracle at most.
+LOWER = {
+    f"spo_kernels.{name}": tuple(f"spo_kernels.{lower}" for lower in LAYERS[:i]) for i, name in enumerate(LAYERS)
+} | {
     "spo_kernels.backends.cpu": (),
+    "spo_kernels.backends.cuda": (),
     "spo_kernels.backends.triton_kernels": ("spo_kernels.reference",),
-    "spo_kernels.backends.triton": ("spo_kernels.backends.triton_kernels", "spo_kernels.reference"),
-    "spo_kernels.backends": ("spo_kernels.backends", "spo_kernels.ops", "spo_kernels.reference"),
+    "spo_kernels.backends.triton": (
+        "spo_kernels.backends.triton_kernels",
+        "spo_kernels.precision",
+        "spo_kernels.reference",
+    ),
+    "spo_kernels.backends": ("spo_kernels.backends", "spo_kernels.op_library", "spo_kernels.row_ops"),
+    "spo_kernels.env": ("spo_kernels",),
+    "spo_kernels.selfcheck": ("spo_kernels.backends", "spo_kernels.precision", "spo_kernels.reference"),
 }
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set(LOWER) == set(KERNELS) - {"spo_kernels", "spo_kernels._control"}
 
 
 @pytest.mark.parametrize("module", LOWER)

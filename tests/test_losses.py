@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spo_kernels import LinearSPOLoss
-from spo_kernels.losses import LOSSES, SoftImportance, SPOLoss, SPOMetrics, dpo_loss, preference_loss, spo_loss
+from spo_kernels import LinearSPOLoss, SPOLoss
+from spo_kernels.losses import LOSSES, SoftImportance, dpo_loss, preference_loss, spo_loss
+from spo_kernels.modules import SPOMetrics
 
 ALPHAS = [0.0, 1e-45, 1e-20, 1e-6, 0.01, 0.1, 1.0, 30.0]
 # D: equal, close, typical, and where alpha D leaves the range of exp in float32 and in float64.
@@ -425,17 +426,17 @@ class TestSoftImportance:
         before = model.parameter.dtype
         cast(model)
         assert model.parameter.dtype != before
-        assert torch.equal(model.given.weight.normalizer, given)
+        assert torch.equal(model.given.importance.normalizer, given)
         for k in range(100):
             batch = torch.tensor([-9.0e5 - k]), torch.tensor([-9.1e5 - k])
-            assert torch.equal(model.loss.weight(*batch), plain(*batch))
+            assert torch.equal(model.loss.importance(*batch), plain(*batch))
         assert plain.num_updates == 100
-        assert model.loss.state_dict()["weight.running_mean"].dtype == torch.float32
-        assert torch.equal(model.loss.weight.running_mean, plain.running_mean)
+        assert model.loss.state_dict()["importance.running_mean"].dtype == torch.float32
+        assert torch.equal(model.loss.importance.running_mean, plain.running_mean)
 
     def test_state_follows_the_device(self) -> None:
         for normalizer in ("ema", torch.tensor(-3.0)):
-            module = SPOLoss(weight=SoftImportance(0.1, normalizer)).to("meta", torch.float16).weight
+            module = SPOLoss(weight=SoftImportance(0.1, normalizer)).to("meta", torch.float16).importance
             state = module.running_mean if isinstance(normalizer, str) else module.normalizer
             assert (state.device.type, state.dtype) == ("meta", torch.float32)
 
@@ -811,17 +812,35 @@ class TestSPOLoss:
         batch = Batch()
         module = SPOLoss(0.3, weight=SoftImportance(0.1, "ema"))
         _, metrics = module(batch.logits, batch.labels)
-        assert module.weight.num_updates == 1
-        assert torch.equal(metrics.mu, module.weight.eval()(metrics.chosen_logps, metrics.rejected_logps))
+        assert module.importance.num_updates == 1
+        assert torch.equal(metrics.mu, module.importance.eval()(metrics.chosen_logps, metrics.rejected_logps))
 
     def test_state_and_repr(self) -> None:
         assert set(SPOLoss(weight=SoftImportance(0.1, "ema")).state_dict()) == {
-            "weight.running_mean",
-            "weight.num_updates",
+            "importance.running_mean",
+            "importance.num_updates",
         }
         assert not SPOLoss(weight=0.1).state_dict()
         assert "gamma=0.1" in repr(SPOLoss(weight=0.1))
         assert "alpha=0.1" in repr(SPOLoss())
+
+    @pytest.mark.parametrize("module", [SPOLoss, LinearSPOLoss])
+    @pytest.mark.parametrize("prefix", ["", "loss."])
+    def test_states_of_version_0_1_0_load(self, prefix: str, module: Any) -> None:
+        """There the importance was called weight."""
+        target = module(weight=SoftImportance(0.1, "ema"))
+        model = torch.nn.ModuleDict({"loss": target}) if prefix else target
+        saved = {"weight.running_mean": torch.tensor(-7.0), "weight.num_updates": torch.tensor(3)}
+        model.load_state_dict({prefix + name: tensor for name, tensor in saved.items()})
+        assert (target.importance.running_mean, target.importance.num_updates) == (-7, 3)
+
+    @pytest.mark.parametrize("module", [SPOLoss, LinearSPOLoss])
+    def test_the_importance_goes_by_the_name_of_its_argument_too(self, module: Any) -> None:
+        loss, importance = module(weight=0.1), SoftImportance(0.2)
+        assert loss.weight is loss.importance
+        loss.weight = importance
+        assert loss.importance is importance
+        assert [name for name, _ in loss.named_children()] == ["importance"]
 
 
 def spo_with(normalizer: str | Tensor | None = None, **options: Any) -> Callable[..., Tensor]:

@@ -38,7 +38,7 @@ from oracle import (
 )
 from torch import Tensor
 
-from spo_kernels import reference
+from spo_kernels import precision, reference
 from spo_kernels.backends import Backend, cpu
 from spo_kernels.backends.cuda import CompiledOps
 
@@ -543,7 +543,7 @@ def test_a_row_does_not_depend_on_who_shares_it(backend: Backend, v: int, dtype:
     """Bitwise: rows that threads take whole, and rows that they take in parts."""
     case = rows_of_unlike_parts(dtype, 2 * PART + 4101)
     case = replace(case, logits=case.logits[:, -v:], ref_logits=case.ref_logits[:, -v:], labels=case.labels % v)
-    weight = torch.rand(7, dtype=reference.accumulate_dtype(dtype))
+    weight = torch.rand(7, dtype=precision.accumulate_dtype(dtype))
     weight[1] = 0
     torch.set_num_threads(1)
     whole, loss = run(backend, case), backend.kl_loss_fwd(case.logits, case.ref_logits, weight, False)
@@ -595,7 +595,7 @@ def test_the_callers_floating_point_mode_changes_nothing_and_is_kept(backend: Ba
 @pytest.mark.parametrize("v", [1, 33, 1000, 4097])
 def test_kl_loss(backend: Backend, v: int, weighted: bool, dtype: torch.dtype) -> None:
     case = make_case(24, v, dtype, mode="kl")
-    weight = torch.rand(24, dtype=reference.accumulate_dtype(dtype)) * case.mask if weighted else None
+    weight = torch.rand(24, dtype=precision.accumulate_dtype(dtype)) * case.mask if weighted else None
     case = replace(case, mask=None, dkl=torch.ones(24) if weight is None else weight)
     true, rounded = truth(case), rounding(case)
 
@@ -604,7 +604,7 @@ def test_kl_loss(backend: Backend, v: int, weighted: bool, dtype: torch.dtype) -
         loss, dlogits = backend.kl_loss_fwd(case.logits, case.ref_logits, weight, False)
     assert_same(case.logits, before, "logits")
     assert loss.shape == ()
-    assert loss.dtype == reference.accumulate_dtype(dtype)
+    assert loss.dtype == precision.accumulate_dtype(dtype)
     assert dlogits.dtype == dtype
     assert_rounded(loss, (case.dkl * true.kl).sum(), loss_rounding(rounded, true, case.dkl), "loss")
     assert_rounded(dlogits, true.dlogits, None if rounded is None else rounded.dlogits, "dlogits")
@@ -711,7 +711,7 @@ def test_kl_loss_of_no_rows(backend: Backend, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scale(backend: Backend, layout: Layout, dtype: torch.dtype) -> None:
     values = torch.randn(3, 5, 33, dtype=torch.float64).to(dtype)
-    wide = reference.accumulate_dtype(dtype)
+    wide = precision.accumulate_dtype(dtype)
     buffer, tensor = layout(values.clone())
     for scale in (0.3, -2.0, 0.0, 1.0, NAN):
         tensor.copy_(values)

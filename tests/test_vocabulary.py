@@ -15,19 +15,19 @@ from torch.distributed import ProcessGroup
 from spo_kernels import (
     LinearSPOLoss,
     SPOLoss,
-    functional,
-    head,
     kl_loss,
     linear_kl_loss,
     linear_sequence_logps,
     linear_token_kl,
     linear_token_logps,
+    precision,
     sequence_logps,
     token_kl,
     token_logps,
     token_logps_kl,
-    vocabulary,
 )
+from spo_kernels.linear import tiles
+from spo_kernels.shards import digest
 
 V, H = 37, 8
 # Even where one is a divisor of V, uneven, with a single column, in another order than by size.
@@ -66,9 +66,6 @@ def same_everywhere(results: list[Tensor]) -> Tensor:
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
     return results[0]
-
-
-# ---- from logits
 
 
 def row_inputs(dtype: torch.dtype, rows: str) -> dict[str, Tensor]:
@@ -215,10 +212,8 @@ def test_compile(processes: Processes, shards: tuple[int, ...]) -> None:
     near(torch.cat([part for _, part in results], -1), expected[1])
 
 
-# ---- from hidden states
-
-TILES = head.TileSizes(
-    rows=5, bytes=1, least_columns=10, least_forward_rows=None, wide_bytes=2**11, least_wide_rows=12, row_multiple=1
+TILES = tiles.TILE_SIZES["cpu"]._replace(
+    rows=5, bytes=1, least_columns=10, column_multiple=4, wide_bytes=2**11, least_wide_rows=12
 )
 OPTIONS = {"temperature": 1.3, "softcap": 3.0, "logit_scale": 0.6}
 
@@ -276,8 +271,7 @@ def head_result(
     """(outputs, gradient of hidden, of this process's weight, of its bias (0 if it has none))."""
     with pytest.MonkeyPatch.context() as patch:
         # So small that there are several, and of other sizes in every process.
-        patch.setitem(head.TILE_SIZES, "cpu", TILES)
-        patch.setattr(head, "_ALIGNED_COLUMNS", 4)
+        patch.setitem(tiles.TILE_SIZES, "cpu", TILES)
         x = dict(inputs)
         x["hidden"] = inputs["hidden"].detach().clone().requires_grad_()
         for key in ("weight", "bias", "ref_weight", "ref_bias"):
@@ -314,7 +308,7 @@ def half_gradient_of_hidden(group: ProcessGroup | None, shards: tuple[int, ...],
     hidden = inputs["hidden"].detach().clone().requires_grad_()
     weight = own(inputs["weight"], group, shards, 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head, "native_products", lambda device_type, dtype: False)
+        patch.setattr(precision, "native_products", lambda device_type, dtype: False)
         linear_token_logps(hidden, weight, inputs["labels"], **split_options(group, shards)).sum().backward()
     assert hidden.grad is not None
     return hidden.grad
@@ -355,9 +349,6 @@ def test_no_rows(processes: Processes, name: str, shape: tuple[int, int]) -> Non
     for out, *gradients in processes.run(2, function, SHARDS[0], name, inputs):
         near(out, expected[0])
         assert not any(gradient.any() for gradient in gradients)
-
-
-# ---- refusals
 
 
 def refused(group: ProcessGroup, shards: tuple[int, ...], held: tuple[int, ...] | None, label: int, name: str) -> Any:
@@ -475,10 +466,8 @@ def test_no_deprecated_call(processes: Processes) -> None:
     "tensor", [torch.arange(4), torch.zeros(0, dtype=torch.int64), torch.ones(3, dtype=torch.bool)]
 )
 def test_digest_is_held_exactly_by_float64(tensor: Tensor) -> None:
-    assert int(vocabulary.digest(tensor).double()) == vocabulary.digest(tensor)
-    assert vocabulary.digest(tensor) != vocabulary.digest(
-        torch.cat([tensor, tensor[:1] if len(tensor) else torch.zeros(1)])
-    )
+    assert int(digest(tensor).double()) == digest(tensor)
+    assert digest(tensor) != digest(torch.cat([tensor, tensor[:1] if len(tensor) else torch.zeros(1)]))
 
 
 def test_a_group_is_needed_and_must_be_one() -> None:
@@ -486,7 +475,7 @@ def test_a_group_is_needed_and_must_be_one() -> None:
     with pytest.raises(ValueError, match=r"vocab_shards needs a process_group, got \(5,\)"):
         token_logps(logits, labels, vocab_shards=(5,))
     with pytest.raises(ValueError, match="process_group must be a torch.distributed.ProcessGroup .* got str"):
-        functional.token_kl(logits, logits, process_group="model")  # type: ignore[arg-type]
+        token_kl(logits, logits, process_group="model")  # type: ignore[arg-type]
 
 
 def different_references(group: ProcessGroup) -> Tensor:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from spo_kernels import ops
+from spo_kernels import op_library, row_ops
 from spo_kernels.backends import cpu, cuda
 
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -201,8 +201,8 @@ def _register(device_type: str) -> None:
         "kl_loss_fwd_": lambda *args: backend().kl_loss_fwd(*args, True)[0],
         "scale_": lambda *args: backend().scale_(*args),
     }
-    for op in ops.SCHEMAS:
-        ops.library.impl(op, implementations[op], DISPATCH_KEYS[device_type])
+    for op in row_ops.OPS:
+        op_library.library.impl(op, implementations[op], DISPATCH_KEYS[device_type])
 
 
 for _device_type in _SELECTED:

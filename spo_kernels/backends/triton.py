@@ -12,9 +12,8 @@ import triton
 from torch import Tensor
 
 from spo_kernels.backends import triton_kernels as kernels
-from spo_kernels.reference import LABEL_ELSEWHERE, accumulate_dtype
-
-name = "triton"
+from spo_kernels.precision import accumulate_dtype
+from spo_kernels.reference import LABEL_ELSEWHERE
 
 _WARP = 64 if torch.version.hip else 32  # threads; 64 on AMD's data-centre GPUs
 _VECTOR_BYTES = 16  # the widest load

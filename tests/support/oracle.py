@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spo_kernels import backends, reference
+from spo_kernels import backends, precision, reference
 from spo_kernels.backends import Backend, cpu
 
 ACTIVE = backends.active("cpu")
@@ -413,6 +413,6 @@ def make_case(
     labels[3::4] = IGNORE
     mask = torch.ones(n, dtype=torch.bool)
     mask[2::3] = False
-    wide = reference.accumulate_dtype(dtype)
+    wide = precision.accumulate_dtype(dtype)
     dlogps, dkl = (0.5 + 1.5 * torch.rand(2, n, generator=generator)).mul(torch.tensor([[1.0], [-1.0]])).to(wide)
     return Case(logits, labels, ref_logits, mask, dlogps, dkl).only(mode)

@@ -34,7 +34,7 @@ from oracle import (
 from torch import Tensor
 
 import spo_kernels
-from spo_kernels import backends, reference
+from spo_kernels import backends, precision, reference
 from spo_kernels.backends import Backend
 
 INF, NAN = math.inf, math.nan
@@ -327,7 +327,7 @@ def test_logits_with_another_last_stride_are_refused(backend: Backend) -> None:
 @pytest.mark.parametrize("v", [33, 4097])
 def test_kl_loss(backend: Backend, v: int, dtype: torch.dtype) -> None:
     case = make_case(5, v, dtype, mode="kl")
-    weight = torch.tensor([0.3, 0.0, 1.0, -0.7, 2.0], dtype=reference.accumulate_dtype(dtype))
+    weight = torch.tensor([0.3, 0.0, 1.0, -0.7, 2.0], dtype=precision.accumulate_dtype(dtype))
     case = replace(case, mask=None, dkl=weight)
     true, rounded = truth(case), rounding(case)
 
@@ -360,7 +360,7 @@ def test_kl_loss_skips_rows_of_weight_zero(backend: Backend, loads: list[int]) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scale(backend: Backend, dtype: torch.dtype, loads: list[int]) -> None:
     values = torch.randn(2, 4097, dtype=torch.float64).to(dtype)
-    wide = reference.accumulate_dtype(dtype)
+    wide = precision.accumulate_dtype(dtype)
     for scale in (0.3, 0.0, NAN):
         tensor, by = values.clone(), torch.tensor(scale, dtype=wide)
         backend.scale_(tensor, by)

@@ -1,0 +1,335 @@
+"""Row statistics and gradients of a head, tile by tile, without the logits of all rows.
+
+Statistics of a row's blocks of columns, and of the shards of a vocabulary that is split over processes, combine as
+`spo_kernels.shards` says.
+
+A row's result may depend on the other rows in the last bits, unlike a row op's: a matrix product sums in an order that
+depends on its shape.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spo_kernels import sequences, shards
+from spo_kernels.linear.records import Head, HeadOptions, Needs, Uniform
+from spo_kernels.linear.tiles import (
+    GradientSums,
+    RefTile,
+    Rows,
+    Tile,
+    ref_tile,
+    row_tiles,
+    tile_shape,
+    wide_tile_shape,
+)
+from spo_kernels.precision import accumulate_dtype
+
+
+class RowStats(NamedTuple):
+    """What `reference.token_stats_fwd` returns, of n rows."""
+
+    logps: Tensor  # [n]; [0] without labels
+    kl: Tensor  # [n]; [0] without a reference
+    stats: Tensor  # [2 or 4, n]
+
+
+class RowGradients(NamedTuple):
+    """Upstream gradients of n rows."""
+
+    logps: Tensor | None  # [n]
+    kl: Tensor | None  # [n]
+
+
+def _row_stats(rows: Rows, tile: Tile, reference: RefTile | None, labels: Tensor | None) -> RowStats:
+    """Statistics of these rows, block by block."""
+    tile.select(rows)
+    if reference is not None:
+        reference.select(rows)
+    tile_labels = None if labels is None else labels[rows]
+
+    def filled(begin: int, end: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        logits, local = tile.fill(begin, end), tile.local_labels(tile_labels, begin, end)
+        return logits, local, None if reference is None else reference.fill(begin, end)
+
+    blocks = list(tile.blocks())
+    if tile.holds_vocabulary(*blocks[0]):
+        logits, local, ref_logits = filled(*blocks[0])
+        whole = torch.ops.spo_kernels.token_stats_fwd(logits, local, ref_logits, None, shards.IGNORED, False)
+        return RowStats(*whole)
+    stats = (shards.block_stats(*filled(begin, end)) for begin, end in blocks)
+    return _of_whole_vocabulary(functools.reduce(shards.merge, stats), tile)
+
+
+def _of_whole_vocabulary(block: shards.BlockStats, tile: Tile) -> RowStats:
+    """Statistics of the rows from those of all columns of a tile's head."""
+    whole = shards.combine(block, tile.columns, tile.width)
+    return RowStats(*(x.to(tile.accumulate) for x in (whole.logps(), whole.kl, whole.stats)))
+
+
+def _add_gradients(
+    rows: Rows,
+    tile: Tile,
+    reference: RefTile | None,
+    labels: Tensor | None,
+    upstream: RowGradients,
+    saved: RowStats,
+    gradients: GradientSums,
+) -> None:
+    """Add the gradients of these rows. Recomputes their logits block by block; uses the saved kl and stats."""
+    tile.select(rows)
+    gradients.begin_rows(rows, tile)
+    if reference is not None:
+        reference.select(rows)
+    tile_labels = None if labels is None else labels[rows]
+    for begin, end in tile.blocks():
+        logits, slope = tile.fill_with_slope(begin, end)
+        ref_logits = None if reference is None else reference.fill(begin, end)
+        local = tile.local_labels(tile_labels, begin, end)
+        _to_gradient_(logits, local, ref_logits, upstream, saved)
+        gradients.add(tile, logits, slope, begin, end)
+    gradients.end_rows()
+
+
+def _to_gradient_(
+    logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, upstream: RowGradients, saved: RowStats
+) -> None:
+    """Replace logits by their gradient."""
+    torch.ops.spo_kernels.token_stats_bwd_(
+        upstream.logps, upstream.kl, logits, labels, ref_logits, None, saved.kl, saved.stats, shards.IGNORED
+    )
+
+
+def token_stats_fwd(
+    head: Head,
+    labels: Tensor | None,
+    ref_head: Head | Uniform | None,
+    kept: Tensor | None,
+    options: HeadOptions,
+) -> RowStats:
+    """`reference.token_stats_fwd` of a head's logits, 0 on rows that are not kept.
+
+    Args:
+        labels: ``[N]``, in range wherever kept.
+        kept: ``[N]`` bool, or None for all rows.
+    """
+    rows = head.hidden.shape[0]
+    dtype = accumulate_dtype(head.hidden.dtype)
+    logps = head.hidden.new_zeros(0 if labels is None else rows, dtype=dtype)
+    kl = head.hidden.new_zeros(0 if ref_head is None else rows, dtype=dtype)
+    stats = head.hidden.new_zeros(2 if ref_head is None else 4, rows, dtype=dtype)
+    shape = tile_shape(head, options, rows, forward=True)
+    tile = Tile(head, options, shape)
+    reference = ref_tile(head, ref_head, options, shape)
+    for selected in row_tiles(kept, rows, shape.rows):
+        of_tile = _row_stats(selected, tile, reference, labels)
+        stats[:, selected] = of_tile.stats
+        if labels is not None:
+            logps[selected] = of_tile.logps
+        if ref_head is not None:
+            kl[selected] = of_tile.kl
+    return RowStats(logps, kl, stats)
+
+
+def token_stats_bwd(
+    upstream: RowGradients,
+    head: Head,
+    labels: Tensor | None,
+    ref_head: Head | Uniform | None,
+    kept: Tensor | None,
+    saved: RowStats,
+    needs: Needs,
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dhidden, dweight, dbias)``, each ``[0]`` where not wanted. saved: what the forward returned."""
+    rows = head.hidden.shape[0]
+    shape = tile_shape(head, options, rows, forward=False)
+    tile = Tile(head, options, shape)
+    if upstream.logps is None:
+        labels = None
+    if upstream.kl is None:  # without the reference's product
+        ref_head, saved = None, saved._replace(kl=saved.kl[:0], stats=saved.stats[:2])
+    reference = ref_tile(head, ref_head, options, shape)
+    tiles = row_tiles(kept, rows, shape.rows)
+    gradients = GradientSums(head, needs, options, one_tile=len(tiles) <= 1)
+    for selected in tiles:
+        of_tile = RowGradients(*(None if x is None else x[selected] for x in upstream))
+        saved_kl = saved.kl if ref_head is None else saved.kl[selected]
+        saved_of_tile = saved._replace(kl=saved_kl, stats=saved.stats[:, selected])
+        _add_gradients(selected, tile, reference, labels, of_tile, saved_of_tile, gradients)
+    return gradients.finish()
+
+
+def kl_loss_fwd(
+    head: Head, ref_head: Head, row_weight: Tensor, needs: Needs, options: HeadOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(sum_i row_weight_i KL_i, dhidden, dweight, dbias)``, from one product of each head.
+
+    Tiles are as wide as the vocabulary. The gradients are ``[0]`` where not wanted.
+    """
+    shape = wide_tile_shape(head, options, tiles=2)
+    tile, reference = Tile(head, options, shape), Tile(ref_head, options, shape)
+    tiles = row_tiles(row_weight != 0, head.hidden.shape[0], shape.rows)
+    gradients = GradientSums(head, needs, options, one_tile=len(tiles) <= 1)
+    loss = head.hidden.new_zeros((), dtype=torch.float64)  # a sum over many tiles
+    for selected in tiles:
+        loss += _kl_loss_of_tile(selected, tile, reference, row_weight[selected], gradients)
+    del tile, reference  # room for the cast of the sums
+    return loss.to(accumulate_dtype(head.hidden.dtype)), *gradients.finish()
+
+
+def _kl_loss_of_tile(rows: Rows, tile: Tile, reference: Tile, row_weight: Tensor, gradients: GradientSums) -> Tensor:
+    """``sum_i row_weight_i KL_i`` of these rows, whose gradients are added."""
+    tile.select(rows)
+    reference.select(rows)
+    gradients.begin_rows(rows, tile)
+    logits, slope = tile.fill_with_slope(0, tile.width)
+    ref_logits = reference.fill(0, tile.width)
+    loss: Tensor
+    if tile.columns.sharded:  # the gradient has to wait for the other columns' statistics
+        saved = _of_whole_vocabulary(shards.block_stats(logits, None, ref_logits), tile)
+        _to_gradient_(logits, None, ref_logits, RowGradients(None, row_weight), saved)
+        loss = saved.kl.double() @ row_weight.double()
+    else:
+        loss = torch.ops.spo_kernels.kl_loss_fwd_(logits, ref_logits, row_weight)
+    gradients.add(tile, logits, slope, 0, tile.width)
+    gradients.end_rows()
+    return loss
+
+
+# (first pair, end, sums of log-probs of the chosen [p], of the rejected [p]) -> gradients of the objective by them
+PairCoefficients = Callable[[int, int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class PairGroup(NamedTuple):
+    """Consecutive pairs, and their rows."""
+
+    first: int
+    end: int
+    rows: Tensor
+
+
+def pair_gradients(
+    head: Head,
+    labels: Tensor,
+    kept: Tensor,
+    bounds: Tensor,
+    coefficients: PairCoefficients,
+    needs: Needs,
+    options: HeadOptions,
+    *,
+    strict: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(sums [2P], dhidden, dweight, dbias)`` of an objective whose gradient by a pair's log-probs needs only them.
+
+    Of the 2P sequences, s is rows ``bounds[s]`` to ``bounds[s + 1]``; s and s + P are a pair. A tile, as wide as the
+    vocabulary, takes the kept rows of as many pairs as fit. A pair with more rows than a tile is recomputed in narrower
+    tiles, or refused if strict. The gradients are ``[0]`` where not wanted.
+    """
+    shape = wide_tile_shape(head, options)
+    log_probs = _PairLogProbs(head, bounds, coefficients)
+    order, lengths = log_probs.rows_by_pair(kept)
+    if strict and lengths and max(lengths) > shape.rows:
+        raise ValueError(
+            f"chunk_size must be at least the {max(lengths)} rows of the longest pair for gradients within the "
+            f"forward, got {shape.rows}; the route that recomputes takes any"
+        )
+    gradients = GradientSums(head, needs, options, one_tile=len(order) <= shape.rows)
+    fits = any(0 < length <= shape.rows for length in lengths)
+    tile = Tile(head, options, shape) if fits else None
+    for group in _pair_groups(order, lengths, shape.rows):
+        gradient_of_logps = functools.partial(log_probs.gradient, group)
+        if group.rows.shape[0] == 0:
+            gradient_of_logps(log_probs.sums[:0])
+        elif tile is not None and group.rows.shape[0] <= shape.rows:
+            _add_gradients_of_tile(group.rows, tile, labels, gradient_of_logps, gradients)
+        else:
+            _add_gradients_of_long_pair(group.rows, head, labels, gradient_of_logps, gradients, options)
+    del tile  # room for the cast of the sums
+    return log_probs.sums.to(accumulate_dtype(head.hidden.dtype)), *gradients.finish()
+
+
+class _PairLogProbs:
+    """Log-probs of sequences as they become known, group of pairs by group of pairs."""
+
+    def __init__(self, head: Head, bounds: Tensor, coefficients: PairCoefficients) -> None:
+        rows = head.hidden.shape[0]
+        self._pairs = (bounds.shape[0] - 1) // 2
+        self._bounds = bounds
+        self._coefficients = coefficients
+        self._dtype = accumulate_dtype(head.hidden.dtype)
+        self._sequence = sequences.of_rows(bounds, rows)
+        # In float64: D is a small difference of long sums.
+        self._token_logps = head.hidden.new_zeros(rows, dtype=torch.float64)
+        self.sums = head.hidden.new_zeros(2 * self._pairs, dtype=torch.float64)
+
+    def rows_by_pair(self, kept: Tensor) -> tuple[Tensor, list[int]]:
+        """``(indices of the kept rows, sorted by pair; how many each pair has)``."""
+        index = kept.nonzero()[:, 0]
+        pair_of_row = self._sequence[index] % max(self._pairs, 1)
+        lengths: list[int] = torch.bincount(pair_of_row, minlength=self._pairs).tolist()
+        return index[pair_of_row.argsort(stable=True)], lengths
+
+    def gradient(self, group: PairGroup, logps: Tensor) -> Tensor:
+        """The objective's gradient by the log-probs ``[n]`` of the rows of a group, which completes their sums."""
+        self._token_logps[group.rows] = logps.double()
+        chosen = slice(group.first, group.end)
+        rejected = slice(self._pairs + group.first, self._pairs + group.end)
+        for part in (chosen, rejected):
+            self.sums[part] = sequences.sums(self._token_logps, self._bounds[part.start : part.stop + 1])
+        of_sequence = torch.zeros_like(self.sums)
+        of_sequence[chosen], of_sequence[rejected] = self._coefficients(
+            group.first, group.end, self.sums[chosen], self.sums[rejected]
+        )
+        return of_sequence[self._sequence[group.rows]].to(self._dtype)
+
+
+def _pair_groups(order: Tensor, lengths: list[int], size: int) -> Iterator[PairGroup]:
+    """Groups of consecutive pairs with at most `size` rows together; a pair with more is a group of its own."""
+    first = start = stop = 0
+    for pair, length in enumerate(lengths):
+        if stop + length - start > size and pair > first:
+            yield PairGroup(first, pair, order[start:stop])
+            first, start = pair, stop
+        stop += length
+    if lengths:
+        yield PairGroup(first, len(lengths), order[start:stop])
+
+
+def _add_gradients_of_tile(
+    rows: Tensor,
+    tile: Tile,
+    labels: Tensor,
+    gradient_of_logps: Callable[[Tensor], Tensor],
+    gradients: GradientSums,
+) -> None:
+    tile.select(rows)
+    gradients.begin_rows(rows, tile)
+    logits, slope = tile.fill_with_slope(0, tile.width)
+    local = tile.local_labels(labels[rows], 0, tile.width)
+    assert local is not None
+    saved = _of_whole_vocabulary(shards.block_stats(logits, local, None), tile)
+    _to_gradient_(logits, local, None, RowGradients(gradient_of_logps(saved.logps), None), saved)
+    gradients.add(tile, logits, slope, 0, tile.width)
+    gradients.end_rows()
+
+
+def _add_gradients_of_long_pair(
+    rows: Tensor,
+    head: Head,
+    labels: Tensor,
+    gradient_of_logps: Callable[[Tensor], Tensor],
+    gradients: GradientSums,
+    options: HeadOptions,
+) -> None:
+    shape = tile_shape(head, options, rows.shape[0], forward=False)
+    tile = Tile(head, options, shape)
+    saved = [(chunk, _row_stats(chunk, tile, None, labels)) for chunk in rows.split(shape.rows)]
+    dlogps = gradient_of_logps(torch.cat([stats.logps for _, stats in saved])).split(shape.rows)
+    for (chunk, stats), upstream in zip(saved, dlogps, strict=True):
+        _add_gradients(chunk, tile, None, labels, RowGradients(upstream, None), stats, gradients)

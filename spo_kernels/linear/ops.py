@@ -1,0 +1,267 @@
+"""The head's ops: tile loops (`loops`) behind torch's dispatcher, the same for every device.
+
+For each op: its schema with its implementation, its output shapes, its gradient. Rows are ``[N]``.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_kernels import shards
+from spo_kernels.linear import loops
+from spo_kernels.linear.records import Head, HeadOptions, Needs, Uniform
+from spo_kernels.losses import SoftImportance, mean_or_zero, pair_error, pair_preference
+from spo_kernels.op_library import mark_written, op, refuse_double_backward, run_once
+from spo_kernels.precision import accumulate_dtype
+
+
+def _empty_gradients(head: Head, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialized dhidden, dweight, dbias: ``[0]`` where not wanted."""
+    hidden, weight, bias = head
+    return (
+        hidden.new_empty(hidden.shape if needs.hidden else (0,), dtype=needs.dtype),
+        hidden.new_empty(weight.shape if needs.weight else (0,), dtype=needs.dtype),
+        hidden.new_empty(weight.shape[:1] if needs.bias and bias is not None else (0,), dtype=needs.dtype),
+    )
+
+
+def _kept(labels: Tensor | None, mask: Tensor | None, ignore_index: int) -> Tensor | None:
+    return mask if labels is None else labels != ignore_index
+
+
+@op
+def linear_token_stats_fwd(
+    head: Head,
+    labels: Tensor | None,
+    ref_head: Head | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    uniform: bool,  # the KL is that to the uniform distribution over the vocabulary
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(logps, kl, stats)`` of each row, 0 on rows that are ignored or masked."""
+    columns = options.columns
+    if columns.sharded and (labels is not None or mask is not None):
+        columns.check_same(labels=labels, mask=mask)
+    if labels is not None:
+        shards.check_labels(labels, columns.vocab_size, ignore_index)
+    kept = _kept(labels, mask, ignore_index)
+    return loops.token_stats_fwd(head, labels, Uniform() if uniform else ref_head, kept, options)
+
+
+@linear_token_stats_fwd.fake
+def _empty_stats(
+    head: Head, labels: Tensor | None, ref_head: Head | None, uniform: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = head.hidden.shape[0], accumulate_dtype(head.hidden.dtype)
+    with_kl = uniform or ref_head is not None
+    logps = head.hidden.new_empty(0 if labels is None else rows, dtype=dtype)
+    kl = head.hidden.new_empty(rows if with_kl else 0, dtype=dtype)
+    return logps, kl, head.hidden.new_empty((4 if with_kl else 2, rows), dtype=dtype)
+
+
+@op
+def linear_token_stats_bwd(
+    dlogps: Tensor | None,
+    dkl: Tensor | None,
+    head: Head,
+    labels: Tensor | None,
+    ref_head: Head | None,
+    mask: Tensor | None,
+    kl: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+    uniform: bool,
+    needs: Needs,
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dhidden, dweight, dbias)``, ``[0]`` where not wanted."""
+    # A row with an upstream gradient of 0 is not read: its hidden states may be NaN.
+    kept = functools.reduce(operator.or_, (upstream != 0 for upstream in (dlogps, dkl) if upstream is not None))
+    in_forward = _kept(labels, mask, ignore_index)
+    return loops.token_stats_bwd(
+        loops.RowGradients(dlogps, dkl),
+        head,
+        labels,
+        Uniform() if uniform else ref_head,
+        kept if in_forward is None else kept & in_forward,
+        loops.RowStats(kl[:0], kl, stats),
+        needs,
+        options,
+    )
+
+
+@linear_token_stats_bwd.fake
+def _empty_gradients_of_stats(head: Head, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(head, needs)
+
+
+def _save_token_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    given = linear_token_stats_fwd.records(inputs)
+    ctx.ignore_index, ctx.uniform, ctx.options = given["ignore_index"], given["uniform"], given["options"]
+    ctx.dtype = given["head"].hidden.dtype
+    logps, kl, stats = output
+    not_asked = [logps] if given["labels"] is None else []
+    not_asked += [kl] if given["ref_head"] is None and not ctx.uniform else []
+    ctx.mark_non_differentiable(stats, *not_asked)
+    ctx.set_materialize_grads(False)
+    ref_head = given["ref_head"] or (None, None, None)
+    ctx.save_for_backward(*given["head"], given["labels"], *ref_head, given["mask"], kl, stats)
+
+
+def _token_stats_backward(
+    ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if dlogps is None and dkl is None:
+        return None, None, None
+    refuse_double_backward()
+    hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, mask, kl, stats = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:3]  # of hidden, weight and bias
+    gradients = linear_token_stats_bwd(
+        dlogps,
+        dkl,
+        Head(hidden, weight, bias),
+        labels,
+        None if ref_hidden is None else Head(ref_hidden, ref_weight, ref_bias),
+        mask,
+        kl,
+        stats,
+        ctx.ignore_index,
+        ctx.uniform,
+        Needs(wanted[0], wanted[1], wanted[2], ctx.dtype),
+        ctx.options,
+    )
+    dhidden, dweight, dbias = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+    return dhidden, dweight, dbias
+
+
+linear_token_stats_fwd.gradient(_save_token_stats, _token_stats_backward, of="head")
+
+
+@op
+def linear_kl_loss_fwd(
+    head: Head,
+    ref_head: Head,
+    row_weight: Tensor,
+    needs: Needs,
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(loss [], dhidden, dweight, dbias)``: gradients of an upstream scalar of 1, ``[0]`` where not wanted."""
+    if options.columns.sharded:
+        options.columns.check_same(row_weight=row_weight)  # 0 where masked
+    return loops.kl_loss_fwd(head, ref_head, row_weight, needs, options)
+
+
+@linear_kl_loss_fwd.fake
+def _empty_kl_loss(head: Head, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = head.hidden.new_empty((), dtype=accumulate_dtype(head.hidden.dtype))
+    return loss, *_empty_gradients(head, needs)
+
+
+@op
+def linear_spo_loss_fwd(
+    head: Head,
+    labels: Tensor,  # [N]
+    bounds: Tensor,  # [2P + 1], first row of each sequence, and N
+    counts: Tensor,  # [2P] unignored rows of each sequence, floating
+    pair_weight: Tensor | None,  # [P]
+    normalizer: Tensor | None,  # [], of soft importance with gamma; None for uniform weights
+    gamma: float,
+    alpha: float,
+    center: bool,
+    average: bool,
+    nll_weight: float,
+    ignore_index: int,
+    strict: bool,
+    needs: Needs,
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(loss [], sums of log-probs [2P], dhidden, dweight, dbias)``, the gradients as in `linear_kl_loss_fwd`."""
+    pairs = counts.shape[0] // 2
+    if options.columns.sharded:
+        options.columns.check_same(labels=labels, cu_seqlens=bounds, pair_weight=pair_weight)
+    shards.check_labels(labels, options.columns.vocab_size, ignore_index)
+    importance = None if normalizer is None else SoftImportance(gamma, normalizer)
+    losses = counts.new_zeros(pairs)
+    divisor = counts.clamp(min=1) if average else torch.ones_like(counts)
+    nll_share = nll_weight / counts[:pairs].sum().clamp(min=1)
+
+    def coefficients(first: int, end: int, sums_w: Tensor, sums_l: Tensor) -> tuple[Tensor, Tensor]:
+        divisor_w, divisor_l = divisor[first:end], divisor[pairs + first : pairs + end]
+        logp_w, logp_l = sums_w / divisor_w, sums_l / divisor_l
+        mu = torch.ones_like(logp_w)
+        if pair_weight is not None:
+            mu = pair_weight[first:end]
+        elif importance is not None:
+            mu = importance(logp_w, logp_l)
+        margin = torch.where(mu == 0, 0, logp_w - logp_l)
+        losses[first:end] = torch.where(mu == 0, 0, mu * pair_preference(margin, alpha, center))
+        slope = mu * pair_error(margin, alpha) / pairs
+        return -slope / divisor_w - nll_share, slope / divisor_l
+
+    sums, dhidden, dweight, dbias = loops.pair_gradients(
+        head, labels, labels != ignore_index, bounds, coefficients, needs, options, strict=strict
+    )
+    loss = mean_or_zero(losses) - (nll_share * sums[:pairs].sum() if nll_weight else 0)
+    return loss, sums, dhidden, dweight, dbias
+
+
+@linear_spo_loss_fwd.fake
+def _empty_spo_loss(head: Head, counts: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return counts.new_empty(()), torch.empty_like(counts), *_empty_gradients(head, needs)
+
+
+def _save_unit_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """For an op whose first output is the loss, and whose last three are a head's gradients of it."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(*output[-3:])
+
+
+def _scaled_gradients(message: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Backward of such an op: the gradients of the forward times the upstream scalar.
+
+    They are scaled in place, so this can run only once; a second backward raises the message.
+    """
+
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if dloss is None:
+            return None, None, None
+        refuse_double_backward()
+        run_once(ctx, message)
+        gradients: list[Tensor | None] = []
+        for gradient, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True):
+            if need:
+                rows = gradient if gradient.dim() > 1 else gradient[None]
+                torch.ops.spo_kernels.scale_(rows, dloss)
+                mark_written(gradient)
+            gradients.append(gradient.to(ctx.dtype) if need else None)
+        return tuple(gradients)
+
+    return backward
+
+
+linear_kl_loss_fwd.gradient(
+    _save_unit_gradients,
+    _scaled_gradients(
+        "linear_kl_loss can run backward only once: its gradients were computed in the forward and scaled in place by "
+        "the first backward; use (row_weight * spo_kernels.linear_token_kl(...)).sum(), or in LinearSPOLoss route "
+        '"recompute"'
+    ),
+    of="head",
+)
+linear_spo_loss_fwd.gradient(
+    _save_unit_gradients,
+    _scaled_gradients(
+        'LinearSPOLoss with route "auto" or "recompute_free" can run backward only once: its gradients were computed '
+        'in the forward and scaled in place by the first backward; use route "recompute"'
+    ),
+    of="head",
+)

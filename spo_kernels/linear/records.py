@@ -1,0 +1,48 @@
+"""What the head's functions, ops and loops hand on, as records. They cross the op boundary whole (`op_library`)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spo_kernels.op_library import Size
+from spo_kernels.shards import Columns
+
+
+class Head(NamedTuple):
+    """Hidden states, and the head that makes logits of them."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+
+
+class Uniform(NamedTuple):
+    """Stands in for a reference head whose distribution is uniform: the KL to it is log V minus the entropy."""
+
+
+class LogitOptions(NamedTuple):
+    """``logits = softcap(logit_scale (h W^T + b)) / temperature``, with ``softcap(x) = softcap tanh(x / softcap)``."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+class HeadOptions(NamedTuple):
+    """The options of every function of a head, checked."""
+
+    logits: LogitOptions
+    chunk_size: Size | None  # rows of a tile, at most
+    columns: Columns  # of weight and bias, in the whole vocabulary
+
+
+class Needs(NamedTuple):
+    """Which gradients of a head are wanted, and in which dtype."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    dtype: torch.dtype

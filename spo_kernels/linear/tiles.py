@@ -1,0 +1,301 @@
+"""A head's logits and gradients, a tile at a time: rows x columns of logits in one scratch buffer that tiles reuse.
+
+    z = softcap(logit_scale (h W^T + b)) / temperature,    softcap(x) = softcap tanh(x / softcap), or x without one
+
+A matrix product fills the tile, a row op works on it in place, and the matrix products of the backward consume it.
+Sums over tiles are float32, or float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spo_kernels import shards
+from spo_kernels.linear.records import Head, HeadOptions, LogitOptions, Needs, Uniform
+from spo_kernels.precision import accumulate_dtype, accumulates_in_float32, product_dtype
+
+Rows = slice | Tensor  # of the hidden states: a range, or the indices of the rows that were kept
+
+
+class TileSizes(NamedTuple):
+    """How large a tile may be on a kind of device."""
+
+    rows: int  # at most, of a tile that holds a block of columns
+    bytes: int  # of such a tile, as near as `least_columns` allows
+    least_columns: int  # of such a tile
+    least_forward_rows: int | None  # a forward takes whole rows where this many fit in `bytes`; None: never
+    wide_bytes: int  # of a tile of whole rows, which gradients within the forward need
+    least_wide_rows: int  # of such a tile
+    row_multiple: int  # of tiles of whole rows: products take rows in blocks of so many
+    column_multiple: int  # of blocks: every row of a tile then starts aligned
+    cast_columns: int  # whose weight, or whose products, are cast at a time where half precision is involved
+
+
+TILE_SIZES = {
+    # Near the peak of matrix products (below 512 rows or 1024 columns a fifth is lost), and small enough to stay in
+    # cache between the product and the row op.
+    "cpu": TileSizes(
+        rows=4096,
+        bytes=16 << 20,
+        least_columns=1024,
+        least_forward_rows=None,
+        wide_bytes=64 << 20,
+        least_wide_rows=512,
+        row_multiple=1,
+        column_multiple=16,
+        cast_columns=4096,
+    ),
+    # Launches must cost little beside products: on an H100 a launch took the host 17 us, and the product of a 16 MiB
+    # tile at H = 2048 50 us. Statistics of whole rows need no merging, which takes 30 launches a block.
+    "cuda": TileSizes(
+        rows=4096,
+        bytes=256 << 20,
+        least_columns=1024,
+        least_forward_rows=512,
+        wide_bytes=1 << 30,
+        least_wide_rows=512,
+        row_multiple=256,
+        column_multiple=16,
+        cast_columns=4096,
+    ),
+}
+
+
+class TileShape(NamedTuple):
+    rows: int
+    columns: int
+
+
+def tile_sizes(hidden: Tensor) -> TileSizes:
+    """`TILE_SIZES` of the device of the hidden states."""
+    return TILE_SIZES["cpu" if hidden.device.type == "cpu" else "cuda"]
+
+
+def tile_shape(head: Head, options: HeadOptions, rows: int, *, forward: bool) -> TileShape:
+    """Shape of the tiles of so many rows: in a forward whole rows where enough of them fit, else a block of columns."""
+    sizes, width = tile_sizes(head.hidden), head.weight.shape[0]
+    itemsize = _product_dtype(head, options.logits).itemsize
+    whole = _rounded_down(sizes.bytes // (width * itemsize), sizes.row_multiple)
+    if forward and sizes.least_forward_rows is not None and sizes.least_forward_rows <= whole:
+        tile_rows = _tile_rows(rows, options, whole)
+        if tile_rows <= whole:
+            return TileShape(tile_rows, width)
+    tile_rows = _tile_rows(rows, options, sizes.rows)
+    most = max(sizes.bytes // (tile_rows * itemsize), sizes.least_columns)
+    blocks = -(-width // most)
+    even = -(-width // blocks)  # blocks of one size
+    return TileShape(tile_rows, min(-(-even // sizes.column_multiple) * sizes.column_multiple, width))
+
+
+def wide_tile_shape(head: Head, options: HeadOptions, tiles: int = 1) -> TileShape:
+    """Shape of tiles as wide as the vocabulary, of which so many are held at once."""
+    sizes, width = tile_sizes(head.hidden), head.weight.shape[0]
+    row_bytes = width * _product_dtype(head, options.logits).itemsize
+    size = _rounded_down(max(sizes.wide_bytes // row_bytes, sizes.least_wide_rows) // tiles, sizes.row_multiple)
+    rows = _tile_rows(head.hidden.shape[0], options, size)
+    # Every process must take the same rows at a time, also where shards are uneven.
+    return TileShape(options.columns.all_min(rows, head.hidden.device) if options.columns.sharded else rows, width)
+
+
+def _product_dtype(head: Head, options: LogitOptions) -> torch.dtype:
+    return product_dtype(head.hidden.device.type, head.hidden.dtype, capped=options.softcap is not None)
+
+
+def _tile_rows(rows: int, options: HeadOptions, size: int) -> int:
+    return max(min(size if options.chunk_size is None else options.chunk_size, rows), 1)
+
+
+def _rounded_down(number: int, multiple: int) -> int:
+    """The largest multiple up to the number; the number itself where that multiple is 0."""
+    return max(number // multiple * multiple, min(number, multiple))
+
+
+def row_tiles(kept: Tensor | None, rows: int, size: int) -> list[Rows]:
+    """Rows of each tile. kept is a bool mask, whose number of rows is read back to the host, or None for all rows."""
+    if kept is not None:
+        index = kept.nonzero()[:, 0]
+        if index.shape[0] < rows:
+            return list(index.split(size)) if index.shape[0] else []
+    return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
+
+
+class Tile:
+    """Logits of one head, a tile at a time in one buffer."""
+
+    def __init__(self, head: Head, options: HeadOptions, shape: TileShape) -> None:
+        self._head = head
+        self._options = options.logits
+        self._shape = shape
+        self._memory: Tensor | None = None
+        self.columns = options.columns
+        self.width = head.weight.shape[0]  # columns of this process
+        self.dtype = _product_dtype(head, options.logits)
+        self.accumulate = accumulate_dtype(head.hidden.dtype)
+        # dz / d(h W^T + b), without the softcap's slope
+        self.scale = options.logits.logit_scale / options.logits.temperature
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """First column and end of each block of columns."""
+        for begin in range(0, self.width, self._shape.columns):
+            yield begin, min(begin + self._shape.columns, self.width)
+
+    def select(self, rows: Rows) -> None:
+        """Choose the rows that `fill` takes."""
+        self.hidden = self._head.hidden[rows].to(self.dtype)
+
+    def fill(self, begin: int, end: int) -> Tensor:
+        """Logits ``[n, end - begin]`` of the selected rows."""
+        logits = self._capped_product(begin, end)
+        softcap = self._options.softcap
+        return logits if softcap is None else logits.mul_(softcap / self._options.temperature)
+
+    def fill_with_slope(self, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
+        """`fill`, and the softcap's slope at each of the logits; None without a softcap."""
+        logits = self._capped_product(begin, end)
+        softcap = self._options.softcap
+        if softcap is None:
+            return logits, None
+        slope = 1 - logits.square()
+        return logits.mul_(softcap / self._options.temperature), slope
+
+    def _capped_product(self, begin: int, end: int) -> Tensor:
+        """The logits; with a softcap, its tanh alone."""
+        if self._memory is None:
+            self._memory = self._head.hidden.new_empty(self._shape, dtype=self.dtype)
+        logits = self._memory[: self.hidden.shape[0], : end - begin]
+        softcap = self._options.softcap
+        factor = self.scale if softcap is None else self._options.logit_scale / softcap
+        for b, e in self._cast_blocks(begin, end):
+            weight, out = self._head.weight[b:e].to(self.dtype), logits[:, b - begin : e - begin]
+            if self._head.bias is None:
+                torch.addmm(out, self.hidden, weight.t(), beta=0, alpha=factor, out=out)
+            else:
+                bias = self._head.bias[b:e].to(self.dtype)
+                torch.addmm(bias, self.hidden, weight.t(), beta=factor, alpha=factor, out=out)
+        return logits if softcap is None else logits.tanh_()
+
+    def local_labels(self, labels: Tensor | None, begin: int, end: int) -> Tensor | None:
+        """Labels of the whole vocabulary, relative to a block of columns."""
+        if labels is None or self.holds_vocabulary(begin, end):
+            return labels
+        return shards.local_labels(labels, self.columns.start + begin, end - begin)
+
+    def holds_vocabulary(self, begin: int, end: int) -> bool:
+        """Whether these columns are the whole vocabulary, so that no statistics have to be merged."""
+        return not self.columns.sharded and (begin, end) == (0, self.width)
+
+    def weights(self, begin: int, end: int, dweight_dtype: torch.dtype | None) -> Iterator[tuple[int, int, Tensor]]:
+        """``(begin, end, weight)`` of the backward's products, for gradients of the weight in this dtype, or none."""
+        for b, e in self._cast_blocks(begin, end, dweight_dtype):
+            yield b, e, self._head.weight[b:e].to(self.dtype)
+
+    def _cast_blocks(self, begin: int, end: int, dweight_dtype: torch.dtype | None = None) -> Iterator[tuple[int, int]]:
+        """One block of all columns; several where the weight or its gradient is cast, to keep the cast copies small.
+
+        Whole products are a few percent faster where hidden states are wide and rows few.
+        """
+        weight = self._head.weight
+        casts_gradient = dweight_dtype not in (None, self.dtype) and not accumulates_in_float32(
+            dweight_dtype, self.dtype, weight.device.type
+        )
+        one_block = weight.dtype == self.dtype and not casts_gradient
+        size = end - begin if one_block else tile_sizes(weight).cast_columns
+        for b in range(begin, end, size):
+            yield b, min(b + size, end)
+
+
+class UniformTile:
+    """Logits of the uniform distribution, in place of a reference's."""
+
+    def __init__(self, head: Head, options: HeadOptions, shape: TileShape) -> None:
+        self._row = head.hidden.new_zeros(1, shape.columns, dtype=_product_dtype(head, options.logits))
+
+    def select(self, rows: Rows) -> None:
+        self._count = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
+
+    def fill(self, begin: int, end: int) -> Tensor:
+        return self._row[:, : end - begin].expand(self._count, -1)
+
+
+RefTile = Tile | UniformTile
+
+
+def ref_tile(head: Head, ref_head: Head | Uniform | None, options: HeadOptions, shape: TileShape) -> RefTile | None:
+    """Tiles of the reference of a head."""
+    if ref_head is None:
+        return None
+    return Tile(ref_head, options, shape) if isinstance(ref_head, Head) else UniformTile(head, options, shape)
+
+
+class GradientSums:
+    """Sums over tiles of a head's gradients; ``[0]`` where not wanted.
+
+    one_tile: there is at most one tile, so nothing is summed over tiles and the weight's gradient can be kept in the
+    dtype of the results.
+    """
+
+    def __init__(self, head: Head, needs: Needs, options: HeadOptions, *, one_tile: bool) -> None:
+        hidden, weight, bias = head
+        self._dtype = needs.dtype
+        self._columns = options.columns
+        self._wide = accumulate_dtype(hidden.dtype)
+        # Summed over processes below, so kept wide until then.
+        hidden_dtype = self._wide if self._columns.sharded else needs.dtype
+        self._hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0, dtype=hidden_dtype)
+        weight_dtype = needs.dtype if one_tile else self._wide
+        self._weight = weight.new_empty(weight.shape if needs.weight else 0, dtype=weight_dtype)
+        self._bias = weight.new_zeros(weight.shape[0] if needs.bias and bias is not None else 0, dtype=self._wide)
+        self._tiles = 0
+
+    def begin_rows(self, rows: Rows, tile: Tile) -> None:
+        """Start on the rows that the tile has selected."""
+        self._rows = rows
+        self._dhidden = torch.empty_like(tile.hidden, dtype=self._wide) if self._hidden.numel() else None
+        self._tiles += 1
+
+    def add(self, tile: Tile, dlogits: Tensor, slope: Tensor | None, begin: int, end: int) -> None:
+        """The products of the backward, from the gradient of a block of logits and the slope it was filled with."""
+        if slope is not None:
+            dlogits = dlogits.mul_(slope)
+        dweight_dtype = self._weight.dtype if self._weight.numel() else None
+        for b, e, weight in tile.weights(begin, end, dweight_dtype):
+            block = dlogits[:, b - begin : e - begin]
+            if self._dhidden is not None:
+                _accumulate(self._dhidden, block, weight, tile.scale, first=b == 0)
+            if self._weight.numel():
+                _accumulate(self._weight[b:e], block.t(), tile.hidden, tile.scale, first=self._tiles == 1)
+        if self._bias.numel():
+            self._bias[begin:end].add_(dlogits.sum(0, dtype=self._wide), alpha=tile.scale)
+
+    def end_rows(self) -> None:
+        """Store the gradient of the rows: all their columns have been added."""
+        if self._dhidden is not None:
+            self._hidden[self._rows] = self._dhidden.to(self._hidden.dtype)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(dhidden, dweight, dbias)`` of all rows, dhidden summed over the processes that share the vocabulary."""
+        if self._columns.sharded and self._hidden.numel():
+            self._columns.sum_(self._hidden)
+        if self._tiles == 0:
+            self._weight.zero_()
+        return self._hidden.to(self._dtype), self._weight.to(self._dtype), self._bias.to(self._dtype)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float, *, first: bool) -> None:
+    """``total += scale a b``; with first ``total = scale a b``, and total may be uninitialized.
+
+    Total may have a wider dtype than the operands, or a narrower one if nothing follows the first.
+    """
+    beta = 0 if first else 1
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=beta, alpha=scale, out=total)
+    elif accumulates_in_float32(total.dtype, a.dtype, a.device.type):
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=scale, out=total)
+    elif first:
+        torch.mul(torch.mm(a, b), scale, out=total)
+    else:
+        total.add_(torch.mm(a, b), alpha=scale)

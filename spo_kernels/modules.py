@@ -1,0 +1,526 @@
+"""SPO's objective as modules: from logits, and from hidden states and the head's weight.
+
+Both are the mean preference loss over P pairs plus beta times the mean KL over S sampled sequences (eq. 1, 8). They
+differ in how log-probs and KL come about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spo_kernels import sequences
+from spo_kernels.checks import IGNORE_INDEX, check_like, check_number, check_rows, check_sequences
+from spo_kernels.functional import sequence_logps, token_kl
+from spo_kernels.linear.checks import (
+    check_chunk_size,
+    checked_head,
+    checked_logit_options,
+    checked_options,
+    checked_ref_head,
+)
+from spo_kernels.linear.functional import kl_loss_of, kl_of, logps_of, precomputed_needs
+from spo_kernels.linear.ops import linear_spo_loss_fwd
+from spo_kernels.linear.records import Head, HeadOptions
+from spo_kernels.losses import SoftImportance, checked_mu, mean_or_zero, pair_error, spo_loss
+from spo_kernels.precision import accumulate_dtype, can_precompute_gradient
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+ROUTES = ("auto", "recompute", "recompute_free")
+
+Importance = Callable[[Tensor, Tensor], Tensor]  # (L_w [P], L_l [P]) -> mu [P]
+
+
+class SPOMetrics(NamedTuple):
+    """Numbers to watch a step by: detached Tensors on the device, nothing read back to the host."""
+
+    preference_loss: Tensor  # [] mean over pairs, without the KL
+    kl: Tensor  # [] mean over sampled sequences of their summed token KL, nats; 0 without samples
+    chosen_logps: Tensor  # [P] nats
+    rejected_logps: Tensor  # [P] nats
+    chosen_rewards: Tensor  # [P] as `spo_loss` returns them
+    rejected_rewards: Tensor  # [P]
+    accuracy: Tensor  # [] share of pairs with D > 0: the policy's own preference (eq. 6) agrees with the label
+    margin: Tensor  # [] mean of D, nats; this and accuracy are over the pairs whose mu is not 0
+    mu: Tensor  # [P] weights of the pairs; 1 without importance
+    preference_error: Tensor  # [P] sigmoid(-alpha D) of eq. 12: 0 where the policy surely prefers the chosen response
+
+
+class _PairObjective(nn.Module):
+    """What both modules have in common: the options of the pair loss, and the objective from log-probs and KL."""
+
+    importance: Importance | None
+
+    def __init__(
+        self,
+        alpha: float,
+        beta: float,
+        importance: float | Importance | None,
+        *,
+        center: bool,
+        average: bool,
+        ignore_index: int,
+        process_group: ProcessGroup | None,
+        vocab_shards: Sequence[int] | None,
+    ) -> None:
+        super().__init__()
+        check_number("alpha", alpha)
+        check_number("beta", beta)
+        if importance is not None and not callable(importance):
+            if not isinstance(importance, (int, float)):
+                raise TypeError(f"weight must be a number gamma, a callable or None, got {type(importance).__name__}")
+            importance = SoftImportance(importance)
+        self.alpha = alpha
+        self.beta = beta
+        self.importance = importance
+        self.center = center
+        self.average = average
+        self.ignore_index = ignore_index
+        self.process_group = process_group
+        self.vocab_shards = vocab_shards
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, beta={self.beta}, center={self.center}, average={self.average}"
+
+    @property
+    def weight(self) -> Importance | None:
+        """`importance`, by the name of the constructor's argument."""
+        return self.importance
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__("importance" if name == "weight" else name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # States of version 0.1.0 call `importance` weight.
+        old = f"{prefix}weight."
+        for key in [key for key in state_dict if key.startswith(old)]:
+            state_dict[f"{prefix}importance.{key.removeprefix(old)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _objective(
+        self,
+        logps: Tensor,
+        mu: Importance | Tensor | None,
+        kl: Tensor | None,
+        references: tuple[Tensor | None, Tensor | None],
+        preference_and_more: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, SPOMetrics]:
+        """The objective and its metrics.
+
+        Args:
+            logps: [2P], chosen then rejected.
+            mu: the pairs' weights, or what computes them.
+            kl: [], or None without a KL term.
+            references: the reference's log-probs, each [P] or None.
+            preference_and_more: what stands in the objective for the preference loss [], which it is given.
+        """
+        pairs = logps.shape[0] // 2
+        logp_w, logp_l = logps[:pairs], logps[pairs:]
+        mu = checked_mu(mu, logp_w, logp_l)
+        losses, chosen_rewards, rejected_rewards = spo_loss(
+            logp_w, logp_l, *references, alpha=self.alpha, weight=mu, center=self.center
+        )
+        preference = mean_or_zero(losses)
+        objective = preference if preference_and_more is None else preference_and_more(preference)
+        if kl is not None:
+            objective = objective + self.beta * kl
+        margin = (logp_w - logp_l).detach()
+        read = mu != 0
+        read_pairs = read.sum().clamp(min=1)
+        return objective, SPOMetrics(
+            preference_loss=preference.detach(),
+            kl=torch.zeros_like(preference) if kl is None else kl.detach(),
+            chosen_logps=logp_w.detach(),
+            rejected_logps=logp_l.detach(),
+            chosen_rewards=chosen_rewards,
+            rejected_rewards=rejected_rewards,
+            accuracy=(read & (margin > 0)).sum().to(margin.dtype) / read_pairs,
+            margin=torch.where(read, margin, 0).sum() / read_pairs,
+            mu=mu,
+            preference_error=pair_error(margin, self.alpha),
+        )
+
+    def _samples(self, given: dict[str, Tensor | None], cu_seqlens: Tensor | None, form: str) -> int:
+        """Number of sampled sequences S; 0 at beta = 0. given: the arguments of the KL by name, the policy's first.
+
+        ValueError where they are given without beta, are missing with it, or hold no sequence.
+        """
+        if self.beta == 0:
+            for name, tensor in given.items():
+                if tensor is not None:
+                    raise ValueError(f"{name} must be None where beta is 0: it would have no effect; give beta > 0")
+            return 0
+        for name, tensor in given.items():
+            if tensor is None:
+                raise ValueError(f"{name} must be given where beta is not 0, got None with beta = {self.beta}")
+        name, policy = next(iter(given.items()))
+        assert policy is not None
+        if cu_seqlens is None and policy.dim() != 3:
+            raise ValueError(
+                f"{name} must be [S, T, {form}], or [N, {form}] with kl_cu_seqlens, got {list(policy.shape)}"
+            )
+        samples = policy.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        if samples < 1:
+            raise ValueError(f"{name} must hold at least one sequence, got {list(policy.shape)}")
+        return samples
+
+
+def _check_even(sequences: int, name: str) -> None:
+    if sequences % 2:
+        raise ValueError(f"{name} must hold P chosen and then P rejected sequences, got {sequences} in all")
+
+
+class SPOLoss(_PairObjective):
+    """SPO's objective from logits: mean preference loss over pairs plus beta times the mean KL over samples (eq. 1, 8).
+
+    Args:
+        alpha: softness, >= 0; see `spo_loss`.
+        beta: weight of the KL, >= 0. If it is not 0, `forward` needs `kl_logits` and `kl_ref_logits`.
+        weight: importance of pairs: None for uniform weights, a number gamma for `SoftImportance(gamma)`, or a
+            `SoftImportance` (or any callable from two [P] to [P]), which becomes a submodule, `importance`.
+        center: leave out eq. 8's constant log(2)/alpha.
+        average: take the mean of token log-probs in place of their sum for L_w and L_l.
+        ignore_index: label of rows outside responses.
+        inplace_backward: the backward writes dlogits into the memory of `logits` and `kl_logits`: no V-wide allocation,
+            and neither may be used afterwards. See `token_logps` for what autograd catches.
+        process_group, vocab_shards: see `spo_kernels.functional`; the group that holds the vocabulary. A group that
+            splits the pairs belongs to `SoftImportance`.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        beta: float = 0.0,
+        weight: float | Importance | None = None,
+        *,
+        center: bool = False,
+        average: bool = False,
+        ignore_index: int = IGNORE_INDEX,
+        inplace_backward: bool = False,
+        process_group: ProcessGroup | None = None,
+        vocab_shards: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(
+            alpha,
+            beta,
+            weight,
+            center=center,
+            average=average,
+            ignore_index=ignore_index,
+            process_group=process_group,
+            vocab_shards=vocab_shards,
+        )
+        self.inplace_backward = inplace_backward
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        kl_logits: Tensor | None = None,
+        kl_ref_logits: Tensor | None = None,
+        kl_mask: Tensor | None = None,
+        kl_cu_seqlens: Tensor | None = None,
+        reference_chosen_logps: Tensor | None = None,
+        reference_rejected_logps: Tensor | None = None,
+    ) -> tuple[Tensor, SPOMetrics]:
+        """The objective and its metrics.
+
+        Args:
+            logits: [2P, T, V], chosen responses in rows [0:P], rejected ones of the same pairs in [P:2P]; packed,
+                [N, V] with `cu_seqlens`. Aligned with labels: nothing is shifted.
+            labels: [2P, T] or [N] int64; `ignore_index` outside responses.
+            cu_seqlens: [2P + 1], start of each sequence in the packed rows, and N.
+            kl_logits: [S, T', V], the policy on sequences sampled from it; packed, [N', V] with `kl_cu_seqlens`.
+            kl_ref_logits: the reference's logits of the same rows, without gradient.
+            kl_mask: [S, T'] or [N'] bool, True for the rows that predict a token of the sampled response, its
+                end-of-sequence token included; None for all rows.
+            kl_cu_seqlens: [S + 1]; used only for S, by which the KL is divided.
+            reference_chosen_logps: [P], for the rewards only.
+            reference_rejected_logps: [P], for the rewards only.
+
+        Returns:
+            (objective [], `SPOMetrics`), float32 (float64 for float64 logits). With P = 0 the preference part is 0.
+
+        Raises:
+            ValueError: an odd number of sequences; beta without KL logits, KL logits without beta, only one of the two,
+                or no sampled sequence; and what `sequence_logps`, `token_kl` and `spo_loss` raise.
+        """
+        options: dict[str, Any] = {
+            "inplace_backward": self.inplace_backward,
+            "process_group": self.process_group,
+            "vocab_shards": self.vocab_shards,
+        }
+        logps = sequence_logps(
+            logits, labels, ignore_index=self.ignore_index, cu_seqlens=cu_seqlens, average=self.average, **options
+        )
+        _check_even(logps.shape[0], "logits")
+        kl = None
+        if samples := self._samples({"kl_logits": kl_logits, "kl_ref_logits": kl_ref_logits}, kl_cu_seqlens, "V"):
+            assert kl_logits is not None and kl_ref_logits is not None
+            kl = token_kl(kl_logits, kl_ref_logits, kl_mask, **options).sum() / samples
+        return self._objective(logps, self.importance, kl, (reference_chosen_logps, reference_rejected_logps))
+
+
+class LinearSPOLoss(_PairObjective):
+    """`SPOLoss` from hidden states and the head's weight, without the logits; optionally with an NLL term.
+
+    Two routes lead to the same loss and gradients, to rounding. "recompute" is `linear_sequence_logps`, `spo_loss` and
+    autograd: one matrix product forward, three backward. "recompute_free" has three in all: it computes gradients in
+    the forward, while the logits of a pair are still there. It needs a pair's gradient to depend on nothing but that
+    pair's log-probs.
+
+    "recompute_free" keeps the gradients in float32 (in bfloat16 where matrix products are bfloat16), and can run one
+    backward, which multiplies them by the upstream scalar on the device. Tiles must hold every pair, chosen and
+    rejected rows. It accepts uniform weights, `pair_weight`, and a `SoftImportance` whose normalizer is a number or a
+    Tensor. It refuses the normalizers "batch" and "ema", which are known only after the last pair. For a running
+    average that lags by a step, call a second `SoftImportance` of "ema" with `SPOMetrics.chosen_logps` and
+    `rejected_logps`, and give its `running_mean` to `set_normalizer`. It also refuses float16: see `kl_loss`.
+
+    "auto" takes "recompute_free" where weights and dtype allow it, and recomputes the pairs that are too long. The
+    KL's coefficient is always known, so only "recompute" recomputes for the KL. Without gradients no route computes
+    any.
+
+    Args:
+        alpha: softness, >= 0; see `spo_loss`.
+        beta: weight of the KL, >= 0. If it is not 0, `forward` needs the kl_ arguments.
+        weight: importance of pairs: None for uniform weights, a number gamma for `SoftImportance(gamma)`, or a
+            `SoftImportance` (or any callable from two [P] to [P]), which becomes a submodule, `importance`.
+        center: leave out eq. 8's constant log(2)/alpha.
+        average: take the mean of token log-probs in place of their sum for L_w and L_l.
+        nll_weight: >= 0; adds that much of the mean negative log-prob over all tokens of chosen responses.
+        ignore_index: label of rows outside responses.
+        chunk_size, temperature, softcap, logit_scale: see `spo_kernels.linear.functional`.
+        process_group, vocab_shards: see `spo_kernels.linear.functional`; the group that holds the vocabulary, of both
+            heads. A group that splits the pairs belongs to `SoftImportance`.
+        route: "auto", "recompute" or "recompute_free".
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        beta: float = 0.0,
+        weight: float | Importance | None = None,
+        *,
+        center: bool = False,
+        average: bool = False,
+        nll_weight: float = 0.0,
+        ignore_index: int = IGNORE_INDEX,
+        chunk_size: int | None = None,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        route: str = "auto",
+        process_group: ProcessGroup | None = None,
+        vocab_shards: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(
+            alpha,
+            beta,
+            weight,
+            center=center,
+            average=average,
+            ignore_index=ignore_index,
+            process_group=process_group,
+            vocab_shards=vocab_shards,
+        )
+        check_number("nll_weight", nll_weight)
+        check_chunk_size(chunk_size)
+        if route not in ROUTES:
+            raise ValueError(f"route must be one of {', '.join(ROUTES)}, got {route!r}")
+        self.nll_weight = nll_weight
+        self.chunk_size = chunk_size
+        self.options = checked_logit_options(temperature, softcap, logit_scale)
+        self.route = route
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, nll_weight={self.nll_weight}, route={self.route!r}"
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        pair_weight: Tensor | None = None,
+        kl_hidden: Tensor | None = None,
+        kl_ref_hidden: Tensor | None = None,
+        kl_ref_weight: Tensor | None = None,
+        kl_ref_bias: Tensor | None = None,
+        kl_mask: Tensor | None = None,
+        kl_cu_seqlens: Tensor | None = None,
+        reference_chosen_logps: Tensor | None = None,
+        reference_rejected_logps: Tensor | None = None,
+    ) -> tuple[Tensor, SPOMetrics]:
+        """The objective and its metrics.
+
+        Args:
+            hidden: [2P, T, H], chosen responses in rows [0:P], rejected ones of the same pairs in [P:2P]; packed,
+                [N, H] with `cu_seqlens`. Aligned with labels: nothing is shifted.
+            weight: [V, H], the head's.
+            labels: [2P, T] or [N] int64; `ignore_index` outside responses.
+            bias: [V] or None, the head's.
+            cu_seqlens: [2P + 1], start of each sequence in the packed rows, and N.
+            pair_weight: mu [P], in place of the module's importance; no gradient flows to it. Pairs of weight 0 are not
+                read: their rows are dropped like ignored ones, from the NLL too, and their log-probs are 0.
+            kl_hidden: [S, T', H], the policy on sequences sampled from it; packed, [N', H] with `kl_cu_seqlens`.
+            kl_ref_hidden: the reference's hidden states of the same rows, [.., H'], without gradient.
+            kl_ref_weight: [V, H'], the reference's head, without gradient.
+            kl_ref_bias: [V] or None.
+            kl_mask: [S, T'] or [N'] bool, True for the rows that predict a token of the sampled response, its
+                end-of-sequence token included; None for all rows.
+            kl_cu_seqlens: [S + 1]; used only for S, by which the KL is divided.
+            reference_chosen_logps: [P], for the rewards only.
+            reference_rejected_logps: [P], for the rewards only.
+
+        Returns:
+            (objective [], `SPOMetrics`), float32 (float64 for float64 hidden states). With P = 0 the preference part is
+            0. The NLL term is part of the objective and of no metric.
+
+        Raises:
+            ValueError: an odd number of sequences; beta without the kl_ arguments or the reverse; route
+                "recompute_free" with weights that only the whole batch determines, or with a pair longer than a tile;
+                and what `linear_sequence_logps`, `linear_token_kl` and `spo_loss` raise.
+        """
+        head = checked_head(hidden, weight, bias)
+        options = checked_options(weight, *self.options, self.chunk_size, self.process_group, self.vocab_shards)
+        check_rows(labels, "labels", torch.int64, hidden, "hidden")
+        check_sequences(labels, cu_seqlens, "labels", "hidden")
+        bounds = sequences.padded_bounds(labels) if cu_seqlens is None else cu_seqlens.contiguous()
+        _check_even(bounds.shape[0] - 1, "hidden")
+        pairs = (bounds.shape[0] - 1) // 2
+        wide = accumulate_dtype(head.hidden.dtype)
+        if pair_weight is not None:
+            check_like("pair_weight", pair_weight, "the pairs", head.hidden.new_empty(pairs), same_dtype=False)
+            pair_weight = pair_weight.detach().to(wide)
+            labels = self._labels_of_read_pairs(labels, bounds, pair_weight)
+        counts = sequences.checked_sums((labels != self.ignore_index).to(wide), cu_seqlens, "labels", "hidden")
+
+        loss: Tensor | None = None
+        if self._precomputes_gradients(head, options, pair_weight):
+            loss, sums = self._loss_and_sums(head, labels, bounds, counts, pair_weight, options)
+        else:
+            logps = logps_of(head, labels, self.ignore_index, options)
+            sums = sequences.checked_sums(logps, cu_seqlens, "labels", "hidden")
+
+        def preference_and_nll(preference: Tensor) -> Tensor:
+            if loss is not None or not self.nll_weight:
+                return preference if loss is None else loss
+            return preference - self.nll_weight * sums[:pairs].sum() / counts[:pairs].sum().clamp(min=1)
+
+        kl = self._mean_kl(
+            head,
+            options,
+            {"kl_hidden": kl_hidden, "kl_ref_hidden": kl_ref_hidden, "kl_ref_weight": kl_ref_weight},
+            kl_ref_bias,
+            kl_mask,
+            kl_cu_seqlens,
+        )
+        return self._objective(
+            sums / counts.clamp(min=1) if self.average else sums,
+            self.importance if pair_weight is None else pair_weight,
+            kl,
+            (reference_chosen_logps, reference_rejected_logps),
+            preference_and_nll,
+        )
+
+    def _labels_of_read_pairs(self, labels: Tensor, bounds: Tensor, pair_weight: Tensor) -> Tensor:
+        """labels with `ignore_index` in the rows of pairs of weight 0, which are not read."""
+        unread = (pair_weight == 0).repeat(2)[sequences.of_rows(bounds, labels.numel())]
+        return labels.masked_fill(unread.view_as(labels), self.ignore_index)
+
+    def _precomputes_gradients(self, head: Head, options: HeadOptions, pair_weight: Tensor | None) -> bool:
+        """Whether the forward computes gradients: the route allows it, and gradients are wanted."""
+        if self.route == "recompute":
+            return False
+        strict = self.route == "recompute_free"
+        if not can_precompute_gradient(head.hidden.dtype):
+            if strict:
+                raise ValueError(
+                    f'route "recompute_free" computes gradients before the loss scale that {head.hidden.dtype} needs '
+                    'is known: use "recompute" or "auto", or bfloat16'
+                )
+            return False
+        importance = self.importance
+        by_pair = (
+            pair_weight is not None
+            or importance is None
+            or (isinstance(importance, SoftImportance) and not isinstance(importance.normalizer, str))
+        )
+        if strict and not by_pair:
+            raise ValueError(
+                'route "recompute_free" needs pair weights that a pair determines: weight None, pair_weight, or a '
+                f"SoftImportance whose normalizer is a number or a Tensor, got weight {importance}"
+            )
+        return by_pair and torch.is_grad_enabled() and any(precomputed_needs(head, options)[:3])
+
+    def _loss_and_sums(
+        self,
+        head: Head,
+        labels: Tensor,
+        bounds: Tensor,
+        counts: Tensor,
+        pair_weight: Tensor | None,
+        options: HeadOptions,
+    ) -> tuple[Tensor, Tensor]:
+        """(preference loss and NLL [], summed log-probs [2P] without gradient), the gradient computed with them."""
+        importance = self.importance if pair_weight is None else None
+        normalizer, gamma = None, 0.0
+        if importance is not None:
+            assert isinstance(importance, SoftImportance)
+            normalizer = torch.as_tensor(importance.normalizer, dtype=counts.dtype, device=counts.device)
+            gamma = importance.gamma
+        loss, sums, *_ = linear_spo_loss_fwd(
+            head,
+            labels.reshape(-1),
+            bounds,
+            counts,
+            pair_weight,
+            normalizer,
+            gamma,
+            self.alpha,
+            self.center,
+            self.average,
+            self.nll_weight,
+            self.ignore_index,
+            self.route == "recompute_free",
+            precomputed_needs(head, options),
+            options,
+        )
+        return loss, sums
+
+    def _mean_kl(
+        self,
+        head: Head,
+        options: HeadOptions,
+        given: dict[str, Tensor | None],
+        ref_bias: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor | None:
+        """Mean over sampled sequences of the token KL summed over each (Appendix B); None at beta = 0."""
+        samples = self._samples(given, cu_seqlens, "H")
+        if samples == 0:
+            return None
+        hidden, ref_hidden, ref_weight = given.values()
+        assert hidden is not None and ref_hidden is not None and ref_weight is not None
+        if mask is not None:
+            check_rows(mask, "kl_mask", torch.bool, hidden, "kl_hidden")
+        kl_head = checked_head(hidden, head.weight, head.bias)
+        ref_head = checked_ref_head(ref_hidden, ref_weight, ref_bias, hidden, kl_head)
+        rows = None if mask is None else mask.reshape(-1)
+        if self.route == "recompute":
+            kl = kl_of(kl_head, ref_head, rows, options).sum()
+        else:
+            kl = kl_loss_of(
+                kl_head, ref_head, None if rows is None else rows.to(accumulate_dtype(hidden.dtype)), options
+            )
+        return kl / samples

@@ -1,0 +1,213 @@
+"""The row ops: for each op its schema and output shapes, its gradient, and its function for eager mode.
+
+What the ops compute, and what each argument means, is in `spo_kernels.reference`. Backends implement them. Logits are
+``[N, V]`` or ``[B, T, V]`` with a unit last stride and any other strides; rows are everything but the last dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_kernels.op_library import Op, backend_op, mark_written, refuse_double_backward, run_once
+from spo_kernels.precision import accumulate_dtype
+
+
+def empty_token_stats(
+    logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialized ``(logps, kl, stats)`` of rows of logits; ``[0]`` for what has no input."""
+    dtype, rows = accumulate_dtype(logits.dtype), logits.shape[:-1]
+    logps = logits.new_empty(rows if labels is not None else (0,), dtype=dtype)
+    kl = logits.new_empty(rows if ref_logits is not None else (0,), dtype=dtype)
+    return logps, kl, logits.new_empty((2 if ref_logits is None else 4, *rows), dtype=dtype)
+
+
+@backend_op()
+def token_stats_fwd(
+    logits: Tensor,
+    labels: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    inplace_backward: bool,  # read by the gradient alone
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(logps, kl, stats)`` of each row."""
+    return empty_token_stats(logits, labels, ref_logits)
+
+
+@backend_op()
+def token_stats_bwd(
+    dlogps: Tensor | None,
+    dkl: Tensor | None,
+    logits: Tensor,
+    labels: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    kl: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+) -> Tensor:
+    """The gradient of the logits, contiguous."""
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@backend_op(mutates="logits")
+def token_stats_bwd_(
+    dlogps: Tensor | None,
+    dkl: Tensor | None,
+    logits: Tensor,
+    labels: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    kl: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+) -> None:
+    """The gradient of the logits, written over the logits."""
+
+
+def save_token_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, ref_logits, mask, ctx.ignore_index, ctx.inplace_backward = inputs
+    logps, kl, stats = output
+    not_asked = [out for out, source in ((logps, labels), (kl, ref_logits)) if source is None]
+    ctx.mark_non_differentiable(stats, *not_asked)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, ref_logits, mask, kl, stats)
+
+
+def token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _: Any) -> Tensor | None:
+    if dlogps is None and dkl is None:
+        return None
+    refuse_double_backward()
+    # While compiling, memory is the compiler's business: functionalization does not see that a second function saved
+    # the same logits (in eager mode the version counter does), and would hand it gradients in their place.
+    if not ctx.inplace_backward or torch.compiler.is_compiling():
+        logits, *saved = ctx.saved_tensors
+        return torch.ops.spo_kernels.token_stats_bwd(dlogps, dkl, logits, *saved, ctx.ignore_index)
+    run_once(
+        ctx,
+        "functional: with inplace_backward=True (of kl_loss: overwrite_logits=True) backward can run only once: "
+        "the first has replaced the logits by their gradient; leave the option out",
+    )
+    logits, *saved = ctx.saved_tensors
+    dlogits = logits.detach()
+    torch.ops.spo_kernels.token_stats_bwd_(dlogps, dkl, dlogits, *saved, ctx.ignore_index)
+    mark_written(dlogits)
+    return dlogits
+
+
+TokenStats = token_stats_fwd.gradient(save_token_stats, token_stats_backward, of="logits")
+
+
+@backend_op()
+def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(loss [], dlogits)``: the gradient is that of an upstream scalar of 1."""
+    loss = logits.new_empty((), dtype=accumulate_dtype(logits.dtype))
+    return loss, torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@backend_op(mutates="logits")
+def kl_loss_fwd_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None) -> Tensor:
+    """``loss []``; the gradient is written over the logits."""
+    return logits.new_empty((), dtype=accumulate_dtype(logits.dtype))
+
+
+@backend_op(mutates="tensor")
+def scale_(tensor: Tensor, scale: Tensor) -> None:
+    """Multiply by a 0-d scale, in place."""
+
+
+def _save_kl_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    dlogits = output[1]
+    ctx.mark_non_differentiable(dlogits)
+    ctx.set_materialize_grads(False)  # or torch would fill a dlogits-sized tensor with zeros for the output nobody uses
+    ctx.save_for_backward(dlogits)
+
+
+def _kl_loss_backward(ctx: Any, dloss: Tensor, _: Any = None) -> Tensor:
+    refuse_double_backward()
+    run_once(
+        ctx,
+        "kl_loss can run backward only once: its gradient was computed in the forward and scaled in place by the first "
+        "backward; use (row_weight * spo_kernels.token_kl(...)).sum()",
+    )
+    (dlogits,) = ctx.saved_tensors
+    torch.ops.spo_kernels.scale_(dlogits, dloss)
+    mark_written(dlogits)
+    return dlogits
+
+
+kl_loss_fwd.gradient(_save_kl_loss, _kl_loss_backward, of="logits")
+
+
+class KLLoss(torch.autograd.Function):
+    """`kl_loss_fwd` with its gradient, for eager mode. The gradient is no output: that saves marking it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, dlogits = torch.ops.spo_kernels.kl_loss_fwd(logits, ref_logits, row_weight)
+        ctx.save_for_backward(dlogits)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
+        return _kl_loss_backward(ctx, dloss), None, None
+
+
+class KLLossOverwrite(torch.autograd.Function):
+    """``kl_loss_fwd_`` with its gradient: the unit gradient has replaced the logits when forward returns.
+
+    `Overwritten` comes next. This function cannot mark the logits itself: with a second output autograd allows that
+    for no view.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None) -> Tensor:
+        dlogits = logits.detach()
+        loss = torch.ops.spo_kernels.kl_loss_fwd_(dlogits, ref_logits, row_weight)
+        mark_written(dlogits)
+        ctx.save_for_backward(dlogits)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
+        return _kl_loss_backward(ctx, dloss), None, None
+
+
+class Overwritten(torch.autograd.Function):
+    """Marks logits that `KLLossOverwrite` has overwritten: asking autograd for their gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.is_view = logits._is_view()
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, dlogits: Tensor) -> Tensor:
+        # If the logits are part of a tensor, a use of its other parts sends zeros here. Reading them syncs a GPU.
+        if not ctx.is_view or dlogits.any():
+            raise RuntimeError(
+                "spo_kernels.kl_loss with overwrite_logits=True has replaced the logits by their gradient, but "
+                "something used them afterwards; leave the option out"
+            )
+        return dlogits  # zeros; for None autograd would drop the gradient of the other parts
+
+
+def overwriting_kl_loss(logits: Tensor, rows: Tensor, ref_rows: Tensor, row_weight: Tensor | None) -> Tensor:
+    """`KLLossOverwrite` of logits as rows, after which autograd knows that the logits have been overwritten."""
+    loss: Tensor = KLLossOverwrite.apply(rows, ref_rows, row_weight)
+    # Marking counts as a write, which would spoil the gradient that has just been saved; nothing is written.
+    with torch.autograd._unsafe_preserve_version_counter(logits):
+        Overwritten.apply(logits)
+    return loss
+
+
+# What a backend registers with the dispatcher.
+OPS: dict[str, Op] = {
+    op.name: op for op in (token_stats_fwd, token_stats_bwd, token_stats_bwd_, kl_loss_fwd, kl_loss_fwd_, scale_)
+}
