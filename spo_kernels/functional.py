@@ -297,7 +297,7 @@ def _token_stats(
     vocab_shards: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     columns = Columns.checked(process_group, vocab_shards, logits.shape[-1])
-    if columns.sharded:
+    if columns.group is not None:
         return sharded_token_stats_fwd(logits, labels, ref_logits, mask, ignore_index, inplace_backward, columns)
     differentiate = torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling()
     token_stats = row_ops.TokenStats.apply if differentiate else torch.ops.spo_kernels.token_stats_fwd

@@ -7,6 +7,8 @@ calling an `Op` flattens records, and the functions behind the op get them back.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -49,12 +51,24 @@ class _Slot(NamedTuple):
             alias = "(a!)" if self.name in mutates else ""
             yield f"{_SCHEMA_TYPES[self.type]}{alias}{'?' if optional else ''} {self.name}"
 
-    def value(self, flat: Iterator[Any]) -> Any:
-        """Take this slot's values off the flat arguments."""
+    def reader(self, start: int) -> Callable[[Sequence[Any]], Any]:
+        """A function that makes this slot's value from all flat arguments, of which its own begin at start."""
         if not self.fields:
-            return next(flat)
-        values = [field.value(flat) for field in self.fields]
-        return None if self.optional and values[0] is None else self.type(*values)
+            return operator.itemgetter(start)
+        make, optional, end = self.type, self.optional, start + self.size
+        if self.size == len(self.fields):  # no records among them
+
+            def read_plain(flat: Sequence[Any]) -> Any:
+                return None if optional and flat[start] is None else make(*flat[start:end])
+
+            return read_plain
+        starts = itertools.accumulate((field.size for field in self.fields), initial=start)
+        readers = [field.reader(start) for field, start in zip(self.fields, starts, strict=False)]
+
+        def read(flat: Sequence[Any]) -> Any:
+            return None if optional and flat[start] is None else make(*[read_field(flat) for read_field in readers])
+
+        return read
 
 
 def _slot(name: str, annotation: Any) -> _Slot:
@@ -75,12 +89,12 @@ def _returns(annotation: Any) -> str:
     return f"({', '.join('Tensor' for _ in get_args(annotation))})"
 
 
-def _append_flat(flat: list[Any], value: Any) -> None:
-    if isinstance(value, tuple):
-        for field in value:
-            _append_flat(flat, field)
-    else:
-        flat.append(value)
+def _append_fields(flat: list[Any], record: tuple[Any, ...]) -> None:
+    for field in record:
+        if isinstance(field, tuple):
+            _append_fields(flat, field)
+        else:
+            flat.append(field)
 
 
 class Op:
@@ -93,6 +107,9 @@ class Op:
         returns = _returns(hints.pop("return"))
         self._slots = [_slot(*hint) for hint in hints.items()]
         self._sizes = [slot.size for slot in self._slots]
+        starts = itertools.accumulate(self._sizes, initial=0)
+        self._readers = [(slot.name, slot.reader(start)) for slot, start in zip(self._slots, starts, strict=False)]
+        self._implementation: Callable[..., Any] | None = None
         arguments = ", ".join(text for slot in self._slots for text in slot.schema(mutates))
         self.schema = f"({arguments}) -> {returns}"
         library.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -108,14 +125,15 @@ class Op:
         for argument, size in zip(arguments, self._sizes, strict=True):
             if argument is None:
                 flat.extend([None] * size)
+            elif size == 1:
+                flat.append(argument)
             else:
-                _append_flat(flat, argument)
+                _append_fields(flat, argument)
         return flat
 
     def records(self, flat: Sequence[Any]) -> dict[str, Any]:
         """The arguments by the signature's names, from flat ones."""
-        values = iter(flat)
-        return {slot.name: slot.value(values) for slot in self._slots}
+        return {name: read(flat) for name, read in self._readers}
 
     def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: the shapes and dtypes of the outputs. The function takes the parameters it needs, by name."""
@@ -129,7 +147,11 @@ class Op:
         return function
 
     def on_every_device(self, function: Callable[..., Any]) -> None:
-        """Register the implementation. Autocast is off inside: the caller has cast already."""
+        """Register the implementation. Over records autocast is off inside: the caller has cast already."""
+        if not any(slot.fields for slot in self._slots):
+            self._implementation = function
+            library.impl(self.name, function, "CompositeExplicitAutograd")
+            return
 
         def on_every_device(*flat: Any) -> Any:
             device = next(argument.device for argument in flat if isinstance(argument, Tensor))
@@ -160,9 +182,14 @@ class Op:
         qualified = f"spo_kernels::{self.name}"
         torch.library.register_autograd(qualified, padded_backward, setup_context=setup, lib=library)
 
-        def eager_forward(ctx: Any, *flat: Any) -> Any:
+        def below_autograd(*flat: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():  # past the gradient that is registered with torch
-                output = self.packet(*flat)
+                return self.packet(*flat)
+
+        implementation = self._implementation or below_autograd
+
+        def eager_forward(ctx: Any, *flat: Any) -> Any:
+            output = implementation(*flat)
             setup(ctx, flat, output)
             return output
 

@@ -69,10 +69,6 @@ class Columns(NamedTuple):
         return cls(sum(shards[:rank]), sum(shards), process_group.group_name)
 
     @property
-    def sharded(self) -> bool:
-        return self.group is not None
-
-    @property
     def process_group(self) -> ProcessGroup:
         return torch.distributed.distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]
 
@@ -192,7 +188,7 @@ def combine(block: BlockStats, columns: Columns, width: int, **same: Tensor | No
     Args:
         width: the columns of this process.
     """
-    if not columns.sharded:
+    if columns.group is None:
         return block
     sizes = [block.stats.numel(), block.kl.numel(), block.picked.numel()]
     layout = [block.stats.new_full((1,), number) for number in (columns.start, width)]

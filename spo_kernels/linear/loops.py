@@ -152,16 +152,18 @@ def token_stats_bwd(
     tile = Tile(head, options, shape)
     if upstream.logps is None:
         labels = None
+    saved_kl, stats = saved.kl, saved.stats
     if upstream.kl is None:  # without the reference's product
-        ref_head, saved = None, saved._replace(kl=saved.kl[:0], stats=saved.stats[:2])
+        ref_head, saved_kl, stats = None, saved_kl[:0], stats[:2]
     reference = ref_tile(head, ref_head, options, shape)
     tiles = row_tiles(kept, rows, shape.rows)
     gradients = GradientSums(head, needs, options, one_tile=len(tiles) <= 1)
     for selected in tiles:
-        of_tile = RowGradients(*(None if x is None else x[selected] for x in upstream))
-        saved_kl = saved.kl if ref_head is None else saved.kl[selected]
-        saved_of_tile = saved._replace(kl=saved_kl, stats=saved.stats[:, selected])
-        _add_gradients(selected, tile, reference, labels, of_tile, saved_of_tile, gradients)
+        dlogps = None if upstream.logps is None else upstream.logps[selected]
+        dkl = None if upstream.kl is None else upstream.kl[selected]
+        tile_kl = saved_kl if dkl is None else saved_kl[selected]
+        tile_stats = RowStats(saved.logps, tile_kl, stats[:, selected])
+        _add_gradients(selected, tile, reference, labels, RowGradients(dlogps, dkl), tile_stats, gradients)
     return gradients.finish()
 
 
@@ -191,7 +193,7 @@ def _kl_loss_of_tile(rows: Rows, tile: Tile, reference: Tile, row_weight: Tensor
     logits, slope = tile.fill_with_slope(0, tile.width)
     ref_logits = reference.fill(0, tile.width)
     loss: Tensor
-    if tile.columns.sharded:  # the gradient has to wait for the other columns' statistics
+    if tile.columns.group is not None:  # the gradient has to wait for the other columns' statistics
         saved = _of_whole_vocabulary(shards.block_stats(logits, None, ref_logits), tile)
         _to_gradient_(logits, None, ref_logits, RowGradients(None, row_weight), saved)
         loss = saved.kl.double() @ row_weight.double()

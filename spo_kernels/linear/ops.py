@@ -47,7 +47,7 @@ def linear_token_stats_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(logps, kl, stats)`` of each row, 0 on rows that are ignored or masked."""
     columns = options.columns
-    if columns.sharded and (labels is not None or mask is not None):
+    if columns.group is not None and (labels is not None or mask is not None):
         columns.check_same(labels=labels, mask=mask)
     if labels is not None:
         shards.check_labels(labels, columns.vocab_size, ignore_index)
@@ -153,7 +153,7 @@ def linear_kl_loss_fwd(
     options: HeadOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(loss [], dhidden, dweight, dbias)``: gradients of an upstream scalar of 1, ``[0]`` where not wanted."""
-    if options.columns.sharded:
+    if options.columns.group is not None:
         options.columns.check_same(row_weight=row_weight)  # 0 where masked
     return loops.kl_loss_fwd(head, ref_head, row_weight, needs, options)
 
@@ -184,7 +184,7 @@ def linear_spo_loss_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(loss [], sums of log-probs [2P], dhidden, dweight, dbias)``, the gradients as in `linear_kl_loss_fwd`."""
     pairs = counts.shape[0] // 2
-    if options.columns.sharded:
+    if options.columns.group is not None:
         options.columns.check_same(labels=labels, cu_seqlens=bounds, pair_weight=pair_weight)
     shards.check_labels(labels, options.columns.vocab_size, ignore_index)
     importance = None if normalizer is None else SoftImportance(gamma, normalizer)

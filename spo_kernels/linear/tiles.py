@@ -98,7 +98,9 @@ def wide_tile_shape(head: Head, options: HeadOptions, tiles: int = 1) -> TileSha
     size = _rounded_down(max(sizes.wide_bytes // row_bytes, sizes.least_wide_rows) // tiles, sizes.row_multiple)
     rows = _tile_rows(head.hidden.shape[0], options, size)
     # Every process must take the same rows at a time, also where shards are uneven.
-    return TileShape(options.columns.all_min(rows, head.hidden.device) if options.columns.sharded else rows, width)
+    return TileShape(
+        options.columns.all_min(rows, head.hidden.device) if options.columns.group is not None else rows, width
+    )
 
 
 def _product_dtype(head: Head, options: LogitOptions) -> torch.dtype:
@@ -186,7 +188,7 @@ class Tile:
 
     def holds_vocabulary(self, begin: int, end: int) -> bool:
         """Whether these columns are the whole vocabulary, so that no statistics have to be merged."""
-        return not self.columns.sharded and (begin, end) == (0, self.width)
+        return self.columns.group is None and (begin, end) == (0, self.width)
 
     def weights(self, begin: int, end: int, dweight_dtype: torch.dtype | None) -> Iterator[tuple[int, int, Tensor]]:
         """``(begin, end, weight)`` of the backward's products, for gradients of the weight in this dtype, or none."""
@@ -244,7 +246,7 @@ class GradientSums:
         self._columns = options.columns
         self._wide = accumulate_dtype(hidden.dtype)
         # Summed over processes below, so kept wide until then.
-        hidden_dtype = self._wide if self._columns.sharded else needs.dtype
+        hidden_dtype = self._wide if self._columns.group is not None else needs.dtype
         self._hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0, dtype=hidden_dtype)
         weight_dtype = needs.dtype if one_tile else self._wide
         self._weight = weight.new_empty(weight.shape if needs.weight else 0, dtype=weight_dtype)
@@ -278,7 +280,7 @@ class GradientSums:
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """``(dhidden, dweight, dbias)`` of all rows, dhidden summed over the processes that share the vocabulary."""
-        if self._columns.sharded and self._hidden.numel():
+        if self._columns.group is not None and self._hidden.numel():
             self._columns.sum_(self._hidden)
         if self._tiles == 0:
             self._weight.zero_()
