@@ -4,10 +4,10 @@ P pairs, S sampled sequences, L_w and L_l the summed log-probs (nats) of the cho
 D = L_w - L_l. Everything here is [P]-sized plain torch, shared by every backend; the vocabulary-wide work is in
 `spo_kernels.functional`. A loss is one row of `LOSSES`; none of them enters a kernel.
 
-Log-probs of -inf are legal and follow the equations: an impossible chosen response makes SPO's loss +inf, an impossible
-rejected one makes it 0 (-log(2)/alpha when centred), both at once make D, the loss and the gradient NaN.
+Log-probs of -inf are legal and follow the equations. An impossible chosen response makes SPO's loss +inf. An impossible
+rejected response makes it 0 (-log(2)/alpha when centred). Both at once make D, the loss and the gradient NaN.
 
-A pair of weight 0 is not read: whatever its log-probs are, NaN included, its loss and its gradient are 0.
+A pair of weight 0 is not read: its loss and its gradient are 0 even if its log-probs are NaN.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ __all__ = ["LOSSES", "SoftImportance", "dpo_loss", "preference_loss", "spo_loss"
 PairWeight = Tensor | Callable[[Tensor, Tensor], Tensor]
 LossTriple = tuple[Tensor, Tensor, Tensor]
 
-# Below this, alpha D and 1/alpha near the ends of float32, and the term that eq. 9 drops, alpha D^2 / 8, is lost in the
-# rounding of D / 2.
+# Below this, alpha D and 1/alpha come near the ends of float32. The rounding of D / 2 then hides the term that eq. 9
+# drops, alpha D^2 / 8.
 _SMALLEST_ALPHA = 1e-30
 
 
@@ -54,18 +54,20 @@ def pair_preference(margin: Tensor, alpha: float, center: bool) -> Tensor:
         return -0.5 * margin
     if not center:
         return -F.logsigmoid(alpha * margin) / alpha
-    # -D/2 + logcosh(alpha D/2)/alpha, without the cancellation it has wherever alpha D is small or large
+    # -D/2 + logcosh(alpha D/2)/alpha, in a form that does not cancel where alpha D is small or large
     return F.relu(-margin) + torch.log1p(0.5 * torch.expm1(-alpha * margin.abs())) / alpha
 
 
 def pair_error(margin: Tensor, alpha: float) -> Tensor:
     """Minus the derivative of `pair_preference` by D (eq. 12), [P]."""
-    return torch.sigmoid(-alpha * margin) if alpha else torch.full_like(margin, 0.5)  # apart at 0, where 0 * inf is NaN
+    return torch.sigmoid(-alpha * margin) if alpha else torch.full_like(margin, 0.5)  # 0 * inf is NaN
 
 
 class _PairPreference(torch.autograd.Function):
-    """`pair_preference` with the closed form of its gradient, the same for each way of writing the value: autograd
-    through any of them would divide by alpha, and lose it for tiny alpha or large alpha D."""
+    """`pair_preference` with the closed form of its gradient, which is the same with and without center.
+
+    Autograd through the value would divide by alpha, and lose the gradient for tiny alpha or large alpha D.
+    """
 
     @staticmethod
     def forward(margin: Tensor, alpha: float, center: bool) -> Tensor:
@@ -109,10 +111,11 @@ def spo_loss(
 
     plus `beta * kl.mean()` on every pair, so that `losses.mean()` is the objective.
 
-    Eq. 8 grows like log(2)/alpha as alpha -> 0 and eq. 9 is its limit without that constant: `center=True` leaves the
-    constant out for every alpha, -D/2 + logcosh(alpha D / 2)/alpha, which is continuous at 0 and has the same gradient.
-    For alpha = 0 and pairs drawn unevenly eq. 9 is linear in the log-probs and its descent need not lead to the best
-    response (Theorem 1 holds there for evenly drawn pairs, or as the limit alpha -> 0+).
+    Eq. 8 grows like log(2)/alpha as alpha -> 0, and eq. 9 is its limit without that constant. `center=True` leaves the
+    constant out for every alpha: -D/2 + logcosh(alpha D / 2)/alpha is continuous at 0 and has the same gradient.
+
+    At alpha = 0 eq. 9 is linear in the log-probs. If pairs are drawn unevenly, its descent need not lead to the best
+    response: Theorem 1 holds there for evenly drawn pairs, or as the limit alpha -> 0+.
 
     Args:
         policy_chosen_logps: L_w [P], floating point. float16 and bfloat16 are taken to float32.
@@ -134,7 +137,7 @@ def spo_loss(
     Raises:
         ValueError: alpha or beta negative or not finite; pairs that differ in count, dtype or device; only one
             reference; beta without kl, kl without beta, an empty kl.
-        TypeError: something that is not a Tensor or a number where one is needed.
+        TypeError: an argument that must be a Tensor or a number is neither.
     """
     logp_w, logp_l = checked_pair(
         "policy_chosen_logps", policy_chosen_logps, "policy_rejected_logps", policy_rejected_logps
@@ -213,13 +216,13 @@ def dpo_loss(
     check_number("label_smoothing", label_smoothing, high=0.5)
     logits = beta * ((logp_w - logp_l) - (references[0] - references[1]))
     losses = -F.logsigmoid(logits)
-    if label_smoothing:  # skipped at 0, where an infinite other side would make 0 * inf
+    if label_smoothing:  # at 0 an infinite log-probability would make 0 * inf
         losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-logits)
     return losses, *_rewards(beta, logp_w, logp_l, references)
 
 
 # One row a loss: (policy chosen, policy rejected, reference chosen, reference rejected, *, options) -> triple. The
-# keyword-only parameters of the function are the options `preference_loss` takes.
+# function's keyword-only parameters are the options that `preference_loss` takes.
 LOSSES: dict[str, Callable[..., LossTriple]] = {
     "spo": spo_loss,
     "dpo": dpo_loss,
@@ -238,7 +241,7 @@ def preference_loss(
     reference_rejected_logps: Tensor | None = None,
     **options: Any,
 ) -> LossTriple:
-    """A preference loss by its name; the equation stands at the function of each row.
+    """A preference loss by its name. The function of each name has the equation.
 
     Args:
         name: "spo" (`spo_loss`, eq. 8 to 12) or "dpo" (`dpo_loss`, eq. 4).
@@ -270,23 +273,26 @@ class SoftImportance(nn.Module):
 
         mu = sigmoid(s - normalizer),    s = gamma log(pi(y_w) + pi(y_l)) = gamma logaddexp(L_w, L_l)
 
-    At gamma = 0 every pair has the same weight sigmoid(0) = 1/2, not 1, as eq. 24 says.
+    At gamma = 0 every pair has the weight sigmoid(0) = 1/2, as eq. 24 says, not 1.
 
     Args:
         gamma: >= 0, usually small.
-        normalizer: "batch", the mean of s over the pairs of this call; "ema", a running average of that mean, kept in
-            `state_dict` (`running_mean`, `num_updates`), updated by calls in training mode before it is used, set by
-            the first of them, and replaced by the batch's mean until there has been one; or a float or 0-d Tensor, for
-            instance what `batch_normalizer` gave for all pairs of an accumulated step. `set_normalizer` changes it.
-        process_group: sums and counts of s are all-reduced over it, so ranks may hold different numbers of pairs (none
-            included); every rank must call. None: no communication.
+        normalizer: "batch", "ema", a float or a 0-d Tensor. `set_normalizer` changes it.
+
+            - "batch": the mean of s over the pairs of this call.
+            - "ema": a running average of that mean, kept in `state_dict` (`running_mean`, `num_updates`). Each call in
+              training mode updates it and then uses it; the first sets it. In evaluation mode, before the first update,
+              the batch's mean stands in.
+            - a number: for instance what `batch_normalizer` gave for all pairs of an accumulated step.
+        process_group: sums and counts of s are all-reduced over it, so ranks may hold different numbers of pairs, or
+            none. Every rank must call. None: no communication.
         decay: share of the old value that an "ema" update keeps, in [0, 1).
 
     A batch whose mean is not finite (no pair, or a pair with both log-probs -inf) leaves the running average alone.
 
     The running average and a Tensor normalizer follow ``.to(device)`` and keep their dtype through ``.to(dtype)``,
-    ``.half()`` and ``.bfloat16()``: the average is float32, and a checkpoint that holds it in another dtype loads into
-    float32. Every call in training mode moves the average; `SPOMetrics.mu` has the weights of a step without a call.
+    ``.half()`` and ``.bfloat16()``. The average is float32; a checkpoint that holds it in another dtype loads into
+    float32. Every call in training mode moves the average: read a step's weights from `SPOMetrics.mu` instead.
     """
 
     running_mean: Tensor

@@ -1,8 +1,8 @@
 """``python -m spo_kernels.selfcheck``: every backend that runs on this machine against the float64 reference.
 
-Each row is one op, dtype and backend (each SIMD level on the CPU, the kernels and Triton on a GPU): the largest
-error against the reference, the budget it must stay in (twice the error of eager torch in float32, and rounding), and
-its speed as a share of the copy bandwidth measured here. Exits 1 if any result is wrong.
+Each row is one op, dtype and backend: each SIMD level on a CPU, the CUDA kernels and Triton on a GPU. It shows the
+largest error against the reference, the budget for that error (twice the error of eager torch in float32, plus
+rounding), and the speed, also as a share of the copy bandwidth measured here. Exits 1 if any result is wrong.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from spo_kernels import backends, reference
 from spo_kernels.precision import LOGITS_DTYPES, accumulate_dtype
 
 COMPARED_ROWS = 64
-FEW_ROWS = 2  # which a GPU splits over several blocks
-# Beyond every cache: of the CPU with all its tensors, of a GPU with one of them.
+FEW_ROWS = 2  # a GPU splits so few rows over several blocks
+# More than the caches hold: on a CPU all tensors together, on a GPU each tensor.
 DEFAULT_ROWS = {"cpu": 512, "cuda": 4096}
 KERNELS = ("token_stats_fwd", "token_stats_bwd", "kl_loss_fwd", "scale_")
 
@@ -43,13 +43,13 @@ class Result(NamedTuple):
 
 
 class Values(NamedTuple):
-    """Log-probs and KL ``[n]``, the gradient of their sum, that of the KL's alone from one sweep, and it times .5."""
+    """The results of every kernel for n rows."""
 
-    logps: Tensor
-    kl: Tensor
-    dlogits: Tensor
-    kl_dlogits: Tensor
-    scaled: Tensor
+    logps: Tensor  # [n]
+    kl: Tensor  # [n]
+    dlogits: Tensor  # [n, V] gradient of the sum of log-probs and KL
+    kl_dlogits: Tensor  # [n, V] gradient of the sum of the KL alone, from one sweep
+    scaled: Tensor  # [n, V] kl_dlogits times .5
 
     def errors(self, truth: Values) -> dict[str, float]:
         """Largest error of each kernel of `KERNELS`."""
@@ -87,7 +87,7 @@ class Problem(NamedTuple):
         return backend.kl_loss_fwd(self.logits, self.ref_logits, None, False)
 
     def values(self, backend: backends.Backend) -> Values:
-        """Of the rows that are compared; all are computed."""
+        """Results of the rows that are compared. All rows are computed."""
         logps, kl, stats = self.forward(backend)
         dlogits = self.backward(backend, kl, stats)
         _, kl_dlogits = self.kl_loss(backend)
@@ -102,7 +102,7 @@ def _worst(value: Tensor, truth: Tensor) -> float:
 
 
 def _targets(device: torch.device) -> Iterator[tuple[str, backends.Backend, Callable[[], object]]]:
-    """``(label, backend, prepare)`` for what can run on the device; the oracle only where it was asked for."""
+    """``(label, backend, prepare)`` of each backend that runs on the device; the oracle only if it was asked for."""
     for name in backends.available(device):
         if name == "cpu" and backends.active("cpu") == "cpu":
             control = backends.cpu.load()
@@ -115,7 +115,7 @@ def _targets(device: torch.device) -> Iterator[tuple[str, backends.Backend, Call
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median of a call's wall time; on a GPU of the time between events around it."""
+    """Median time of a call: wall time on a CPU, the time between events on a GPU."""
     times = []
     for _ in range(repeats + 1):
         if device.type == "cuda":
@@ -140,7 +140,7 @@ def copy_bandwidth(device: torch.device, repeats: int) -> float:
 
 
 def _calls(problem: Problem, backend: backends.Backend) -> dict[str, tuple[Callable[[], object], int]]:
-    """What to time of each kernel, and how many times it reads or writes a tensor of the logits' size."""
+    """The call to time for each kernel, and how many tensors of the logits' size it reads or writes."""
     _, kl, stats = problem.forward(backend)
     factor = torch.full((), -1.0, dtype=kl.dtype, device=kl.device)  # repeated, it leaves magnitudes as they are
     target = problem.logits.clone()
@@ -157,7 +157,7 @@ def check(dtype: torch.dtype, device: torch.device, rows: int, vocab: int, repea
     problem = Problem.random(rows, vocab, dtype, device)
     acc = accumulate_dtype(dtype)
     truth = problem.head(COMPARED_ROWS, torch.float64).values(reference)
-    # float64 is its own truth: what is left there is the order of the sums.
+    # float64 is compared with itself, so only the order of sums can differ.
     slack = 4 * torch.finfo(acc).eps if acc != torch.float64 else 1e-12
     budgets = {
         kernel: 2 * error + slack + (torch.finfo(dtype).eps if dtype.itemsize == 2 and kernel != KERNELS[0] else 0)

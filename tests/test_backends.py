@@ -109,7 +109,7 @@ def test_cuda_asked_for_where_it_cannot_be_had_is_an_error() -> None:
     ran = python("-c", CALL, SPO_BACKEND="cuda")
     assert ran.returncode != 0
     assert "ImportError: SPO_BACKEND=cuda was asked for, but " in ran.stderr
-    with pytest.raises(RuntimeError, match="backend cuda cannot be had"):
+    with pytest.raises(RuntimeError, match="backend cuda is not available"):
         backends.get("cuda")
 
 
@@ -194,7 +194,7 @@ def test_an_op_call_does_not_look_for_the_library(key: str, selected: str, tmp_p
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fake_tensors_go_through_without_running_a_kernel(device: str) -> None:
-    """Shapes and dtypes can be had for a device that this machine lacks."""
+    """Fake tensors have shapes and dtypes for a device that this machine lacks."""
     with FakeTensorMode(), torch.no_grad():
         logits = torch.empty(2, 7, 11, device=device, dtype=torch.bfloat16)
         labels = torch.empty(2, 7, device=device, dtype=torch.int64)

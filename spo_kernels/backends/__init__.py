@@ -14,8 +14,8 @@ backend                device types                 what it is
 
 \\* under ``TRITON_INTERPRET=1`` only, for tests.
 
-``SPO_BACKEND=<name>`` puts that backend behind every device type it serves. A backend that was asked for and cannot be
-had is an error: nothing falls back to something slower on its own.
+``SPO_BACKEND=<name>`` puts that backend behind every device type it serves. Asking for a backend that is not available
+is an error: nothing falls back to something slower on its own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 class Backend(Protocol):
-    """The functions of a backend; their semantics are those of `spo_kernels.reference`."""
+    """The functions of a backend. `spo_kernels.reference` says what they compute."""
 
     def token_stats_fwd(
         self, logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, ignore_index: int
@@ -66,7 +66,7 @@ class Backend(Protocol):
 
 
 class Selection(NamedTuple):
-    """What serves a device type: the backend's name (None: nothing can) and why."""
+    """The backend of a device type, and why it was chosen. The name is None if no backend serves the device."""
 
     backend: str | None
     reason: str
@@ -75,7 +75,7 @@ class Selection(NamedTuple):
 class _Entry(NamedTuple):
     module: str
     device_types: tuple[str, ...]
-    missing: Callable[[], str | None]  # why it cannot be had on this machine; None when it can
+    missing: Callable[[], str | None]  # why it is not available on this machine; None if it is
 
 
 def _cpu_missing() -> str | None:
@@ -102,11 +102,11 @@ _ENTRIES = {
     "triton": _Entry("spo_kernels.backends.triton", _triton_device_types(), _triton_missing),
     "reference": _Entry("spo_kernels.reference", ("cpu", "cuda"), lambda: None),
 }
-_DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the first that can be had
+_DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the first that is available
 
 
 def available(device: torch.device | str | None = None) -> tuple[str, ...]:
-    """Names of the backends that can be had on this machine, whatever is selected; of those that serve a device."""
+    """Names of the backends that are available on this machine, selected or not; of those that serve a device."""
     wanted = None if device is None else torch.device(device).type
     return tuple(
         name
@@ -164,15 +164,15 @@ def active(device: torch.device | str = "cpu") -> str:
 def get(name: str) -> Backend:
     """The functions of a backend, to be called directly, without autograd.
 
-    Looks for the backend in the file system until it has been had once: every op call comes through here.
+    Cached, because every op call comes through here and looking for a backend reads the file system.
 
-    Raises ValueError for an unknown name and RuntimeError for a backend that cannot be had.
+    Raises ValueError for an unknown name and RuntimeError for a backend that is not available.
     """
     if name not in _ENTRIES:
         raise ValueError(f"name must be one of {', '.join(_ENTRIES)}, got {name!r}")
     entry = _ENTRIES[name]
     if missing := entry.missing():
-        raise RuntimeError(f"backend {name} cannot be had: {missing}")
+        raise RuntimeError(f"backend {name} is not available: {missing}")
     if name == "cpu" and _SELECTED["cpu"].backend != "cpu":
         raise RuntimeError(f"backend cpu is not loaded: {_SELECTED['cpu'].reason}")
     return cuda.load() if name == "cuda" else cast(Backend, importlib.import_module(entry.module))

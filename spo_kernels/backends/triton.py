@@ -17,13 +17,13 @@ from spo_kernels.reference import LABEL_ELSEWHERE
 
 _WARP = 64 if torch.version.hip else 32  # threads; 64 on AMD's data-centre GPUs
 _VECTOR_BYTES = 16  # the widest load
-# Sums of policy and reference are equal for equal logits only if both are contracted alike, which a compiler does not
-# promise: without contraction they are. Triton before 3.10 contracts by default.
+# Equal logits must give equal sums. A compiler may contract one of two equal expressions and not the other, so
+# contraction is off. Triton before 3.10 contracts by default.
 _NO_CONTRACTION = {"enable_fp_fusion": False}
 
 
 class RowConfig(NamedTuple):
-    """Of a kernel that reads a whole row per program, in tiles of ``[steps, lanes, vector]``."""
+    """Launch of a kernel that reads a whole row per program, in tiles of ``[steps, lanes, vector]``."""
 
     steps: int
     lanes: int
@@ -32,19 +32,18 @@ class RowConfig(NamedTuple):
 
 
 class BlockConfig(NamedTuple):
-    """Of a kernel that takes one block of a row per program."""
+    """Launch of a kernel that takes one block of a row per program."""
 
     block: int
     threads: int
 
 
 def row_config(V: int, itemsize: int, tensors: int, aligned: bool) -> RowConfig:
-    """For rows of V elements, read from this many tensors at once, itemsize the smaller of theirs in bytes.
+    """For rows of V elements, read from this many tensors at once. itemsize: bytes of their smaller element.
 
-    A lane takes one vector load. Without alignment the compiler deals single elements to threads in turn, and one that
-    reduced over a vector would reach into others: so a lane takes one element, and there are more of them, in as many
-    steps as registers allow. With alignment an H100 is fastest with two steps: more of them leave too few programs to a
-    multiprocessor (log-probs of [4096, 128256] in bfloat16: two steps 0.36 ms, four 0.46, eight 0.70).
+    Aligned rows: a lane is one vector load. Two steps are fastest on an H100, because more steps leave too few programs
+    to a multiprocessor. Unaligned rows: the compiler hands out single elements, so a lane is one element and there are
+    `vector` times as many lanes; steps are as many as registers allow.
     """
     threads = 64 if V <= 1024 else 128 if V <= 32768 else 256
     vector = _VECTOR_BYTES // itemsize
@@ -86,16 +85,16 @@ def _check_device(tensor: Tensor, name: str) -> None:
 
 
 def _aligned(*tensors: Tensor | None) -> bool:
-    """Whether Triton knows of every row that it consists of whole vectors: it asks for multiples of 16.
+    """Whether Triton knows that every row consists of whole vectors: it asks for multiples of 16.
 
-    Sums are then grouped otherwise: a row's last bits differ between a tensor that is aligned and one that is not.
+    Sums of aligned and unaligned rows are grouped differently, so a row's last bits depend on the alignment.
     """
     sizes = [size for x in tensors if x is not None for size in (x.data_ptr(), x.shape[-1], *x.stride()[:-1])]
     return all(size % 16 == 0 for size in sizes)
 
 
 def _per_row(values: Tensor | None) -> Tensor | None:
-    # Labels are often a slice, and the gradient of a sum is expanded: N values, not worth strides in the kernels.
+    # Labels are often a slice, and the gradient of a sum is expanded. N values are not worth strides in the kernels.
     return None if values is None else values.contiguous()
 
 
@@ -110,7 +109,7 @@ def _check_labels(labels: Tensor, V: int, ignore_index: int) -> None:
 def token_stats_fwd(
     logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`spo_kernels.reference.token_stats_fwd`; statistics that no row of labels or mask asked for are 0."""
+    """`spo_kernels.reference.token_stats_fwd`; statistics of rows that are ignored and masked are 0."""
     rows = _rows(logits, "logits")
     ref_rows = rows if ref_logits is None else _rows(ref_logits, "ref_logits")
     *shape, V = logits.shape
@@ -141,7 +140,7 @@ def token_stats_fwd(
                 VECTOR=config.vector,
                 num_warps=config.threads // _WARP,
                 **_NO_CONTRACTION,
-                # Asserts are compiled in for the labels; checks of every integer operation are not wanted with them.
+                # debug compiles the assertion on labels in; sanitize_overflow would check every integer operation too.
                 debug=labels is not None,
                 sanitize_overflow=False,
             )

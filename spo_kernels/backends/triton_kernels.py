@@ -7,13 +7,12 @@ N rows, V vocabulary. Logits are ``[B, T, V]`` with a unit last stride: row i st
 contiguous; ``stats`` is ``[2 or 4, N]``, and its dtype is the one everything is accumulated in.
 
 The forward reads a row in tiles of ``[STEPS, LANES, VECTOR]`` and keeps a running maximum and sums per lane. A lane
-belongs to one thread, and a vector is what that loads at once: a single element where rows are not aligned. The maximum
-moves at most once per tile, ``1 + 1 / (STEPS * VECTOR)`` exponentials an element, and no thread waits for another
+belongs to one thread. A vector is what a thread loads at once: a single element where rows are not aligned. The maximum
+moves at most once per tile, so an element takes ``1 + 1 / (STEPS * VECTOR)`` exponentials. No thread waits for another
 before the end of the row.
 """
 
-# Parameters of kernels are what the compiler makes of them; comments say what they are.
-# mypy: disallow-untyped-defs=False
+# Triton gives kernel parameters their types; comments name them.
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ from spo_kernels import reference
 
 LABEL_ELSEWHERE = tl.constexpr(reference.LABEL_ELSEWHERE)
 LOG2E = tl.constexpr(1.4426950408889634)
-LOG2E_LOW = tl.constexpr(1.9259629911266175e-08)  # what is left of it after rounding to float32
-
+LOG2E_LOW = tl.constexpr(1.9259629911266175e-08)  # log2(e) - float32(log2(e))
 
 # Values that change from batch to batch are not specialized: each kind of value would compile the kernel anew.
 _row_kernel = triton.jit(do_not_specialize=["N", "T", "ignore_index"])
@@ -38,7 +36,7 @@ def _row_offset(row, T, stride_b, stride_t):
 
 @triton.jit
 def _exp(x):
-    """In float32 off by up to ``6e-8 |x|`` of itself: the rounding of ``x log2(e)``, which sums average out."""
+    """Relative error in float32 up to ``6e-8 |x|``, from rounding ``x log2(e)``. Sums average it out."""
     return tl.exp2(x * LOG2E)
 
 
@@ -53,7 +51,7 @@ def _quotient(a, b):
 
 @triton.jit
 def _origin(top):
-    """What to subtract before an exponential: the maximum, or 0 where only -inf was seen (-inf - -inf would be NaN)."""
+    """The number to subtract before an exponential: the maximum, or 0 for a maximum of -inf (-inf - -inf is NaN)."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
@@ -101,9 +99,9 @@ def _softmax_stats(row_logits, V, dtype: tl.constexpr, STEPS: tl.constexpr, LANE
 
 @triton.jit
 def _moved_gap(gap, total, keep, move):
-    """Sum of ``weight * gap`` after its origins moved: weights shrink by `keep`, each gap grows by `move`.
+    """Sum of ``weight * gap`` after the origins moved: weights shrink by `keep`, each gap grows by `move`.
 
-    A weight that has vanished contributes 0 even where its gap, or the move from an origin of -inf, is infinite.
+    A weight that has vanished contributes 0, even if its gap or the move from an origin of -inf is infinite.
     """
     return tl.where(keep == 0, 0.0, keep * (gap + total * move))
 
@@ -139,7 +137,7 @@ def _kl_stats(
         z -= origin[None, :, None]
         r -= ref_origin[None, :, None]
         weight = _exp(z)
-        # A weight of 0 contributes 0, also where both logits are -inf and their gap is NaN.
+        # A weight of 0 contributes 0, even if both logits are -inf and their gap is NaN.
         gaps = _lane_sum(weight * tl.where(weight == 0, 0.0, z - r))
         move = top - origin
         ref_move = ref_top - ref_origin
@@ -157,14 +155,14 @@ def _kl_stats(
     gap = tl.sum(_moved_gap(gap, total, keep, move - ref_move), 0)
     total = tl.sum(total * keep, 0)
     ref_total = tl.sum(ref_total * _exp(ref_move), 0)
-    # One logarithm of the quotient: those of the stats are rounded, and their difference may be all there is.
+    # One logarithm of the quotient: the stats' two logarithms are rounded, and a small KL is their difference.
     kl = _quotient(gap, total) + tl.log(_quotient(ref_total, total))
     return shift, tl.log(total), ref_shift, tl.log(ref_total), kl
 
 
 @triton.jit
 def _probability(z, logsum):
-    """``exp(z - logsum)`` for z less its shift, rounded once before the exponential."""
+    """``exp(z - logsum)``; the shift is subtracted from z already. Rounded once before the exponential."""
     if z.dtype.scalar == tl.float64:
         return _exp(z - logsum)
     else:
@@ -173,8 +171,8 @@ def _probability(z, logsum):
 
 @triton.jit
 def _kl_grad(z, r, p, logsum, ref_logsum, kl):
-    """``p (log p - log q - kl)`` for z and r less their shifts, with log p - log q = 0 where p is 0."""
-    # The large numbers, of which little remains where p is near 1, meet first.
+    """``p (log p - log q - kl)``, with log p - log q = 0 where p is 0; shifts are subtracted from z and r already."""
+    # In this order: where p is near 1, z - r and kl nearly cancel, so they must meet before anything is added.
     return p * tl.where(p == 0, -kl, ((z - r) - kl) + (ref_logsum - logsum))
 
 
@@ -198,7 +196,7 @@ def token_stats_fwd_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Grid: one program per row. Rows that nobody asked for are not read; everything about them is 0."""
+    """Grid: one program per row. Rows that are ignored and masked are not read, and their outputs are 0."""
     row = tl.program_id(0)
     N = tl.num_programs(0)
     dtype: tl.constexpr = stats.dtype.element_ty
@@ -344,8 +342,8 @@ def kl_loss_fwd_kernel(
             logits, ref_logits, V, dtype, STEPS, LANES, VECTOR, "evict_last"
         )
         loss = weight * kl
-        # In place the loop overwrites what the statistics were read from: all threads have read theirs, because each
-        # statistic is a reduction over the whole row.
+        # In place the loop overwrites the logits that the statistics were read from. That is no race: each statistic is
+        # a reduction over the whole row, so all threads have read their part.
         for start in range(0, V, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             inside = columns < V
