@@ -74,11 +74,9 @@ def token_logps(
     check_rows(labels, "labels", torch.int64, logits)
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
-    rows = _as_rows(logits)
-    logps, _, _ = _token_stats(
-        rows, _like_rows(labels, rows), None, None, ignore_index, inplace_backward, process_group, vocab_shards
-    )
-    return _shaped(logps, labels.shape)
+    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1])
+    logps, _ = _row_stats(logits, labels, None, None, ignore_index, inplace_backward, columns)
+    return logps
 
 
 def sequence_logps(
@@ -150,18 +148,9 @@ def token_kl(
         check_rows(mask, "mask", torch.bool, logits)
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
-    rows = _as_rows(logits)
-    _, kl, _ = _token_stats(
-        rows,
-        None,
-        _as_rows(ref_logits),
-        _like_rows(mask, rows),
-        IGNORE_INDEX,
-        inplace_backward,
-        process_group,
-        vocab_shards,
-    )
-    return _shaped(kl, logits.shape[:-1])
+    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1])
+    _, kl = _row_stats(logits, None, ref_logits, mask, IGNORE_INDEX, inplace_backward, columns)
+    return kl
 
 
 def token_logps_kl(
@@ -189,18 +178,8 @@ def token_logps_kl(
         check_rows(mask, "mask", torch.bool, logits)
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
-    rows = _as_rows(logits)
-    logps, kl, _ = _token_stats(
-        rows,
-        _like_rows(labels, rows),
-        _as_rows(ref_logits),
-        _like_rows(mask, rows),
-        ignore_index,
-        inplace_backward,
-        process_group,
-        vocab_shards,
-    )
-    return _shaped(logps, labels.shape), _shaped(kl, labels.shape)
+    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1])
+    return _row_stats(logits, labels, ref_logits, mask, ignore_index, inplace_backward, columns)
 
 
 def kl_loss(
@@ -246,16 +225,11 @@ def kl_loss(
         check_inplace(logits, "overwrite_logits")
         check_markable(logits)
 
-    sharded = process_group is not None or vocab_shards is not None
-    if sharded or not can_precompute_gradient(logits.dtype) or not (torch.is_grad_enabled() and logits.requires_grad):
-        kl = token_kl(
-            logits,
-            ref_logits,
-            None if weight is None else weight != 0,
-            inplace_backward=overwrite_logits,
-            process_group=process_group,
-            vocab_shards=vocab_shards,
-        )
+    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1])
+    precompute = torch.is_grad_enabled() and logits.requires_grad and can_precompute_gradient(logits.dtype)
+    if columns.group is not None or not precompute:
+        wanted = None if weight is None else weight != 0
+        _, kl = _row_stats(logits, None, ref_logits, wanted, IGNORE_INDEX, overwrite_logits, columns)
         return kl.sum() if weight is None else (kl * weight).sum()
 
     rows, ref_rows = _as_rows(logits), _as_rows(ref_logits)
@@ -278,7 +252,6 @@ def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = Fal
     Returns:
         ``[B]``, float32 (float64 for float64 logits).
     """
-    check_logits(logits, "logits")
     check_rows(labels, "labels", torch.int64, logits)
     # Shifting labels rather than slicing logits: the gradient then needs no padding pass over [B, T, V].
     shifted = torch.full_like(labels, IGNORE_INDEX)
@@ -286,22 +259,33 @@ def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = Fal
     return sequence_logps(logits, shifted, average=average_log_prob)
 
 
-def _token_stats(
+def _row_stats(
     logits: Tensor,
     labels: Tensor | None,
     ref_logits: Tensor | None,
     mask: Tensor | None,
     ignore_index: int,
     inplace_backward: bool,
-    process_group: ProcessGroup | None,
-    vocab_shards: Sequence[int] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1])
+    columns: Columns,
+) -> tuple[Tensor, Tensor]:
+    """``(logps, kl)`` of what has been checked, each ``logits.shape[:-1]``; ``[0]`` without labels or reference."""
+    rows = _as_rows(logits)
+    inputs = (
+        rows,
+        _like_rows(labels, rows),
+        None if ref_logits is None else _as_rows(ref_logits),
+        _like_rows(mask, rows),
+        ignore_index,
+        inplace_backward,
+    )
     if columns.group is not None:
-        return sharded_token_stats_fwd(logits, labels, ref_logits, mask, ignore_index, inplace_backward, columns)
-    differentiate = torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling()
-    token_stats = row_ops.TokenStats.apply if differentiate else torch.ops.spo_kernels.token_stats_fwd
-    return token_stats(logits, labels, ref_logits, mask, ignore_index, inplace_backward)
+        logps, kl, _ = sharded_token_stats_fwd(*inputs, columns)
+    elif torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
+        logps, kl, _ = row_ops.TokenStats.apply(*inputs)
+    else:
+        logps, kl, _ = torch.ops.spo_kernels.token_stats_fwd(*inputs)
+    shape = logits.shape[:-1]
+    return logps if labels is None else _shaped(logps, shape), kl if ref_logits is None else _shaped(kl, shape)
 
 
 def _as_rows(logits: Tensor) -> Tensor:
