@@ -3,7 +3,7 @@
 The step is Appendix B of the paper: P pairs through a causal transformer, the preference loss (eq. 8) with
 SoftImportance weights (eq. 24) and its backward; the exact token KL on S sequences drawn from the policy, and its
 backward; clipping; AdamW. The S sequences and the reference's logits of them are drawn anew every k steps: the refresh.
-Everyone runs the same model (`spo_train.model.Llama`), refresh and optimizer; only what happens between hidden states
+Everyone runs the same model (spo_train's `Llama`), refresh and optimizer; only what happens between hidden states
 and loss differs. One entry of `LOSSES` per implementation.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 import spo_kernels
 from benchmarks import measure, report
 from benchmarks.run import Settings
-from spo_train.model import Llama, ModelConfig
+from spo_train.models.llama import Llama, ModelConfig
 
 _ALPHA, _BETA, _GAMMA = 0.1, 0.03, 0.1
 _IGNORED = -100

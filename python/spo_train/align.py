@@ -27,12 +27,12 @@ import spo_kernels
 from spo_kernels import SoftImportance, kl_loss, preference_loss, sequence_logps, spo_loss
 from spo_train.checkpoint import load_checkpoint, save_checkpoint
 from spo_train.config import AlignConfig
-from spo_train.data import BatchOrder, PairDataset
 from spo_train.errors import CheckpointError, NonFiniteLossError, RunInterruptedError
 from spo_train.evaluate import Evaluator
 from spo_train.files import write_atomically
 from spo_train.metrics import JsonlLog, PartTimer, progress
-from spo_train.model import TOKENIZER_FILE, Llama, save_model
+from spo_train.models.llama import TOKENIZER_FILE, Llama, save_model
+from spo_train.pair_data import BatchOrder, PairDataset
 from spo_train.protocol import IGNORE_INDEX, LanguageModel, Samples
 from spo_train.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ from spo_train.errors import RunError
 from spo_train.source_config import PairsConfig, PretrainConfig
 
 if TYPE_CHECKING:
-    from spo_train.model import Llama
+    from spo_train.models.llama import Llama
     from spo_train.tokenizer import Tokenizer
 
 BAD_INPUT = 2
@@ -181,7 +181,7 @@ def pairs(model: Path | None, out: Path, prompts: Path | None, device: str, **op
     first and 3 when shown second.
     """
     config = settings(PairsConfig, options)
-    from spo_train.pairs import make_pairs, read_prompts
+    from spo_train.toy.make_pairs import make_pairs, read_prompts
 
     policy, tokenizer = _load(model, device)
     made = make_pairs(policy, tokenizer, out, config, prompts=read_prompts(prompts) if prompts else ("",))
@@ -247,8 +247,8 @@ def align(
     config, evaluate_config = settings(AlignConfig, options), settings(EvaluateConfig, options, prefix="eval_")
     from spo_train.align import align as align_model
     from spo_train.align import refuse_existing
-    from spo_train.data import load_pairs
     from spo_train.evaluate import Evaluator, load_judge
+    from spo_train.pair_data import load_pairs
 
     if not resume:
         refuse_existing(out)
@@ -315,7 +315,7 @@ def evaluate(
     config = settings(EvaluateConfig, options)
     from spo_train.evaluate import Evaluator, load_judge
     from spo_train.files import write_atomically
-    from spo_train.pairs import read_prompts
+    from spo_train.toy.make_pairs import read_prompts
 
     policy, tokenizer = _load(model, device)
     against, _ = _load(reference, device)
@@ -362,7 +362,7 @@ def demo(out: Path, quick: bool, fresh: bool, device: str, **options: Any) -> No
     """
     base = asdict(QUICK_DEMO) if quick else {}
     config = DemoConfig(**(base | {name: value for name, value in options.items() if value is not None}))
-    from spo_train.demo import run_demo
+    from spo_train.toy.demo import run_demo
 
     _require_device(device)
     run_demo(out, config, device=device, fresh=fresh, say=click.echo)
@@ -380,7 +380,7 @@ def _require_device(device: str) -> None:
 def _load(folder: Path | None, device: str) -> tuple[Llama, Tokenizer]:
     """Model and tokenizer of a folder, of the run in a folder, or (None) those shipped with the package."""
     from spo_train.align import MODEL_FOLDER, RUN_FILE
-    from spo_train.model import load_pretrained, load_reference
+    from spo_train.models.llama import load_pretrained, load_reference
 
     _require_device(device)
     if folder is None:

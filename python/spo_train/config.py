@@ -113,7 +113,7 @@ def _check(config: object, name: str, must_be: str, holds: bool) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Sizes of the demo; everything else is fixed (see `spo_train.demo`).
+    """Sizes of the demo; everything else is fixed (see `spo_train.toy.demo`).
 
     Raises:
         ValueError: a setting is out of range; the message names it.

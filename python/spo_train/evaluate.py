@@ -16,8 +16,8 @@ import torch
 from spo_kernels import token_kl
 from spo_train.config import EvaluateConfig
 from spo_train.protocol import IGNORE_INDEX, LanguageModel, Samples
-from spo_train.stories import StoryJudge
 from spo_train.tokenizer import Tokenizer
+from spo_train.toy.judge import StoryJudge
 
 # Two-sided 95 % quantile of the normal distribution.
 Z95 = 1.959964

@@ -22,11 +22,11 @@ from spo_train.checkpoint import load_checkpoint, save_checkpoint
 from spo_train.errors import NonFiniteLossError
 from spo_train.files import write_atomically
 from spo_train.metrics import JsonlLog
-from spo_train.model import TOKENIZER_FILE, WEIGHTS_FILE, Llama, ModelConfig, save_model
+from spo_train.models.llama import TOKENIZER_FILE, WEIGHTS_FILE, Llama, ModelConfig, save_model
 from spo_train.protocol import IGNORE_INDEX, Samples
 from spo_train.source_config import PretrainConfig
-from spo_train.stories import stories
 from spo_train.tokenizer import Tokenizer
+from spo_train.toy.grammar import stories
 
 CHECKPOINT_FILE, METRICS_FILE, RECIPE_FILE = "checkpoint.safetensors", "metrics.jsonl", "recipe.json"
 REFERENCE_STORIES, STORIES_SEED = 60_512, 1  # 60,000 to train on and 512 held out
@@ -34,7 +34,7 @@ REFERENCE_STORIES, STORIES_SEED = 60_512, 1  # 60,000 to train on and 512 held o
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What a run made: also written to its folder, which `spo_train.model.load_pretrained` reads.
+    """What a run made: also written to its folder, which `spo_train.models.llama.load_pretrained` reads.
 
     Attributes:
         nll_per_token, nll_per_sequence: held-out negative log-likelihood in nats, eos counted.
@@ -218,7 +218,7 @@ def train_reference(
     overwrite: bool = False,
     progress: bool = True,
 ) -> PretrainResult:
-    """Makes a reference model from the story grammar; the defaults remake the one shipped in `spo_train/assets`.
+    """Makes a reference model from the story grammar; the defaults remake the one shipped in `spo_train/toy/assets`.
 
     Besides what `pretrain` writes, `recipe.json` in `out_dir` tells how the model was made and its measured NLL. The
     package ships config.json, model.safetensors, tokenizer.model and recipe.json.
@@ -235,7 +235,7 @@ def train_reference(
     )
     recipe = {
         "made_by": "spo_train.pretrain.train_reference",
-        "stories": {"grammar": "spo_train.stories.grammar", "count": story_count, "seed": STORIES_SEED},
+        "stories": {"grammar": "spo_train.toy.grammar", "count": story_count, "seed": STORIES_SEED},
         "tokenizer": {"kind": "sentencepiece BPE", "vocab_size": result.tokenizer.vocab_size},
         "pretrain": asdict(config),
         "parameters": sum(parameter.numel() for parameter in result.model.parameters()),

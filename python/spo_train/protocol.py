@@ -1,6 +1,6 @@
 """What the training loop needs of a model: logits from token ids, and sampling.
 
-Anything with these two abilities can be aligned and evaluated. The package's own `spo_train.model.Llama` has them
+Anything with these two abilities can be aligned and evaluated. `spo_train.models.llama.Llama` has them
 directly; a Hugging Face model gets them from an adapter of a few lines.
 """
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from spo_train.data import PairDataset, load_pairs
-from spo_train.model import Llama, ModelConfig
-from spo_train.stories.grammar import stories
+from spo_train.models.llama import Llama, ModelConfig
+from spo_train.pair_data import PairDataset, load_pairs
 from spo_train.tokenizer import Tokenizer
+from spo_train.toy.grammar import stories
 
 MAX_LENGTH = 48
 

@@ -16,8 +16,8 @@ from spo_train import align
 from spo_train.align import Aligner, NonFiniteLossError, RunInterruptedError, run
 from spo_train.checkpoint import CheckpointError, load_checkpoint
 from spo_train.config import AlignConfig
-from spo_train.data import BatchOrder, PairDataset
-from spo_train.model import Llama
+from spo_train.models.llama import Llama
+from spo_train.pair_data import BatchOrder, PairDataset
 from spo_train.protocol import IGNORE_INDEX, Samples
 
 SMALL = {"batch_size": 4, "kl_samples": 6, "kl_every": 4, "warmup_steps": 3, "lr": 1e-3, "steps": 14}

@@ -20,10 +20,10 @@ from click.testing import CliRunner, Result
 from spo_train import cli as entry
 from spo_train.commands import cli
 from spo_train.config import AlignConfig, DemoConfig, EvaluateConfig
-from spo_train.demo import run_demo
-from spo_train.model import Llama, save_model
+from spo_train.models.llama import Llama, save_model
 from spo_train.source_config import PairsConfig, PretrainConfig
 from spo_train.tokenizer import Tokenizer
+from spo_train.toy.demo import run_demo
 
 COMMANDS = ("pretrain", "reference", "pairs", "align", "evaluate", "report", "demo")
 ALIGN = ["--steps", "4", "--batch-size", "4", "--kl-samples", "4", "--kl-every", "2", "--warmup-steps", "1"]
@@ -306,7 +306,7 @@ def test_a_fresh_demo_removes_the_demos_files_only(tmp_path: Path, monkeypatch: 
     def reached(device: str) -> None:
         raise ReachedError
 
-    monkeypatch.setattr("spo_train.demo.load_reference", reached)
+    monkeypatch.setattr("spo_train.toy.demo.load_reference", reached)
     with pytest.raises(ReachedError):
         run_demo(tmp_path, config, fresh=True)
     assert not any((tmp_path / name).exists() for name in theirs)

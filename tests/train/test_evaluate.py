@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from spo_train.config import EvaluateConfig
 from spo_train.evaluate import Evaluator, Text, load_judge, story_judge, win_rate
-from spo_train.model import Llama
+from spo_train.models.llama import Llama
 from spo_train.tokenizer import Tokenizer
 
 SMALL = EvaluateConfig(samples=10, reference_samples=12, batch_size=6)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from spo_train import pretrain as pretrain_module
 from spo_train.errors import NonFiniteLossError
-from spo_train.model import TOKENIZER_FILE, Llama, load_pretrained
+from spo_train.models.llama import TOKENIZER_FILE, Llama, load_pretrained
 from spo_train.pretrain import (
     CHECKPOINT_FILE,
     METRICS_FILE,

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from spo_train.stories import Assessment, StoryJudge, grammar, stories, story
-from spo_train.stories.grammar import ENDING, OPENING, PLOTS, REGISTERS
+from spo_train.toy import grammar
+from spo_train.toy.grammar import ENDING, OPENING, PLOTS, REGISTERS, stories, story
+from spo_train.toy.judge import Assessment, StoryJudge
 
 FIRST = (
     "One day, a little boy named Tom was at the park. Tom had a big red kite. He loved the kite a lot. "

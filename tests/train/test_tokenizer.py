@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spo_train.model import Llama, ModelConfig
+from spo_train.models.llama import Llama, ModelConfig
 from spo_train.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer
 
 # Spaces at every place, line breaks, and characters that no story has (they become bytes).

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spo_train import model as model_module
-from spo_train.model import (
+from spo_train.models import llama as model_module
+from spo_train.models.llama import (
     CONFIG_FILE,
     TOKENIZER_FILE,
     WEIGHTS_FILE,
@@ -339,10 +340,10 @@ def test_load_pretrained_refuses_another_tokenizer(
 
 def test_shipped_reference_tells_stories() -> None:
     model, tokenizer = load_reference()
-    recipe = json.loads((Path(model_module.__file__).parent / "assets" / "recipe.json").read_text())
+    recipe = json.loads((resources.files("spo_train.toy.assets") / "recipe.json").read_text())
     assert model.vocab_size == tokenizer.vocab_size == recipe["pretrain"]["vocab_size"]
     from spo_train.pretrain import TokenSequences, held_out_nll
-    from spo_train.stories import stories
+    from spo_train.toy.grammar import stories
 
     texts = stories(128, seed=recipe["stories"]["seed"] + 1)
     _, nll = held_out_nll(model, TokenSequences.encode(texts, tokenizer, model.max_length), tokenizer.pad_id)

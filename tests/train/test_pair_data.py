@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spo_train.data import BatchOrder, DataError, PairDataset, load_pairs
+from spo_train.pair_data import BatchOrder, DataError, PairDataset, load_pairs
 from spo_train.protocol import IGNORE_INDEX
 from spo_train.tokenizer import Tokenizer
 

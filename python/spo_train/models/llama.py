@@ -337,7 +337,7 @@ def load_pretrained(path: str | os.PathLike[str], device: str | torch.device = "
 
 def load_reference(device: str | torch.device = "cpu") -> tuple[Llama, Tokenizer]:
     """The reference model and tokenizer that are shipped with the package."""
-    with resources.as_file(resources.files("spo_train") / "assets") as folder:
+    with resources.as_file(resources.files("spo_train.toy") / "assets") as folder:
         return load_pretrained(folder, device)
 
 

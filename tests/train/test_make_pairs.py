@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from spo_train.evaluate import Judge
-from spo_train.model import Llama
-from spo_train.pairs import PairsSummary, make_pairs, read_prompts
+from spo_train.models.llama import Llama
 from spo_train.protocol import Samples
 from spo_train.source_config import PairsConfig
-from spo_train.stories import StoryJudge, stories, story
 from spo_train.tokenizer import Tokenizer
+from spo_train.toy.grammar import stories, story
+from spo_train.toy.judge import StoryJudge
+from spo_train.toy.make_pairs import PairsSummary, make_pairs, read_prompts
 
 PROMPTS = ("Once upon a time", "", "In a quiet town")
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from spo_train.stories.grammar import BOYS, GIRLS, stories
+from spo_train.toy.grammar import BOYS, GIRLS, stories
 
 # The trigrams of these stories are what the judge takes for fluent; the seed is not that of any training set.
 FLUENT_STORIES, FLUENT_SEED = 20_000, 90_210

@@ -16,14 +16,14 @@ from typing import Any
 
 from spo_train.align import align, is_finished
 from spo_train.config import AlignConfig, DemoConfig, EvaluateConfig
-from spo_train.data import load_pairs
 from spo_train.evaluate import Evaluator, Text, story_judge
 from spo_train.files import write_atomically
 from spo_train.metrics import read_jsonl
-from spo_train.model import load_reference
-from spo_train.pairs import make_pairs
+from spo_train.models.llama import load_reference
+from spo_train.pair_data import load_pairs
 from spo_train.report import MAIN_COLUMNS, markdown_table, read_run, read_runs, write_report
 from spo_train.source_config import PairsConfig
+from spo_train.toy.make_pairs import make_pairs
 
 SETTINGS_FILE, PAIRS_FILE, REFERENCE_FILE = "demo.json", "pairs.jsonl", "reference.jsonl"
 RUNS_FOLDER, REPORT_FOLDER = "runs", "report"

@@ -17,8 +17,8 @@ from spo_train.evaluate import Judge, story_judge
 from spo_train.files import write_atomically
 from spo_train.protocol import LanguageModel
 from spo_train.source_config import PairsConfig
-from spo_train.stories import StoryJudge
 from spo_train.tokenizer import Tokenizer
+from spo_train.toy.judge import StoryJudge
 
 
 @dataclass(frozen=True)

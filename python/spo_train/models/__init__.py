@@ -1,0 +1,1 @@
+"""Models that `spo-train` can load."""
