@@ -33,7 +33,7 @@ from spo_train.files import write_atomically
 from spo_train.metrics import JsonlLog, PartTimer, progress
 from spo_train.models.llama import TOKENIZER_FILE, Llama, save_model
 from spo_train.pair_data import BatchOrder, PairDataset
-from spo_train.protocol import IGNORE_INDEX, LanguageModel, Samples
+from spo_train.protocol import IGNORE_INDEX, LanguageModel, Sequences
 from spo_train.tokenizer import Tokenizer
 
 CHECKPOINT_FILE, METRICS_FILE, EVALUATIONS_FILE = "checkpoint.safetensors", "metrics.jsonl", "evaluations.jsonl"
@@ -112,13 +112,13 @@ class KLBatch:
         tokens: number of response tokens.
     """
 
-    samples: Samples
+    samples: Sequences
     ref_logits: Tensor
     row_weight: Tensor
     tokens: int
 
     @classmethod
-    def of(cls, samples: Samples, ref_logits: Tensor, beta: float) -> KLBatch:
+    def of(cls, samples: Sequences, ref_logits: Tensor, beta: float) -> KLBatch:
         is_response = samples.labels() != IGNORE_INDEX
         # In double precision: kl_loss rounds it to the dtype it accumulates in.
         return cls(samples, ref_logits, is_response.double() * (beta / len(samples)), int(is_response.sum()))
@@ -251,7 +251,7 @@ class Aligner:
         }
 
     def _reference(
-        self, indices: np.ndarray, batch: Samples, labels: Tensor
+        self, indices: np.ndarray, batch: Sequences, labels: Tensor
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The reference's log-probabilities [P] of chosen and rejected responses, from memory where known."""
         if not self.method.needs_reference:
@@ -328,7 +328,7 @@ class Aligner:
                 self.weight.load_state_dict(part("weight/"))
             kl = {name: tensor.to(self.device) for name, tensor in part("kl/").items()}
             ref_logits = kl.pop("ref_logits", None)
-            self._kl_batch = None if ref_logits is None else KLBatch.of(Samples(**kl), ref_logits, self.config.beta)
+            self._kl_batch = None if ref_logits is None else KLBatch.of(Sequences(**kl), ref_logits, self.config.beta)
             if self.method.needs_reference:
                 self._reference_logps = tensors["reference_logps"]
             self._sampling.set_state(tensors["rng/sampling"])
@@ -500,5 +500,5 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _to(samples: Samples, device: torch.device) -> Samples:
-    return Samples(*(tensor.to(device) for tensor in vars(samples).values()))
+def _to(samples: Sequences, device: torch.device) -> Sequences:
+    return Sequences(*(tensor.to(device) for tensor in vars(samples).values()))

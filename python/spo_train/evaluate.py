@@ -15,7 +15,7 @@ import torch
 
 from spo_kernels import token_kl
 from spo_train.config import EvaluateConfig
-from spo_train.protocol import IGNORE_INDEX, LanguageModel, Samples
+from spo_train.protocol import IGNORE_INDEX, LanguageModel, Sequences
 from spo_train.tokenizer import Tokenizer
 from spo_train.toy.judge import StoryJudge
 
@@ -234,7 +234,7 @@ class Evaluator:
         after, _ = self._sample(policy, count, self.config.seed)
         return list(zip(before, after, strict=True))
 
-    def _sample(self, model: LanguageModel, count: int, seed: int) -> tuple[list[Text], list[Samples]]:
+    def _sample(self, model: LanguageModel, count: int, seed: int) -> tuple[list[Text], list[Sequences]]:
         device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else "cpu"
         generator = torch.Generator(device).manual_seed(seed)
         texts, batches = [], []
@@ -256,7 +256,7 @@ class Evaluator:
         return texts, batches
 
     @torch.no_grad()
-    def _kl(self, policy: LanguageModel, batches: Sequence[Samples]) -> np.ndarray:
+    def _kl(self, policy: LanguageModel, batches: Sequence[Sequences]) -> np.ndarray:
         """Exact token KL summed over each response, [S], nats."""
         parts = []
         with _eval_mode(policy), _eval_mode(self.reference):

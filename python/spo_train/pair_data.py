@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from spo_train.metrics import progress
-from spo_train.protocol import Samples
+from spo_train.protocol import Sequences
 from spo_train.tokenizer import Tokenizer
 
 FIELDS = ("prompt", "chosen", "rejected")
@@ -91,7 +91,7 @@ class PairDataset:
         """Prompt ids, without bos, of the given pairs."""
         return [self._part(3 * i).tolist() for i in indices]
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> Samples:
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Sequences:
         """The given P pairs as 2P sequences: the chosen ones in rows `[0:P]`, the rejected ones in `[P:2P]`."""
         prompts = [self._part(3 * i) for i in indices] * 2
         responses = [self._part(3 * i + k) for k in (1, 2) for i in indices]
@@ -103,7 +103,7 @@ class PairDataset:
             middle = 1 + len(prompt)
             row[1:middle] = prompt
             row[middle : middle + len(response)] = response
-        return Samples(torch.from_numpy(tokens), torch.from_numpy(prompt_lens), torch.from_numpy(lengths))
+        return Sequences(torch.from_numpy(tokens), torch.from_numpy(prompt_lens), torch.from_numpy(lengths))
 
     def _part(self, i: int) -> np.ndarray:
         return self._ids[self._starts[i] : self._starts[i + 1]]

@@ -23,7 +23,7 @@ from spo_train.errors import NonFiniteLossError
 from spo_train.files import write_atomically
 from spo_train.metrics import JsonlLog
 from spo_train.models.llama import TOKENIZER_FILE, WEIGHTS_FILE, Llama, ModelConfig, save_model
-from spo_train.protocol import IGNORE_INDEX, Samples
+from spo_train.protocol import IGNORE_INDEX, Sequences
 from spo_train.source_config import PretrainConfig
 from spo_train.tokenizer import Tokenizer
 from spo_train.toy.grammar import stories
@@ -250,7 +250,7 @@ def train_reference(
     return result
 
 
-def nll_loss(model: Llama, batch: Samples) -> Tensor:
+def nll_loss(model: Llama, batch: Sequences) -> Tensor:
     """Mean negative log-likelihood, in nats a token, of a batch's labels."""
     labels = batch.labels()
     logps = token_logps(model(batch.tokens[:, :-1]), labels, inplace_backward=True)
@@ -334,12 +334,12 @@ class TokenSequences:
         noise = np.random.default_rng((seed, 1)).normal(0.0, jitter, len(self))
         return np.argsort(self.lengths + noise, kind="stable")
 
-    def batch(self, indices: np.ndarray, pad_id: int, device: str | torch.device) -> Samples:
+    def batch(self, indices: np.ndarray, pad_id: int, device: str | torch.device) -> Sequences:
         lengths = self.lengths[indices]
         columns = np.arange(lengths.max())
         inside = columns < lengths[:, None]
         tokens = np.where(inside, self.flat[np.where(inside, self.starts[indices, None] + columns, 0)], pad_id)
-        return Samples(
+        return Sequences(
             torch.from_numpy(tokens.astype(np.int64)).to(device),
             torch.ones(len(indices), dtype=torch.int64, device=device),
             torch.from_numpy(lengths.astype(np.int64)).to(device),

@@ -17,7 +17,7 @@ IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
-class Samples:
+class Sequences:
     """A batch of sequences, each `bos + prompt + response (+ eos)`, right-padded to a common length.
 
     Attributes:
@@ -63,7 +63,7 @@ class LanguageModel(Protocol):
         max_length: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-    ) -> Samples:
+    ) -> Sequences:
         """Draws one continuation per prompt, without gradients and in eval mode; the training flag is restored.
 
         Args:

@@ -18,7 +18,7 @@ from spo_train.checkpoint import CheckpointError, load_checkpoint
 from spo_train.config import AlignConfig
 from spo_train.models.llama import Llama
 from spo_train.pair_data import BatchOrder, PairDataset
-from spo_train.protocol import IGNORE_INDEX, Samples
+from spo_train.protocol import IGNORE_INDEX, Sequences
 
 SMALL = {"batch_size": 4, "kl_samples": 6, "kl_every": 4, "warmup_steps": 3, "lr": 1e-3, "steps": 14}
 SPO = SMALL | {"method": "spo", "alpha": 0.3, "beta": 0.05, "gamma": 0.2}
@@ -35,14 +35,14 @@ def make_aligner(make_model: Callable[..., Llama], pairs: PairDataset) -> Callab
     return make
 
 
-def plain_logps(model: Llama, batch: Samples) -> torch.Tensor:
+def plain_logps(model: Llama, batch: Sequences) -> torch.Tensor:
     labels = batch.labels()
     log_probs = F.log_softmax(model(batch.tokens[:, :-1]), -1)
     picked = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     return torch.where(labels == IGNORE_INDEX, 0, picked).sum(1)
 
 
-def plain_kl(policy: Llama, reference: Llama, samples: Samples) -> torch.Tensor:
+def plain_kl(policy: Llama, reference: Llama, samples: Sequences) -> torch.Tensor:
     p = F.log_softmax(policy(samples.tokens[:, :-1]), -1)
     q = F.log_softmax(reference(samples.tokens[:, :-1]), -1)
     total = torch.zeros((), dtype=p.dtype)

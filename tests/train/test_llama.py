@@ -25,7 +25,7 @@ from spo_train.models.llama import (
     load_reference,
     save_model,
 )
-from spo_train.protocol import IGNORE_INDEX, LanguageModel, Samples
+from spo_train.protocol import IGNORE_INDEX, LanguageModel, Sequences
 from spo_train.tokenizer import Tokenizer
 
 PROMPTS = [[], [17], [300, 5, 9], [4, 4, 4, 4, 8, 15, 16]]
@@ -97,7 +97,7 @@ def test_model_fulfils_the_protocol(model: Llama) -> None:
 
 
 def test_samples_labels_cover_the_response_and_its_eos_only() -> None:
-    samples = Samples(
+    samples = Sequences(
         torch.tensor([[1, 5, 6, 7, 2], [1, 8, 2, 3, 3], [1, 9, 9, 9, 9]]),
         torch.tensor([3, 1, 2]),
         torch.tensor([5, 3, 5]),

@@ -12,7 +12,7 @@ import torch
 
 from spo_train.evaluate import Judge
 from spo_train.models.llama import Llama
-from spo_train.protocol import Samples
+from spo_train.protocol import Sequences
 from spo_train.source_config import PairsConfig
 from spo_train.tokenizer import Tokenizer
 from spo_train.toy.grammar import stories, story
@@ -40,7 +40,7 @@ class Storyteller:
         max_length: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-    ) -> Samples:
+    ) -> Sequences:
         rows = []
         for prompt in prompts:
             rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
@@ -51,7 +51,7 @@ class Storyteller:
         tokens = torch.full((len(rows), int(lengths.max())), self.tokenizer.pad_id)
         for row, (prompt, response) in zip(tokens, rows, strict=True):
             row[: len(prompt) + len(response)] = torch.tensor(prompt + response)
-        return Samples(tokens, torch.tensor([len(prompt) for prompt, _ in rows]), lengths)
+        return Sequences(tokens, torch.tensor([len(prompt) for prompt, _ in rows]), lengths)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from spo_train.pretrain import (
     read_corpus,
     train_reference,
 )
-from spo_train.protocol import Samples
+from spo_train.protocol import Sequences
 from spo_train.source_config import PretrainConfig
 from spo_train.tokenizer import Tokenizer
 
@@ -183,7 +183,7 @@ def test_loss_is_the_mean_over_tokens_of_the_cross_entropy(
     make_model: Callable[..., Llama], tokenizer: Tokenizer
 ) -> None:
     model = make_model()
-    batch = Samples(torch.tensor([[1, 9, 8, 2], [1, 7, 2, 3]]), torch.tensor([1, 1]), torch.tensor([4, 3]))
+    batch = Sequences(torch.tensor([[1, 9, 8, 2], [1, 7, 2, 3]]), torch.tensor([1, 1]), torch.tensor([4, 3]))
     loss = nll_loss(model, batch)
     (gradient,) = torch.autograd.grad(loss, model.embedding.weight)
     logits = model(batch.tokens[:, :-1])

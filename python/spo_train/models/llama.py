@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spo_train.files import write_atomically
-from spo_train.protocol import Samples
+from spo_train.protocol import Sequences
 from spo_train.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.model"
@@ -152,7 +152,7 @@ class Llama(nn.Module):
         max_length: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-    ) -> Samples:
+    ) -> Sequences:
         """Draws one continuation per prompt; see `LanguageModel.sample`.
 
         Each row has its own stream of random numbers, drawn before the first step: what is sampled for one prompt
@@ -187,7 +187,7 @@ class Llama(nn.Module):
             self._continue(tokens, prompt_lens, lengths, cache, noise, temperature)
         finally:
             self.train(was_training)
-        return Samples(tokens[:, : int(lengths.max())].contiguous(), prompt_lens, lengths)
+        return Sequences(tokens[:, : int(lengths.max())].contiguous(), prompt_lens, lengths)
 
     @torch.inference_mode()
     def _continue(
