@@ -1,24 +1,135 @@
-"""One-file checkpoints: tensors and JSON state in a safetensors file that is replaced whole or not at all."""
+"""Checkpoints: one safetensors file, replaced whole or not at all, and the training state that it holds."""
 
 from __future__ import annotations
 
 import json
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from spo_train.config import Settings
 from spo_train.errors import CheckpointError
 from spo_train.files import write_atomically
+from spo_train.protocol import TrainableModel
 
 FORMAT = "spo_train.checkpoint.1"
 
-__all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointError", "TrainingState", "load_checkpoint", "save_checkpoint"]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What every trainer keeps in a checkpoint, and what makes a run the same run.
+
+    Attributes:
+        model, optimizer: what is trained.
+        config: settings of the run.
+        data: fingerprint of the data.
+        may_change: names of the settings that a resumed run may change.
+        modules: further modules with a state, by name.
+        generators: random generators by name, besides torch's global ones.
+    """
+
+    model: TrainableModel
+    optimizer: torch.optim.Optimizer
+    config: Settings
+    data: int | str
+    may_change: frozenset[str] = frozenset()
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    generators: Mapping[str, torch.Generator] = field(default_factory=dict)
+
+    def save(self, path: Path, step: int, extra: Mapping[str, Tensor] | None = None) -> None:
+        """Write a checkpoint.
+
+        Args:
+            path: the checkpoint file.
+            step: optimizer steps done.
+            extra: further tensors of the trainer; `restore` returns them.
+
+        Raises:
+            CheckpointError: see `save_checkpoint`.
+        """
+        tensors = dict(extra or {})
+        for name, module in self._modules().items():
+            tensors |= {f"{name}/{key}": tensor for key, tensor in module.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{i}/{key}": tensor for key, tensor in state.items()}
+        for name, generator in self.generators.items():
+            tensors[f"rng/{name}"] = generator.get_state()
+        # The global generators too: a model may have dropout.
+        tensors["rng/torch"] = torch.get_rng_state()
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(device)
+        save_checkpoint(path, tensors=tensors, state={"step": step, "config": self.config.record(), "data": self.data})
+
+    def restore(self, path: Path) -> tuple[int, dict[str, Tensor]]:
+        """Load the state of a checkpoint, so that training continues with the same bits.
+
+        Returns:
+            The steps done, and the extra tensors of `save`, on the CPU.
+
+        Raises:
+            FileNotFoundError, CheckpointError: there is no checkpoint, it is damaged, or its model differs.
+            ValueError: the checkpoint belongs to a run with other settings or other data.
+        """
+        tensors, state = load_checkpoint(path)
+        # Version 0.1.0 of pretraining kept config and data one level deeper.
+        state |= state.get("run", {})
+        self._refuse_another_run(path, state)
+
+        def take(prefix: str) -> dict[str, Tensor]:
+            names = [name for name in tensors if name.startswith(prefix)]
+            return {name.removeprefix(prefix): tensors.pop(name) for name in names}
+
+        try:
+            for name, module in self._modules().items():
+                module.load_state_dict(take(f"{name}/"))
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in take("optimizer/").items():
+                i, key = name.split("/")
+                moments.setdefault(int(i), {})[key] = tensor
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            rng = take("rng/")
+            for name, generator in self.generators.items():
+                generator.set_state(rng[name])
+            if "torch" in rng:  # version 0.1.0 of pretraining kept none
+                torch.set_rng_state(rng["torch"])
+            device = next(self.model.parameters()).device
+            if device.type == "cuda" and "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"], device)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise CheckpointError(f"checkpoint {path} does not fit this model: {error}") from error
+        return state["step"], tensors
+
+    def _modules(self) -> dict[str, TrainableModel | nn.Module]:
+        return {"model": self.model, **self.modules}
+
+    def _refuse_another_run(self, path: Path, state: Mapping[str, Any]) -> None:
+        # What JSON makes of the settings: it has no tuples.
+        ours = json.loads(json.dumps(self.config.record())) | {"data": self.data}
+        theirs = {**state.get("config", {}), "data": state.get("data")}
+        for own in fields(self.config):
+            if own.metadata["earlier_name"] in theirs:
+                theirs[own.name] = theirs[own.metadata["earlier_name"]]
+        differing = [
+            f"{name} was {theirs.get(name)!r}, is {ours[name]!r}"
+            for name in ours
+            if theirs.get(name) != ours[name] and name not in self.may_change
+        ]
+        if differing:
+            raise ValueError(
+                f"{path} belongs to another run ({'; '.join(differing)}): resume with the same settings and data, "
+                "start over with restart, or choose another folder"
+            )
 
 
 def save_checkpoint(path: Path, *, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -75,7 +186,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, no two sharing memory: safetensors takes neither strides nor tied weights."""
+    """Return contiguous CPU tensors that share no memory: safetensors takes neither strides nor tied weights."""
     plain, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()

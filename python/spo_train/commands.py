@@ -1,4 +1,4 @@
-"""The commands of `spo-train`. What a command needs is imported when it runs, so that `--help` answers at once."""
+"""The commands of `spo-train`. A command imports its parts when it runs, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import json
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import Field, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from spo_train.config import QUICK_DEMO, AlignConfig, DemoConfig, EvaluateConfig
+from spo_train.config import QUICK_DEMO, AlignConfig, DemoConfig, EvaluateConfig, PairsConfig, PretrainConfig, Settings
 from spo_train.errors import RunError
-from spo_train.source_config import PairsConfig, PretrainConfig
 
 if TYPE_CHECKING:
     from spo_train.models.llama import Llama
+    from spo_train.pretrain import PretrainResult
     from spo_train.tokenizer import Tokenizer
 
 BAD_INPUT = 2
@@ -25,42 +25,74 @@ BAD_INPUT = 2
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def settings_options(config: type, *, prefix: str = "", unset: bool = False) -> Callable[[F], F]:
-    """One option for each field of a settings dataclass: its type, default, choices and help are the field's.
+class RenamedOption(click.Option):
+    """An option whose earlier names still work; `--help` leaves them out."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        every_name, self.opts = self.opts, self.opts[:1]
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.opts = every_name
+
+
+def settings_options(
+    config: type[Settings], *, prefix: str = "", earlier_prefix: str | None = None, unset: bool = False
+) -> Callable[[F], F]:
+    """Make one option of each field of a settings dataclass: type, default, choices, bounds and help are the field's.
 
     Args:
-        config: the dataclass, of `spo_train.config.setting` fields.
+        config: the dataclass.
         prefix: put before the names of the options.
+        earlier_prefix: prefix of the options in earlier versions, whose names still work.
         unset: pass None for an option that was not given, instead of the default.
     """
     hints = typing.get_type_hints(config)
 
+    def flag(prefix: str, name: str) -> str:
+        return f"--{prefix}{name}".replace("_", "-")
+
     def decorate(function: F) -> F:
         for field in reversed(fields(config)):
-            kind = hints[field.name]
-            if isinstance(kind, types.UnionType):
-                kind = next(member for member in typing.get_args(kind) if member is not type(None))
-            choices = field.metadata["choices"]
+            names = [flag(prefix, field.name)]
+            if earlier_prefix is not None:
+                names.append(flag(earlier_prefix, field.name))
+            if field.metadata["earlier_name"]:
+                names.append(flag(prefix, field.metadata["earlier_name"]))
             function = click.option(
-                f"--{prefix}{field.name}".replace("_", "-"),
-                type=click.Choice(choices) if choices else kind,
+                *names,
+                prefix + field.name,
+                cls=RenamedOption,
+                type=_option_type(field, hints[field.name]),
                 default=None if unset else field.default,
-                show_default=field.default is not None,
-                help=field.metadata["help"] + (f"  [default: {field.default}]" if unset else ""),
+                help=_option_help(field),
             )(function)
         return function
 
     return decorate
 
 
-def settings(config: type, options: dict[str, Any], *, prefix: str = "") -> Any:
-    """The settings dataclass from a command's options."""
+def _option_type(field: Field[Any], hint: Any) -> Any:
+    if field.metadata["choices"]:
+        return click.Choice(field.metadata["choices"])
+    if isinstance(hint, types.UnionType):
+        return next(member for member in typing.get_args(hint) if member is not type(None))
+    return hint
+
+
+def _option_help(field: Field[Any]) -> str:
+    facts = [f"default: {field.metadata['default_text']}", str(field.metadata["bounds"])]
+    return f"{field.metadata['help']}  [{'; '.join(fact for fact in facts if fact)}]"
+
+
+def settings(config: type[Settings], options: dict[str, Any], *, prefix: str = "") -> Any:
+    """Return the settings dataclass of a command's options."""
     names = [field.name for field in fields(config) if prefix + field.name in options]
     return config(**{name: options[prefix + name] for name in names})
 
 
 class Commands(click.Group):
-    """Prints failures that are the user's to mend as one line, without a traceback."""
+    """Prints failures that the user can mend as one line, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -88,6 +120,30 @@ prompts_option = click.option(
 )
 
 
+def resume_option(default: bool | None, otherwise: str) -> Callable[[F], F]:
+    """Make the option of the trainers that says what to do with a run in the folder; None refuses it."""
+    return click.option(
+        "--resume/--restart",
+        default=default,
+        help="Go on from the checkpoint in the folder, with the same losses; or start over, and replace the run there. "
+        f"[default: {otherwise}]",
+    )
+
+
+def pretrain_options(function: F) -> F:
+    """Add the options that pretrain and reference share."""
+    options = (
+        settings_options(PretrainConfig),
+        resume_option(True, "resume; refuse a folder with a finished model"),
+        # Earlier versions needed it to replace a finished model.
+        click.option("--overwrite", is_flag=True, hidden=True, help="Restart if the folder holds a finished model."),
+        device_option,
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="spo_kernels", prog_name="spo-train")
 @click.option("--traceback", is_flag=True, help="Show where an error arose instead of a single line.")
@@ -109,17 +165,14 @@ def cli(traceback: bool) -> None:
 @out_folder
 @click.option("--per-line", is_flag=True, help="Each line is a document of its own, instead of each file.")
 @click.option("--tokenizer", type=FILE, help="Sentencepiece .model file to use instead of training one.")
-@settings_options(PretrainConfig)
-@click.option("--overwrite", is_flag=True, help="Replace a finished model in the folder.")
-@click.option("--restart", is_flag=True, help="Start over instead of going on from a checkpoint in the folder.")
-@device_option
+@pretrain_options
 def pretrain(
     texts: tuple[Path, ...],
     out: Path,
     per_line: bool,
     tokenizer: Path | None,
+    resume: bool,
     overwrite: bool,
-    restart: bool,
     device: str,
     **options: Any,
 ) -> None:
@@ -129,40 +182,45 @@ def pretrain(
     from the last checkpoint.
     """
     config = settings(PretrainConfig, options)
-    from spo_train.pretrain import pretrain as train
-    from spo_train.pretrain import read_corpus
+    from spo_train import pretrain as pretraining
+    from spo_train.text_data import read_corpus
     from spo_train.tokenizer import Tokenizer
 
     corpus = read_corpus(texts, per_line=per_line)
     for reason in corpus.skipped:
         click.echo(f"left out: {reason}", err=True)
-    result = train(
+    result = pretraining.pretrain(
         corpus.documents,
         out,
         config,
         tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
-        device=device,
-        resume=not restart,
-        overwrite=overwrite,
+        device=_usable(device),
+        restart=not resume or (overwrite and pretraining.holds_finished_model(out)),
     )
     _tell_model(out, result)
 
 
 @cli.command(short_help="Train the shipped reference model again.")
 @out_folder
-@settings_options(PretrainConfig)
-@click.option("--stories", type=int, help="Stories to train on. [default: as for the shipped model]")
-@click.option("--overwrite", is_flag=True, help="Replace a finished model in the folder.")
-def reference(out: Path, stories: int | None, overwrite: bool, **options: Any) -> None:
+@click.option(
+    "--stories", type=click.IntRange(1), help="Stories to train on. [default: as many as the shipped model had]"
+)
+@pretrain_options
+def reference(out: Path, stories: int | None, resume: bool, overwrite: bool, device: str, **options: Any) -> None:
     """Train the shipped reference model again, from the story grammar.
 
-    With the defaults it is the recipe of the model in the package; some ten minutes on two cores.
+    The defaults are the recipe of the model in the package. They take some ten minutes on two cores.
     """
     config = settings(PretrainConfig, options)
-    from spo_train.pretrain import REFERENCE_STORIES, train_reference
+    from spo_train.pretrain import holds_finished_model
+    from spo_train.toy.reference import REFERENCE_STORIES, train_reference
 
     result = train_reference(
-        out, config, story_count=REFERENCE_STORIES if stories is None else stories, overwrite=overwrite
+        out,
+        config,
+        story_count=REFERENCE_STORIES if stories is None else stories,
+        device=_usable(device),
+        restart=not resume or (overwrite and holds_finished_model(out)),
     )
     _tell_model(out, result)
 
@@ -176,12 +234,13 @@ def reference(out: Path, stories: int | None, overwrite: bool, **options: Any) -
 def pairs(model: Path | None, out: Path, prompts: Path | None, device: str, **options: Any) -> None:
     """Make preference pairs: sample two texts, have both orders judged, keep clear winners.
 
-    The judge is the embedded judge of stories. It scores from 0 to 10 with noise and favours the story shown second;
-    as in section 6 of the paper, a pair is kept if the same story wins in both orders, by at least 2 points when shown
+    The judge is the embedded judge of stories. It scores from 0 to 10 with noise and favours the story shown second.
+    As in section 6 of the paper, a pair is kept if the same story wins in both orders, by at least 2 points when shown
     first and 3 when shown second.
     """
     config = settings(PairsConfig, options)
-    from spo_train.toy.make_pairs import make_pairs, read_prompts
+    from spo_train.sampling import read_prompts
+    from spo_train.toy.make_pairs import make_pairs
 
     policy, tokenizer = _load(model, device)
     made = make_pairs(policy, tokenizer, out, config, prompts=read_prompts(prompts) if prompts else ("",))
@@ -211,19 +270,19 @@ def pairs(model: Path | None, out: Path, prompts: Path | None, device: str, **op
     show_default=True,
     help="What becomes of a pair with a response longer than the model's length.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint in the folder, with the same losses.")
+@resume_option(None, "refuse a folder with a run")
 @click.option(
-    "--checkpoint-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between checkpoints."
+    "--checkpoint-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between two checkpoints."
 )
 @click.option(
-    "--evaluate-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between evaluations."
+    "--evaluate-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between two evaluations."
 )
 @click.option(
     "--judge",
     help='Judge of the evaluations: "stories" (embedded), "module:function" from text to a score, or "none" to train '
     'without evaluations. [default: "stories" for the shipped model, else "none"]',
 )
-@settings_options(EvaluateConfig, prefix="eval_")
+@settings_options(EvaluateConfig, prefix="evaluate_", earlier_prefix="eval_")
 @device_option
 def align(
     pairs_file: Path,
@@ -231,7 +290,7 @@ def align(
     model: Path | None,
     reference: Path | None,
     too_long: Any,
-    resume: bool,
+    resume: bool | None,
     checkpoint_every: int,
     evaluate_every: int,
     judge: str | None,
@@ -244,30 +303,31 @@ def align(
     The folder gets metrics.jsonl (one line a step), evaluations.jsonl, checkpoint.safetensors,
     the aligned model in model/, and stories.jsonl with texts before and after.
     """
-    config, evaluate_config = settings(AlignConfig, options), settings(EvaluateConfig, options, prefix="eval_")
-    from spo_train.align import align as align_model
-    from spo_train.align import refuse_existing
-    from spo_train.evaluate import Evaluator, load_judge
+    config, evaluate_config = settings(AlignConfig, options), settings(EvaluateConfig, options, prefix="evaluate_")
+    from spo_train.alignment import run_alignment
+    from spo_train.evaluate import Evaluator
+    from spo_train.judges import load_judge
     from spo_train.pair_data import load_pairs
+    from spo_train.run import refuse_existing
 
-    if not resume:
+    if resume is None:
         refuse_existing(out)
     policy, tokenizer = _load(model, device)
     against, _ = _load(reference or model, device)
-    tokenizer.check_fits(against, "the reference")
-    dataset, report = load_pairs(
-        pairs_file, tokenizer, max_length=min(policy.max_length, against.max_length), too_long=too_long
-    )
+    length = min(policy.max_length, against.max_length)
+    dataset, report = load_pairs(pairs_file, tokenizer, max_length=length, too_long=too_long)
     click.echo(report.summary(), err=True)
     judge = judge or ("none" if model else "stories")
     evaluator = None
     if judge != "none":
-        # The data's own prompts, each once.
-        prompts = [tokenizer.decode(ids) for ids in dataset.prompts(range(min(len(dataset), evaluate_config.samples)))]
-        evaluator = Evaluator(
-            against, tokenizer, evaluate_config, judge=load_judge(judge), prompts=list(dict.fromkeys(prompts))
-        )
-    align_model(
+        evaluator = Evaluator.on_prompts_of(dataset, against, tokenizer, evaluate_config, judge=load_judge(judge))
+    about = {
+        "model": str(model or "shipped reference"),
+        "reference": str(reference or model or "shipped reference"),
+        "pairs": str(pairs_file),
+        "judge": judge,
+    }
+    run_alignment(
         policy,
         against,
         tokenizer,
@@ -275,13 +335,9 @@ def align(
         config,
         out,
         evaluator=evaluator,
-        about={
-            "model": str(model or "shipped reference"),
-            "reference": str(reference or model or "shipped reference"),
-            "pairs": str(pairs_file),
-            "judge": judge,
-        },
-        resume=resume,
+        about=about,
+        resume=resume is True,
+        restart=resume is False,
         checkpoint_every=checkpoint_every,
         evaluate_every=evaluate_every,
     )
@@ -313,21 +369,20 @@ def evaluate(
     other training seeds, data or judges vary more.
     """
     config = settings(EvaluateConfig, options)
-    from spo_train.evaluate import Evaluator, load_judge
-    from spo_train.files import write_atomically
-    from spo_train.toy.make_pairs import read_prompts
+    from spo_train.evaluate import Evaluator
+    from spo_train.files import write_jsonl
+    from spo_train.judges import load_judge
+    from spo_train.sampling import read_prompts
 
     policy, tokenizer = _load(model, device)
     against, _ = _load(reference, device)
-    tokenizer.check_fits(against, "the reference")
     evaluator = Evaluator(
         against, tokenizer, config, judge=load_judge(judge), prompts=read_prompts(prompts) if prompts else ("",)
     )
     result = evaluator.evaluate(policy)
     if texts:
-        lines = "".join(json.dumps(text.record(), ensure_ascii=False) + "\n" for text in result.texts)
-        write_atomically(texts, lines.encode())
-    click.echo(json.dumps({"model": str(model), **result.metrics, "settings": asdict(config)}, indent=2))
+        write_jsonl(texts, [text.record() for text in result.texts])
+    click.echo(json.dumps({"model": str(model), **result.metrics, "settings": config.record()}, indent=2))
 
 
 @cli.command(short_help="Figure, table and stories of alignment runs.")
@@ -349,7 +404,7 @@ def report(runs: tuple[Path, ...], out: Path, stories: int) -> None:
 
 @cli.command(short_help="The whole job, small, in about five minutes.")
 @out_folder
-@click.option("--quick", is_flag=True, help="Sizes that take seconds, to see that everything works; it shows no more.")
+@click.option("--quick", is_flag=True, help="Sizes that take seconds: they show that everything works, and no more.")
 @click.option("--fresh", is_flag=True, help="Start over: remove an earlier demo from the folder.")
 @device_option
 @settings_options(DemoConfig, unset=True)
@@ -364,25 +419,27 @@ def demo(out: Path, quick: bool, fresh: bool, device: str, **options: Any) -> No
     config = DemoConfig(**(base | {name: value for name, value in options.items() if value is not None}))
     from spo_train.toy.demo import run_demo
 
-    _require_device(device)
-    run_demo(out, config, device=device, fresh=fresh, say=click.echo)
+    run_demo(out, config, device=_usable(device), fresh=fresh, say=click.echo)
 
 
-def _require_device(device: str) -> None:
+def _usable(device: str) -> str:
+    """Return the device if torch can use it here."""
     import torch
 
     try:
         torch.empty(0, device=device).cpu()  # a meta tensor has no values to copy
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what builds without CUDA raise, and meta
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of builds without CUDA, and of meta
         raise ValueError(f"device must be one that torch can use here, got {device!r}: {error}") from error
+    return device
 
 
 def _load(folder: Path | None, device: str) -> tuple[Llama, Tokenizer]:
-    """Model and tokenizer of a folder, of the run in a folder, or (None) those shipped with the package."""
-    from spo_train.align import MODEL_FOLDER, RUN_FILE
-    from spo_train.models.llama import load_pretrained, load_reference
+    """Load model and tokenizer of a folder, of the run in a folder, or (None) the shipped ones."""
+    from spo_train.files import MODEL_FOLDER, RUN_FILE
+    from spo_train.models.llama import load_pretrained
+    from spo_train.toy.reference import load_reference
 
-    _require_device(device)
+    device = _usable(device)
     if folder is None:
         return load_reference(device)
     if not folder.exists():
@@ -390,7 +447,7 @@ def _load(folder: Path | None, device: str) -> tuple[Llama, Tokenizer]:
     return load_pretrained(folder / MODEL_FOLDER if (folder / RUN_FILE).exists() else folder, device)
 
 
-def _tell_model(out: Path, result: Any) -> None:
+def _tell_model(out: Path, result: PretrainResult) -> None:
     click.echo(
         f"model in {out}: held-out NLL {result.nll_per_token:.4f} nats a token, {result.nll_per_sequence:.2f} a text"
     )

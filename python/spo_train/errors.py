@@ -1,10 +1,10 @@
-"""Failures whose message is meant for the user: the command line prints it instead of a traceback."""
+"""Failures that the user can mend: the command line prints their message without a traceback."""
 
 from __future__ import annotations
 
 
 class RunError(RuntimeError):
-    """A run cannot go on for a reason outside the program; `exit_code` is what the command ends with."""
+    """A run cannot go on, for a reason outside the program. `exit_code` is the exit status of the command."""
 
     exit_code = 1
 
@@ -14,10 +14,10 @@ class CheckpointError(RunError):
 
 
 class NonFiniteLossError(RunError):
-    """The loss or its gradient became NaN or infinite; the weights were not updated with it."""
+    """The loss or its gradient is NaN or infinite; the weights were not updated with it."""
 
 
 class RunInterruptedError(RunError):
-    """The run was asked to stop; its checkpoint is written and it can be resumed."""
+    """A signal stopped the run. Its checkpoint is written, so it can be resumed."""
 
     exit_code = 130

@@ -1,12 +1,11 @@
-"""How good a model is: its win rate against the reference as judged, and how far it moved to get there."""
+"""How good a model is: its win rate against the reference, as judged, and its KL to the reference."""
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,86 +14,24 @@ import torch
 
 from spo_kernels import token_kl
 from spo_train.config import EvaluateConfig
+from spo_train.judges import Judge
+from spo_train.pair_data import PairDataset
 from spo_train.protocol import IGNORE_INDEX, LanguageModel, Sequences
+from spo_train.sampling import Prompts, Text, sample_texts
 from spo_train.tokenizer import Tokenizer
-from spo_train.toy.judge import StoryJudge
 
 # Two-sided 95 % quantile of the normal distribution.
 Z95 = 1.959964
 # Sequences whose logits are held at once for the KL: [64, 128, 150k] float32 would be 5 GB, [64, 128, 1500] is 50 MB.
 KL_BATCH = 64
 
-# Text and whether its author ended it (as opposed to a length limit), to features; "score" is the one that wins.
-Judge = Callable[[str, bool], Mapping[str, float]]
-
-
-def story_judge() -> Judge:
-    """The embedded judge of stories: score in 0..10, fluency, coherence, readability, all without noise."""
-    judge = StoryJudge()
-
-    def assess(text: str, finished: bool) -> dict[str, float]:
-        seen = judge.assess(text, finished=finished)
-        return {
-            "score": seen.quality,
-            "fluency": seen.fluency,
-            "coherence": seen.coherence,
-            "readability": seen.readability,
-        }
-
-    return assess
-
-
-def load_judge(name: str) -> Judge:
-    """The judge called `name`: "stories" (`story_judge`), or "module:function" for a function from text to a score.
-
-    Raises:
-        ValueError: there is no such module or function.
-    """
-    if name == "stories":
-        return story_judge()
-    module_name, _, function_name = name.partition(":")
-    try:
-        score = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f'judge must be "stories" or an importable "module:function", got {name!r}: {error}'
-        ) from error
-    return lambda text, _finished: {"score": float(score(text))}
-
-
-@dataclass(frozen=True)
-class Text:
-    """One sampled text with what the judge saw in it.
-
-    Attributes:
-        prompt: index of its prompt.
-        text: prompt and response.
-        tokens: tokens of the response, its eos included.
-        finished: whether it reached its eos.
-        features: the judge's, "score" among them.
-    """
-
-    prompt: int
-    text: str
-    tokens: int
-    finished: bool
-    features: Mapping[str, float]
-
-    def record(self) -> dict[str, Any]:
-        """For a JSON line; `from_record` undoes it."""
-        return asdict(self)
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Text:
-        return cls(**record)
-
 
 @dataclass(frozen=True)
 class WinRate:
-    """Chance that a text of the model beats one of the reference, ties counting half, with its 95 % band.
+    """Chance that a text of the model beats one of the reference, with its 95 % band; a tie counts half.
 
-    The band is sampling error only: it says how much the rate would vary with other texts from the same two models,
-    not with other training seeds, other data or another judge.
+    The band is sampling error only. It says how much the rate would vary with other texts of the same two models. Other
+    training seeds, other data or another judge vary it further.
     """
 
     rate: float
@@ -108,14 +45,14 @@ def win_rate(
     prompts: Sequence[int] | None = None,
     reference_prompts: Sequence[int] | None = None,
 ) -> WinRate:
-    """Win rate over all comparisons of a score with a reference score of the same prompt.
+    """Return the win rate over all comparisons of a score with a reference score of the same prompt.
 
-    The band is the normal approximation with DeLong's variance, `var(V) / S + var(U) / R`, where V are the mean
-    comparisons of each of the S scores and U those of each of the R reference scores.
+    The band is the normal approximation with DeLong's variance, `var(V) / S + var(U) / R`: V holds the mean
+    comparison of each of the S scores, U the mean comparison of each of the R reference scores.
 
     Args:
         scores, reference_scores: [S] and [R], at least two each.
-        prompts, reference_prompts: which prompt each belongs to; None for one prompt.
+        prompts, reference_prompts: the prompt of each score; None for one prompt.
 
     Raises:
         ValueError: fewer than two scores, a score that is NaN, or a prompt that only one side has.
@@ -164,7 +101,7 @@ class Evaluator:
     ) -> None:
         """
         Args:
-            reference: what to compare with; also what the KL is taken to.
+            reference: the model to compare with, and the one that the KL is taken to.
             tokenizer: of both models.
             config: numbers and seeds.
             judge: scores the texts.
@@ -172,28 +109,34 @@ class Evaluator:
             reference_texts: texts of the reference from an earlier evaluator with the same settings; None samples them.
 
         Raises:
-            ValueError: no prompts, or one too long for the model.
+            ValueError: no prompts, or one too long for the reference.
         """
-        if not prompts:
-            raise ValueError("prompts must hold at least one prompt (an empty one samples freely), got none")
         tokenizer.check_fits(reference, "the reference")
         self.reference, self.tokenizer, self.config, self.judge = reference, tokenizer, config, judge
         # No more prompts than each side samples: every prompt has texts of both.
-        self.prompts = list(prompts[: min(config.samples, config.reference_samples)])
-        self._prompt_ids = tokenizer.encode(self.prompts)
+        most = min(config.samples, config.reference_samples)
+        self.prompts = Prompts.encode(prompts[:most], tokenizer, reference.max_length)
         if reference_texts is None:
             reference_texts = self._sample(reference, config.reference_samples, config.seed)[0]
         self.reference_texts = list(reference_texts)
 
+    @classmethod
+    def on_prompts_of(
+        cls, pairs: PairDataset, reference: LanguageModel, tokenizer: Tokenizer, config: EvaluateConfig, *, judge: Judge
+    ) -> Evaluator:
+        """Return an evaluator on the prompts of preference data, each once."""
+        prompts = [tokenizer.decode(ids) for ids in pairs.prompts(range(min(len(pairs), config.samples)))]
+        return cls(reference, tokenizer, config, judge=judge, prompts=list(dict.fromkeys(prompts)))
+
     def evaluate(self, policy: LanguageModel, step: int = 0) -> Evaluation:
-        """Samples from `policy`, judges, and measures.
+        """Sample from `policy`, judge the texts, and measure.
 
         Args:
             policy: the model; of the reference's vocabulary.
-            step: makes the seed of the sampling, so that evaluations of one run are independent of each other.
+            step: part of the sampling's seed, so that the evaluations of one run are independent of each other.
 
         Returns:
-            Metrics `win_rate` with its 95 % band `win_rate_low`, `win_rate_high` (sampling error only); `kl` to the
+            Metrics: `win_rate` with its 95 % band `win_rate_low`, `win_rate_high` (sampling error only); `kl` to the
             reference (mean over texts of the exact token KL summed over the response, nats) and `kl_error`, its
             standard error; `length` (mean tokens of the response); `finished` (share of texts that reached their eos);
             `distinct_2` (share of distinct ones among all word bigrams of all texts); `unique` (share of distinct
@@ -203,12 +146,12 @@ class Evaluator:
         texts, batches = self._sample(policy, config.samples, config.seed + 1 + step)
         kl = self._kl(policy, batches)
         wins = win_rate(
-            [text.features["score"] for text in texts],
-            [text.features["score"] for text in self.reference_texts],
+            [text.score for text in texts],
+            [text.score for text in self.reference_texts],
             [text.prompt for text in texts],
             [text.prompt for text in self.reference_texts],
         )
-        bigrams = [pair for text in texts for pair in _bigrams(text.text)]
+        bigrams = [pair for text in texts for pair in pairwise(text.text.split())]
         features = texts[0].features.keys()
         metrics = {
             "win_rate": wins.rate,
@@ -225,48 +168,44 @@ class Evaluator:
         return Evaluation(metrics, texts)
 
     def hook(self, policy: LanguageModel) -> Callable[[int], dict[str, Any]]:
-        """`evaluate` in the form that `spo_train.align.run` calls."""
+        """Return `evaluate` in the form that `spo_train.run.run` calls."""
         return lambda step: self.evaluate(policy, step).metrics
 
     def before_and_after(self, policy: LanguageModel, count: int) -> list[tuple[Text, Text]]:
-        """`count` texts of the reference, each with the policy's text from the same prompt and random numbers."""
+        """Return `count` texts of the reference, each with the policy's from the same prompt and random numbers."""
         before, _ = self._sample(self.reference, count, self.config.seed)
         after, _ = self._sample(policy, count, self.config.seed)
         return list(zip(before, after, strict=True))
 
     def _sample(self, model: LanguageModel, count: int, seed: int) -> tuple[list[Text], list[Sequences]]:
         device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else "cpu"
-        generator = torch.Generator(device).manual_seed(seed)
-        texts, batches = [], []
-        for first in range(0, count, self.config.batch_size):
-            turns = [i % len(self.prompts) for i in range(first, min(count, first + self.config.batch_size))]
-            samples = model.sample(
-                [self._prompt_ids[turn] for turn in turns],
+        batches = list(
+            sample_texts(
+                model,
+                self.tokenizer,
+                self.judge,
+                self.prompts,
+                self.prompts.turns(count),
                 max_length=min(model.max_length, self.reference.max_length),
                 temperature=self.config.temperature,
-                generator=generator,
+                batch_size=self.config.batch_size,
+                generator=torch.Generator(device).manual_seed(seed),
             )
-            batches.append(samples)
-            for turn, ids, start, end in zip(
-                turns, samples.tokens.tolist(), samples.prompt_lens.tolist(), samples.lengths.tolist(), strict=True
-            ):
-                text = self.prompts[turn] + self.tokenizer.decode(ids[start:end])
-                finished = ids[end - 1] == self.tokenizer.eos_id
-                texts.append(Text(turn, text, end - start, finished, dict(self.judge(text, finished))))
-        return texts, batches
+        )
+        return [text for texts, _ in batches for text in texts], [drawn for _, drawn in batches]
 
     @torch.no_grad()
     def _kl(self, policy: LanguageModel, batches: Sequence[Sequences]) -> np.ndarray:
-        """Exact token KL summed over each response, [S], nats."""
-        parts = []
+        """Return the exact token KL summed over each response, [S], nats."""
+        sums = []
         with _eval_mode(policy), _eval_mode(self.reference):
             for batch in batches:
                 labels = batch.labels()
                 for rows in torch.arange(len(batch), device=labels.device).split(KL_BATCH):
                     length = int(batch.lengths[rows].max())
                     tokens, is_response = batch.tokens[rows, : length - 1], labels[rows, : length - 1] != IGNORE_INDEX
-                    parts.append(token_kl(policy(tokens), self.reference(tokens), is_response).sum(1).double().cpu())
-        return torch.cat(parts).numpy()
+                    sums.append(token_kl(policy(tokens), self.reference(tokens), is_response).sum(1).double().cpu())
+        return torch.cat(sums).numpy()
 
 
 @contextmanager
@@ -280,8 +219,3 @@ def _eval_mode(model: LanguageModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _bigrams(text: str) -> list[tuple[str, str]]:
-    words = text.split()
-    return list(pairwise(words))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -12,66 +11,47 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spo_train.files import write_atomically
+from spo_train.files import json_line, read_jsonl, write_jsonl
 
 
 class JsonlLog:
-    """Appends JSON objects to a file, one a line, each on the disk's way before `write` returns."""
+    """Appends JSON objects to a file, one a line.
+
+    Attributes:
+        path: the file.
+        records: everything that it holds.
+    """
 
     def __init__(self, path: Path, *, keep_to_step: int | None = None) -> None:
         """
         Args:
             path: the file; its folder is created.
-            keep_to_step: for a resumed run: earlier records up to this `step` stay, later ones are dropped, since the
-                run writes them again. None starts the file anew.
+            keep_to_step: None starts the file anew. A resumed run keeps the records up to this `step` and drops later
+                ones, because it writes those again.
         """
         self.path = path
         self.records = [] if keep_to_step is None else [r for r in read_jsonl(path) if r["step"] <= keep_to_step]
-        write_atomically(path, "".join(map(_line, self.records)).encode())
+        write_jsonl(path, self.records)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends a record; its `step` places it when the run is resumed.
+        """Append a record and hand it to the operating system; a resumed run places it by its `step`.
 
         Raises:
-            OSError: naming the file, for instance when the disk is full.
+            OSError: the file cannot be written, for instance because the disk is full; the message names the file.
         """
         self.records.append(record)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(_line(record))
+                file.write(json_line(record))
         except OSError as error:
             raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record) + "\n"
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All records of a JSONL file, an unfinished last line left out; [] if there is no such file.
-
-    Raises:
-        ValueError: a line before the last is not JSON; names file and line.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line:
-                records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            # A killed process leaves at most its last line incomplete, and that line has no newline.
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
-    return records
 
 
 class PartTimer:
     """Adds up the wall time of the named parts of a step."""
 
     def __init__(self) -> None:
+        self.start = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -80,9 +60,15 @@ class PartTimer:
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
+    def total(self) -> float:
+        """Return the seconds since the timer was made."""
+        return time.perf_counter() - self.start
 
-def progress(*, total: int, desc: str, initial: int = 0, unit: str = "it", unit_scale: bool = False) -> tqdm:
-    """A progress bar with rate and remaining time on stderr; silent where stderr is no terminal."""
+
+def progress_bar(
+    *, total: int, desc: str, shown: bool = True, initial: int = 0, unit: str = "it", unit_scale: bool = False
+) -> tqdm:
+    """Return a progress bar on standard error with rate and remaining time; silent where that is no terminal."""
     return tqdm(
         total=total,
         desc=desc,
@@ -90,7 +76,7 @@ def progress(*, total: int, desc: str, initial: int = 0, unit: str = "it", unit_
         unit=unit,
         unit_scale=unit_scale,
         file=sys.stderr,
-        disable=None,
+        disable=None if shown else True,
         dynamic_ncols=True,
         leave=False,
     )

@@ -1,4 +1,4 @@
-"""Preference pairs: reading JSONL, tokenizing, and batches whose order is a pure function of seed and step."""
+"""Preference pairs: reading JSONL, tokenizing, and batches. Seed and step alone decide the order of the pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from spo_train.metrics import progress
+from spo_train.files import StrPath
+from spo_train.metrics import progress_bar
 from spo_train.protocol import Sequences
 from spo_train.tokenizer import Tokenizer
 
@@ -22,12 +23,12 @@ FIELDS = ("prompt", "chosen", "rejected")
 
 
 class DataError(ValueError):
-    """A data file with nothing usable in it."""
+    """A data file holds nothing usable."""
 
 
 @dataclass
 class LoadReport:
-    """What was read from a file of pairs, and what was not.
+    """What was read from a file of pairs, and what was left out.
 
     Attributes:
         path: the file.
@@ -42,7 +43,7 @@ class LoadReport:
     truncated: int = 0
 
     def summary(self, most: int = 5) -> str:
-        """A line of counts, then the first `most` lines left out, one a line."""
+        """Return a line of counts, then the first `most` lines left out, one a line."""
         lines = [f"{self.path}: {self.used} pairs, lines left out: {len(self.problems)}"]
         if self.truncated:
             lines[0] += f", responses truncated: {self.truncated}"
@@ -57,7 +58,7 @@ class PairDataset:
     """Tokenized preference pairs, packed in one array.
 
     Attributes:
-        fingerprint: CRC of all token ids; a resumed run checks with it that the data is still the same.
+        fingerprint: CRC of all token ids. A resumed run compares it to check that the data is still the same.
     """
 
     def __init__(
@@ -88,11 +89,11 @@ class PairDataset:
         return (len(self._starts) - 1) // 3
 
     def prompts(self, indices: Sequence[int] | np.ndarray) -> list[list[int]]:
-        """Prompt ids, without bos, of the given pairs."""
+        """Return the prompt ids, without bos, of the given pairs."""
         return [self._part(3 * i).tolist() for i in indices]
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Sequences:
-        """The given P pairs as 2P sequences: the chosen ones in rows `[0:P]`, the rejected ones in `[P:2P]`."""
+        """Return P pairs as 2P sequences: the chosen ones in rows `[0:P]`, the rejected ones in `[P:2P]`."""
         prompts = [self._part(3 * i) for i in indices] * 2
         responses = [self._part(3 * i + k) for k in (1, 2) for i in indices]
         prompt_lens = np.array([1 + len(prompt) for prompt in prompts])
@@ -110,7 +111,7 @@ class PairDataset:
 
 
 class BatchOrder:
-    """Endless shuffled epochs, cut into batches of `batch_size`; the position is the step, there is no other state.
+    """Endless shuffled epochs, cut into batches of `batch_size`. The step gives the position; there is no other state.
 
     Each epoch is a fresh permutation of all indices. A batch may span two epochs, so every index is used equally often.
     """
@@ -122,7 +123,7 @@ class BatchOrder:
         self._epochs: dict[int, np.ndarray] = {}
 
     def indices(self, step: int) -> np.ndarray:
-        """Indices [batch_size] int64 of the batch at `step`, counted from 0."""
+        """Return the indices [batch_size] int64 of the batch at `step`, counted from 0."""
         positions = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
         epochs, places = np.divmod(positions, self._size)
         needed = range(epochs[0], epochs[-1] + 1)
@@ -134,14 +135,14 @@ class BatchOrder:
 
 
 def read_pairs(path: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
-    """Yields `(line number, pair)` for every line of a JSONL file that is not blank, lazily.
+    """Yield `(line number, pair)` for every line of a JSONL file that is not blank, lazily.
 
-    The pair is a dict of `prompt`, `chosen` and `rejected`, or, for a bad line, a string that says why it is bad.
-    Other fields are ignored.
+    The pair is a dict of `prompt`, `chosen` and `rejected`. For a bad line it is a string with the reason. Other fields
+    are ignored.
     """
     with (
         open(path, "rb") as file,
-        progress(total=path.stat().st_size, desc="reading pairs", unit="B", unit_scale=True) as bar,
+        progress_bar(total=path.stat().st_size, desc="reading pairs", unit="B", unit_scale=True) as bar,
     ):
         for number, line in enumerate(file, start=1):
             bar.update(len(line))
@@ -150,19 +151,19 @@ def read_pairs(path: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
 
 
 def load_pairs(
-    path: Path, tokenizer: Tokenizer, *, max_length: int, too_long: Literal["truncate", "drop"] = "truncate"
+    path: StrPath, tokenizer: Tokenizer, *, max_length: int, too_long: Literal["truncate", "drop"] = "truncate"
 ) -> tuple[PairDataset, LoadReport]:
-    """Reads and tokenizes a JSONL file of preference pairs.
+    """Read and tokenize a JSONL file of preference pairs.
 
-    Every sequence becomes `bos + prompt + response + eos`. Lines that cannot be used are left out and listed in the
-    report: not UTF-8, not JSON, a field missing or not a string, chosen and rejected the same, too long.
+    Every sequence becomes `bos + prompt + response + eos`. Unusable lines are left out and listed in the report: not
+    UTF-8, not JSON, a field missing or not a string, chosen and rejected the same, too long.
 
     Args:
         path: one JSON object a line, with string fields `prompt` (may be empty), `chosen` and `rejected`.
         tokenizer: turns the texts into ids.
         max_length: tokens a sequence may have, bos and eos included.
-        too_long: what to do with a response that does not fit: "truncate" it (it then ends without eos) or "drop" the
-            pair. A pair whose prompt leaves no room for a response is always dropped.
+        too_long: "truncate" cuts a response that does not fit, which then ends without eos; "drop" leaves out the pair.
+            A pair whose prompt leaves no room for a response is always left out.
 
     Raises:
         OSError: the file cannot be read.
@@ -214,7 +215,7 @@ def _parse(line: bytes) -> dict[str, str] | str:
             return f'no field "{name}"'
         if not isinstance(record[name], str):
             return f'field "{name}" must be a string: got {type(record[name]).__name__}'
-        # JSON can escape half of a surrogate pair, which is no character and has no UTF-8 form.
+        # JSON can escape half of a surrogate pair. That is no character and has no UTF-8 form.
         if not record[name].isascii() and any("\ud800" <= c <= "\udfff" for c in record[name]):
             return f'field "{name}" has a lone surrogate'
     return {name: record[name] for name in FIELDS}

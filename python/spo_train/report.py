@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import statistics
 import textwrap
@@ -22,14 +21,20 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from spo_train.files import write_atomically
-from spo_train.metrics import read_jsonl
+from spo_train.files import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    STORIES_FILE,
+    StrPath,
+    read_json,
+    read_jsonl,
+    write_atomically,
+)
 
-RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
-EVALUATIONS_FILE, STORIES_FILE = "evaluations.jsonl", "stories.jsonl"
 FIGURE_FILE, TABLE_FILE, CSV_FILE, TEXTS_FILE = "win_rate.png", "results.md", "results.csv", "stories.md"
 
-# Okabe and Ito's colours: told apart by readers with any colour vision, and in the order of their contrast to white.
+# Okabe and Ito's colours, in the order of their contrast to white: readers with any colour vision tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 INK, FAINT = "#333333", "#8a8a8a"
 BAND_NOTE = "Bands: 95 %, sampling error of the evaluation only (not of training seeds, data or judge)."
@@ -42,10 +47,10 @@ class Run:
     """One alignment run as read from its folder.
 
     Attributes:
-        label: names it in figure and table.
+        label: its name in figure and table.
         about: content of `run.json`.
         evaluations: records of `evaluations.jsonl`, in the order of their steps.
-        stories: records of `stories.jsonl`: the same random numbers before and after alignment.
+        stories: records of `stories.jsonl`: texts before and after alignment, from the same random numbers.
         step_seconds: median wall time of a training step, without evaluations.
     """
 
@@ -79,19 +84,19 @@ COLUMNS: dict[str, Callable[[Run], str]] = {
     "s a step": lambda run: f"{run.step_seconds:.2f}",
 }
 
-# Those that fit a terminal.
+# The columns that fit a terminal.
 MAIN_COLUMNS = ("best win rate", "at step", "final win rate", "final KL", "fluency")
 
 
 def label(config: dict[str, Any]) -> str:
-    """A short name for a run with this `AlignConfig`."""
+    """Return a short name for a run with this `AlignConfig`."""
     if config["method"] == "dpo":
         return f"DPO, β = {config['beta']:g}"
     return f"SPO, α = {config['alpha']:g}, β = {config['beta']:g}"  # noqa: RUF001 (the paper's letter)
 
 
 def read_run(folder: Path) -> Run:
-    """Reads the folder of a run.
+    """Read the folder of a run.
 
     Raises:
         FileNotFoundError: it holds no run.
@@ -100,10 +105,7 @@ def read_run(folder: Path) -> Run:
     about_file = folder / RUN_FILE
     if not about_file.is_file():
         raise FileNotFoundError(f"{folder} holds no run: there is no {RUN_FILE}")
-    try:
-        about = json.loads(about_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{about_file} is not valid JSON: {error}") from error
+    about = read_json(about_file)
     evaluations = read_jsonl(folder / EVALUATIONS_FILE)
     if not evaluations:
         raise ValueError(f"{folder} has no evaluations yet; align with a judge")
@@ -118,7 +120,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """`read_run` of each; runs of the same label are told apart by the names of their folders."""
+    """Read several runs; the names of their folders tell runs of the same label apart."""
     runs = [read_run(folder) for folder in folders]
     labels = Counter(run.label for run in runs)
     return [
@@ -127,13 +129,13 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     ]
 
 
-def write_report(runs: Sequence[Run], out: Path, *, stories: int = 3) -> list[Path]:
-    """Writes figure (PNG), table (Markdown and CSV) and before-and-after stories (Markdown) of all runs to `out`.
+def write_report(runs: Sequence[Run], out: StrPath, *, stories: int = 3) -> list[Path]:
+    """Write figure (PNG), table (Markdown and CSV) and before-and-after stories (Markdown) of all runs to `out`.
 
     Returns:
         The files written.
     """
-    figure, table, sheet, texts = (out / name for name in (FIGURE_FILE, TABLE_FILE, CSV_FILE, TEXTS_FILE))
+    figure, table, sheet, texts = (Path(out) / name for name in (FIGURE_FILE, TABLE_FILE, CSV_FILE, TEXTS_FILE))
     write_atomically(figure, draw_figure(runs))
     write_atomically(table, (markdown_table(runs) + "\n").encode())
     write_atomically(sheet, csv_table(runs).encode())
@@ -144,7 +146,7 @@ def write_report(runs: Sequence[Run], out: Path, *, stories: int = 3) -> list[Pa
 
 
 def draw_figure(runs: Sequence[Run]) -> bytes:
-    """Win rate against steps with bands; KL and fluency (or the judge's score) beside it. PNG."""
+    """Draw win rate against steps, with bands, and beside it KL and fluency (or the judge's score). PNG."""
     style: dict[Any, Any] = {
         "font.size": 10,
         "axes.edgecolor": FAINT,
@@ -200,7 +202,7 @@ def draw_figure(runs: Sequence[Run]) -> bytes:
 
 
 def markdown_table(runs: Sequence[Run], columns: Sequence[str] = tuple(COLUMNS)) -> str:
-    """One row a run: its best and its last evaluation, with 95 % bands, and what is to be said about them."""
+    """Return a table with a row for each run, its best and last evaluation with 95 % bands, and notes on them."""
     heads = ["run", *columns]
     rows = [[run.label, *(COLUMNS[column](run) for column in columns)] for run in runs]
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
@@ -211,12 +213,12 @@ def markdown_table(runs: Sequence[Run], columns: Sequence[str] = tuple(COLUMNS))
     points = max(len(run.evaluations) - 1 for run in runs)
     notes = [BAND_NOTE, f"The best of {points} noisy evaluations flatters every run a little."]
     if set(columns) == set(COLUMNS):
-        notes.append("Score to length are those of the last evaluation; KL is in nats a text.")
+        notes.append("Score, fluency, distinct-2, unique and length are of the last evaluation; KL is in nats a text.")
     return "\n".join(lines) + "\n\n" + "\n".join(notes)
 
 
 def csv_table(runs: Sequence[Run]) -> str:
-    """Every evaluation of every run with all its metrics, one a line."""
+    """Return every evaluation of every run with all its metrics, one a line."""
     keys = list(dict.fromkeys(key for run in runs for record in run.evaluations for key in record))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -228,10 +230,10 @@ def csv_table(runs: Sequence[Run]) -> str:
 
 
 def before_and_after(runs: Sequence[Run], count: int) -> str:
-    """The first `count` stories of the reference, each with what every run made of the same random numbers."""
+    """Return the first `count` stories of the reference, each with every run's story from the same random numbers."""
     parts = [
         "# Before and after\n",
-        "The first texts that were sampled, not chosen ones. Each group shares its random numbers.\n",
+        "These are the first texts sampled; none was chosen. Each group shares its random numbers.\n",
     ]
     told = [run for run in runs if run.stories]
     for i in range(min(count, *(len(run.stories) for run in told))):

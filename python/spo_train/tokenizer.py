@@ -1,20 +1,20 @@
 """A sentencepiece BPE tokenizer whose `decode` undoes `encode` exactly.
 
-Nothing is normalised and no space is put in front, so that the text of a prompt followed by the text of a response
-is the text of their token ids put together. Characters that the training text lacked fall back to their UTF-8 bytes.
+Nothing is normalised and no space is put in front. So the ids of a prompt followed by the ids of a response decode to
+the prompt's text followed by the response's text. Characters that the training text lacked fall back to their UTF-8
+bytes.
 """
 
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import overload
 
 import sentencepiece
 
-from spo_train.files import write_atomically
+from spo_train.files import StrPath, write_atomically
 from spo_train.protocol import LanguageModel
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
@@ -27,7 +27,7 @@ class Tokenizer:
         name: where the tokenizer came from, for messages.
         vocab_size: number of ids.
         bos_id, eos_id: ids around a sequence; `encode` adds neither.
-        pad_id: id that fills rows of a batch; the eos id where the sentencepiece model has no padding id.
+        pad_id: id that fills rows of a batch; the eos id if the sentencepiece model has no padding id.
     """
 
     def __init__(self, model_proto: bytes, name: str = "tokenizer") -> None:
@@ -55,12 +55,12 @@ class Tokenizer:
         vocab_size: int,
         character_coverage: float = 1.0,
     ) -> Tokenizer:
-        """Trains BPE on an iterable of texts, which may span several lines.
+        """Train BPE on texts, which may span several lines.
 
         Args:
             texts: training text; the result depends on nothing else.
             vocab_size: wanted number of ids, at least 260 (4 special ids, 256 bytes) plus the distinct characters.
-                Fewer come out where the text has too few different words.
+                Fewer come out if the text has too few different words.
             character_coverage: share of the characters given an id of their own; the rarest use their bytes.
 
         Raises:
@@ -93,8 +93,8 @@ class Tokenizer:
         return cls(model.getvalue(), "the trained tokenizer")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Reads a sentencepiece `.model` file.
+    def load(cls, path: StrPath) -> Tokenizer:
+        """Read a sentencepiece `.model` file.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -102,8 +102,8 @@ class Tokenizer:
         """
         return cls(Path(path).read_bytes(), str(path))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the sentencepiece `.model` file atomically."""
+    def save(self, path: StrPath) -> None:
+        """Write the sentencepiece `.model` file atomically."""
         write_atomically(Path(path), self._model_proto)
 
     @overload
@@ -111,15 +111,15 @@ class Tokenizer:
     @overload
     def encode(self, text: list[str]) -> list[list[int]]: ...
     def encode(self, text: str | list[str]) -> list[int] | list[list[int]]:
-        """Ids of one text, or of each of several; without bos and eos."""
+        """Return the ids of one text, or of each of several, without bos and eos."""
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a sequence of ids; bos, eos and pad stand for no text, bytes that are not UTF-8 for U+FFFD."""
+        """Return the text of a sequence of ids; bos, eos and pad give no text, bytes that are not UTF-8 give U+FFFD."""
         return self._processor.decode(list(ids))
 
     def check_fits(self, model: LanguageModel, model_name: str = "the model") -> None:
-        """Raises ValueError unless the model has one logit per id and the same special ids (where it states any)."""
+        """Raise ValueError unless the model has one logit per id and the same special ids (if it states any)."""
         if model.vocab_size != self.vocab_size:
             raise ValueError(
                 f"{self.name} has {self.vocab_size} ids and does not fit {model_name}, "

@@ -12,18 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spo_train import align
-from spo_train.align import Aligner, NonFiniteLossError, RunInterruptedError, run
+from spo_train.align import Aligner
 from spo_train.checkpoint import CheckpointError, load_checkpoint
 from spo_train.config import AlignConfig
+from spo_train.errors import NonFiniteLossError, RunInterruptedError
+from spo_train.files import CHECKPOINT_FILE, EVALUATIONS_FILE, METRICS_FILE
 from spo_train.models.llama import Llama
 from spo_train.pair_data import BatchOrder, PairDataset
 from spo_train.protocol import IGNORE_INDEX, Sequences
+from spo_train.run import run
 
 SMALL = {"batch_size": 4, "kl_samples": 6, "kl_every": 4, "warmup_steps": 3, "lr": 1e-3, "steps": 14}
 SPO = SMALL | {"method": "spo", "alpha": 0.3, "beta": 0.05, "gamma": 0.2}
 DPO = SMALL | {"method": "dpo", "beta": 0.2}
-TIMES = {"seconds", "seconds_preference", "seconds_sampling", "seconds_kl", "tokens_per_s"}
+TIMES = {"seconds", "seconds_preference", "seconds_sampling", "seconds_kl", "tokens_per_second"}
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def plain_objective(aligner: Aligner, step: int) -> torch.Tensor:
     if config.method == "dpo":
         with torch.no_grad():
             ref_chosen, ref_rejected = plain_logps(reference, batch).chunk(2)
-        return -F.logsigmoid(config.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
+        return -F.logsigmoid(config.effective_beta * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
     mu = torch.ones_like(chosen)
     if config.weight == "soft":
         importance = config.gamma * torch.logaddexp(chosen, rejected).detach()
@@ -76,7 +78,7 @@ def plain_objective(aligner: Aligner, step: int) -> torch.Tensor:
         preference = -mu * F.logsigmoid(config.alpha * (chosen - rejected)) / config.alpha
     else:
         preference = -mu * (chosen - rejected) / 2
-    return preference.mean() + config.beta * plain_kl(policy, reference, aligner._kl_batch.samples)
+    return preference.mean() + config.effective_beta * plain_kl(policy, reference, aligner._kl_batch.samples)
 
 
 @pytest.mark.parametrize(
@@ -241,18 +243,18 @@ def test_resume_is_exact(make_aligner: Callable[..., Aligner], tmp_path: Path, s
     kill_after(first, 7)
     with pytest.raises(KilledError):
         run(first, tmp_path / "killed", **options)
-    with open(tmp_path / "killed" / align.METRICS_FILE, "a") as file:
+    with open(tmp_path / "killed" / METRICS_FILE, "a") as file:
         file.write('{"step": 8, "lo')
     torch.manual_seed(12345)
     torch.rand(7)
     second = make_aligner(**settings)
     run(second, tmp_path / "killed", resume=True, **options)
 
-    for name in (align.METRICS_FILE, align.EVALUATIONS_FILE):
+    for name in (METRICS_FILE, EVALUATIONS_FILE):
         assert lines(tmp_path / "killed" / name) == lines(tmp_path / "whole" / name)
-    assert [record["step"] for record in lines(tmp_path / "whole" / align.METRICS_FILE)] == list(range(1, 15))
-    assert [record["step"] for record in lines(tmp_path / "whole" / align.EVALUATIONS_FILE)] == [0, 3, 6, 9, 12, 14]
-    tensors = [load_checkpoint(tmp_path / name / align.CHECKPOINT_FILE)[0] for name in ("whole", "killed")]
+    assert [record["step"] for record in lines(tmp_path / "whole" / METRICS_FILE)] == list(range(1, 15))
+    assert [record["step"] for record in lines(tmp_path / "whole" / EVALUATIONS_FILE)] == [0, 3, 6, 9, 12, 14]
+    tensors = [load_checkpoint(tmp_path / name / CHECKPOINT_FILE)[0] for name in ("whole", "killed")]
     assert tensors[0].keys() == tensors[1].keys()
     for name in tensors[0]:
         torch.testing.assert_close(tensors[0][name], tensors[1][name], rtol=0, atol=0, equal_nan=True)
@@ -266,8 +268,8 @@ def test_resume_needs_the_running_average(make_aligner: Callable[..., Aligner], 
     run(aligner, tmp_path)
     resumed, forgetful = (make_aligner(**SPO | {"normalizer": "ema", "steps": 8}) for _ in range(2))
     for other in (resumed, forgetful):
-        other.restore(tmp_path / align.CHECKPOINT_FILE)
-    forgetful.weight.running_mean += 1
+        other.restore(tmp_path / CHECKPOINT_FILE)
+    forgetful.importance.running_mean += 1
     assert resumed.update()["loss"] != forgetful.update()["loss"]
 
 
@@ -275,10 +277,10 @@ def test_steps_may_grow_and_a_finished_run_stays(make_aligner: Callable[..., Ali
     run(make_aligner(**SPO | {"steps": 6}), tmp_path / "grown")
     run(make_aligner(**SPO | {"steps": 9}), tmp_path / "grown", resume=True)
     run(make_aligner(**SPO | {"steps": 9}), tmp_path / "whole")
-    assert lines(tmp_path / "grown" / align.METRICS_FILE) == lines(tmp_path / "whole" / align.METRICS_FILE)
-    before = (tmp_path / "whole" / align.METRICS_FILE).read_bytes()
+    assert lines(tmp_path / "grown" / METRICS_FILE) == lines(tmp_path / "whole" / METRICS_FILE)
+    before = (tmp_path / "whole" / METRICS_FILE).read_bytes()
     run(make_aligner(**SPO | {"steps": 9}), tmp_path / "whole", resume=True)
-    assert (tmp_path / "whole" / align.METRICS_FILE).read_bytes() == before
+    assert (tmp_path / "whole" / METRICS_FILE).read_bytes() == before
 
 
 def test_a_run_is_not_overwritten(make_aligner: Callable[..., Aligner], tmp_path: Path) -> None:
@@ -291,11 +293,11 @@ def test_resume_with_anything_else_is_refused(
     make_aligner: Callable[..., Aligner], make_model: Callable[..., Llama], pairs: PairDataset, tmp_path: Path
 ) -> None:
     run(make_aligner(**SPO | {"steps": 2}), tmp_path)
-    checkpoint = tmp_path / align.CHECKPOINT_FILE
-    with pytest.raises(ValueError, match=r"alpha=0\.3, got alpha=0\.4"):
+    checkpoint = tmp_path / CHECKPOINT_FILE
+    with pytest.raises(ValueError, match=r"belongs to another run \(alpha was 0\.3, is 0\.4\)"):
         make_aligner(**SPO | {"alpha": 0.4}).restore(checkpoint)
     fewer = PairDataset([([5], [6, 2], [7, 2])], bos_id=1, pad_id=3)
-    with pytest.raises(ValueError, match="other pairs"):
+    with pytest.raises(ValueError, match=r"data was \d+, is \d+"):
         Aligner(make_model(), make_model(), fewer, AlignConfig(**SPO)).restore(checkpoint)
     wider = make_aligner(**SPO)
     wider.policy.embedding = torch.nn.Embedding(wider.policy.vocab_size, 40)
@@ -320,8 +322,8 @@ def test_nan_stops_before_the_update(make_aligner: Callable[..., Aligner], tmp_p
     with pytest.raises(NonFiniteLossError, match=r"step 7: preference loss is nan"):
         run(aligner, tmp_path, checkpoint_every=3)
     assert all(parameter.isfinite().all() for parameter in aligner.policy.parameters())
-    assert load_checkpoint(tmp_path / align.CHECKPOINT_FILE)[1]["step"] == 6
-    assert len(lines(tmp_path / align.METRICS_FILE)) == 6
+    assert load_checkpoint(tmp_path / CHECKPOINT_FILE)[1]["step"] == 6
+    assert len(lines(tmp_path / METRICS_FILE)) == 6
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -340,7 +342,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
     aligner.update = signalled
     with pytest.raises(RunInterruptedError, match="after step 4"):
         run(aligner, tmp_path)
-    assert load_checkpoint(tmp_path / align.CHECKPOINT_FILE)[1]["step"] == 4
+    assert load_checkpoint(tmp_path / CHECKPOINT_FILE)[1]["step"] == 4
     assert signal.getsignal(number) is handler
 
 
@@ -360,10 +362,10 @@ def test_full_disk_while_writing_a_checkpoint(
     with pytest.raises(CheckpointError, match="No space left on device; the previous checkpoint is untouched"):
         run(aligner, tmp_path, checkpoint_every=4, evaluate_every=3, evaluate=fill_the_disk)
     monkeypatch.undo()
-    assert load_checkpoint(tmp_path / align.CHECKPOINT_FILE)[1]["step"] == 4
+    assert load_checkpoint(tmp_path / CHECKPOINT_FILE)[1]["step"] == 4
     resumed = make_aligner(**DPO)
     run(resumed, tmp_path, resume=True)
-    assert len(lines(tmp_path / align.METRICS_FILE)) == DPO["steps"]
+    assert len(lines(tmp_path / METRICS_FILE)) == DPO["steps"]
 
 
 @pytest.mark.parametrize(
@@ -389,7 +391,7 @@ def test_bad_settings_are_named(settings: dict, message: str) -> None:
 
 
 def test_beta_defaults_to_the_methods() -> None:
-    assert (AlignConfig(method="spo").beta, AlignConfig(method="dpo").beta) == (0.03, 0.1)
+    assert (AlignConfig(method="spo").effective_beta, AlignConfig(method="dpo").effective_beta) == (0.03, 0.1)
 
 
 def test_models_of_different_vocabularies_are_refused(make_model: Callable[..., Llama], pairs: PairDataset) -> None:

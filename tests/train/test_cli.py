@@ -19,9 +19,8 @@ from click.testing import CliRunner, Result
 
 from spo_train import cli as entry
 from spo_train.commands import cli
-from spo_train.config import AlignConfig, DemoConfig, EvaluateConfig
-from spo_train.models.llama import Llama, save_model
-from spo_train.source_config import PairsConfig, PretrainConfig
+from spo_train.config import AlignConfig, DemoConfig, EvaluateConfig, PairsConfig, PretrainConfig
+from spo_train.models.llama import Llama
 from spo_train.tokenizer import Tokenizer
 from spo_train.toy.demo import run_demo
 
@@ -52,7 +51,7 @@ def refused(*arguments: object, code: int = 2) -> str:
 
 @pytest.fixture
 def model(tmp_path: Path, make_model: Callable[..., Llama], tokenizer: Tokenizer) -> Path:
-    save_model(make_model(), tmp_path / "model")
+    make_model().save(tmp_path / "model")
     tokenizer.save(tmp_path / "model" / "tokenizer.model")
     return tmp_path / "model"
 
@@ -77,7 +76,7 @@ def test_help_is_complete(command: str) -> None:
         ("reference", PretrainConfig, ""),
         ("pairs", PairsConfig, ""),
         ("align", AlignConfig, ""),
-        ("align", EvaluateConfig, "eval_"),
+        ("align", EvaluateConfig, "evaluate_"),
         ("evaluate", EvaluateConfig, ""),
         ("demo", DemoConfig, ""),
     ],
@@ -165,7 +164,7 @@ def test_pairs_command_writes_what_align_reads(tmp_path: Path, model: Path) -> N
     made = [json.loads(line) for line in out.read_text().splitlines()]
     assert f"{len(made)} pairs" in result.output
     ok("align", "--pairs", out, "--model", model, "--out", tmp_path / "run", *ALIGN)
-    assert not (tmp_path / "run" / "evaluations.jsonl").read_text()
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
 
 
 def test_a_killed_run_is_resumed(tmp_path: Path, model: Path, pairs_file: Path) -> None:
@@ -253,7 +252,7 @@ def test_nan_stops_with_a_message(
 ) -> None:
     broken = make_model()
     broken.norm.weight.data[3] = float("nan")
-    save_model(broken, model)
+    broken.save(model)
     message = refused(
         "align", "--pairs", pairs_file, "--model", model, "--out", tmp_path / "run", "--method", "dpo", *ALIGN, code=1
     )

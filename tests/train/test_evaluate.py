@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from spo_train.config import EvaluateConfig
-from spo_train.evaluate import Evaluator, Text, load_judge, story_judge, win_rate
+from spo_train.evaluate import Evaluator, win_rate
+from spo_train.judges import load_judge
 from spo_train.models.llama import Llama
+from spo_train.sampling import Text
 from spo_train.tokenizer import Tokenizer
+from spo_train.toy.judge import story_judge
 
 SMALL = EvaluateConfig(samples=10, reference_samples=12, batch_size=6)
 

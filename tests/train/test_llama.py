@@ -4,7 +4,6 @@ import errno
 import json
 import os
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spo_train.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE
 from spo_train.models import llama as model_module
 from spo_train.models.llama import (
-    CONFIG_FILE,
-    TOKENIZER_FILE,
-    WEIGHTS_FILE,
     Llama,
     ModelConfig,
     load_model,
     load_pretrained,
-    load_reference,
-    save_model,
 )
 from spo_train.protocol import IGNORE_INDEX, LanguageModel, Sequences
 from spo_train.tokenizer import Tokenizer
@@ -35,12 +30,6 @@ ZERO_TEMPERATURE = 1e-6
 @pytest.fixture
 def model(make_model: Callable[..., Llama]) -> Llama:
     return make_model()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """These models are too small to share the work of a step between threads."""
-    torch.set_num_threads(1)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -262,7 +251,7 @@ def test_config_errors(change: dict[str, int], message: str) -> None:
 
 
 def test_save_and_load_keep_every_bit(model: Llama, tmp_path: Path) -> None:
-    save_model(model, tmp_path / "new" / "folder")
+    model.save(tmp_path / "new" / "folder")
     loaded = load_model(tmp_path / "new" / "folder")
     assert loaded.config == model.config
     for name, tensor in model.state_dict().items():
@@ -271,7 +260,7 @@ def test_save_and_load_keep_every_bit(model: Llama, tmp_path: Path) -> None:
 
 
 def test_half_precision_weights_load_as_float32(model: Llama, tmp_path: Path) -> None:
-    save_model(model.bfloat16(), tmp_path)
+    model.bfloat16().save(tmp_path)
     loaded = load_model(tmp_path)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     assert torch.equal(loaded.embedding.weight, model.embedding.weight.float())
@@ -281,14 +270,14 @@ def test_full_disk_leaves_the_old_model(
     make_model: Callable[..., Llama], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = make_model(0)
-    save_model(old, tmp_path)
+    old.save(tmp_path)
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=rf"{CONFIG_FILE}.*No space left"):
-        save_model(make_model(1), tmp_path)
+        make_model(1).save(tmp_path)
     assert torch.equal(load_model(tmp_path).embedding.weight, old.embedding.weight)
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
 
@@ -296,7 +285,7 @@ def test_full_disk_leaves_the_old_model(
 def test_load_names_the_broken_file(model: Llama, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=CONFIG_FILE):
         load_model(tmp_path)
-    save_model(model, tmp_path)
+    model.save(tmp_path)
     weights = (tmp_path / WEIGHTS_FILE).read_bytes()
     for cut in (0, 4, 100, len(weights) - 1):
         (tmp_path / WEIGHTS_FILE).write_bytes(weights[:cut])
@@ -312,7 +301,7 @@ def test_load_names_the_broken_file(model: Llama, tmp_path: Path) -> None:
 
 
 def test_load_refuses_weights_of_another_shape(model: Llama, tmp_path: Path) -> None:
-    save_model(model, tmp_path)
+    model.save(tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {"ffn_dim": 64}))
     with pytest.raises(
@@ -330,23 +319,9 @@ def test_load_refuses_weights_of_another_shape(model: Llama, tmp_path: Path) -> 
 def test_load_pretrained_refuses_another_tokenizer(
     model: Llama, tokenizer: Tokenizer, story_texts: list[str], tmp_path: Path
 ) -> None:
-    save_model(model, tmp_path)
+    model.save(tmp_path)
     tokenizer.save(tmp_path / TOKENIZER_FILE)
     assert load_pretrained(tmp_path)[1].encode("Once") == tokenizer.encode("Once")
     Tokenizer.train(story_texts, vocab_size=401).save(tmp_path / TOKENIZER_FILE)
     with pytest.raises(ValueError, match=rf"{TOKENIZER_FILE} has 401 ids and does not fit .*{CONFIG_FILE}.* 400"):
         load_pretrained(tmp_path)
-
-
-def test_shipped_reference_tells_stories() -> None:
-    model, tokenizer = load_reference()
-    recipe = json.loads((resources.files("spo_train.toy.assets") / "recipe.json").read_text())
-    assert model.vocab_size == tokenizer.vocab_size == recipe["pretrain"]["vocab_size"]
-    from spo_train.pretrain import TokenSequences, held_out_nll
-    from spo_train.toy.grammar import stories
-
-    texts = stories(128, seed=recipe["stories"]["seed"] + 1)
-    _, nll = held_out_nll(model, TokenSequences.encode(texts, tokenizer, model.max_length), tokenizer.pad_id)
-    # The standard error of the mean over 128 stories is about 0.6 nats.
-    assert nll == pytest.approx(recipe["held_out_nll_per_story"], abs=3.0)
-    assert F.softmax(model(torch.tensor([[tokenizer.bos_id]])), -1).isfinite().all()

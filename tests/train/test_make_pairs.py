@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from spo_train.evaluate import Judge
+from spo_train.config import PairsConfig
+from spo_train.judges import Judge
 from spo_train.models.llama import Llama
 from spo_train.protocol import Sequences
-from spo_train.source_config import PairsConfig
+from spo_train.sampling import read_prompts
 from spo_train.tokenizer import Tokenizer
 from spo_train.toy.grammar import stories, story
 from spo_train.toy.judge import StoryJudge
-from spo_train.toy.make_pairs import PairsSummary, make_pairs, read_prompts
+from spo_train.toy.make_pairs import PairsSummary, make_pairs
 
 PROMPTS = ("Once upon a time", "", "In a quiet town")
 

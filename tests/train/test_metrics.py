@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from spo_train.metrics import JsonlLog, PartTimer, progress, read_jsonl
+from spo_train.files import read_jsonl
+from spo_train.metrics import JsonlLog, PartTimer, progress_bar
 
 
 def test_records_are_on_the_disk_at_once_and_a_resumed_log_drops_later_ones(tmp_path: Path) -> None:
@@ -57,6 +58,6 @@ def test_part_timer_adds_up() -> None:
 
 
 def test_progress_is_silent_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress(total=3, desc="work") as bar:
+    with progress_bar(total=3, desc="work") as bar:
         bar.update(3)
     assert capsys.readouterr() == ("", "")

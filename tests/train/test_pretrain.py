@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from spo_train import pretrain as pretrain_module
+from spo_train.config import PretrainConfig
 from spo_train.errors import NonFiniteLossError
-from spo_train.models.llama import TOKENIZER_FILE, Llama, load_pretrained
-from spo_train.pretrain import (
-    CHECKPOINT_FILE,
-    METRICS_FILE,
-    RECIPE_FILE,
-    PretrainResult,
-    TokenSequences,
-    held_out_nll,
-    nll_loss,
-    pretrain,
-    read_corpus,
-    train_reference,
-)
+from spo_train.files import CHECKPOINT_FILE, METRICS_FILE, TOKENIZER_FILE
+from spo_train.models.llama import Llama, load_pretrained
+from spo_train.pretrain import PretrainResult, held_out_nll, nll_loss, pretrain
 from spo_train.protocol import Sequences
-from spo_train.source_config import PretrainConfig
+from spo_train.text_data import TokenSequences
 from spo_train.tokenizer import Tokenizer
 
 TINY: dict[str, Any] = {
@@ -39,7 +29,7 @@ TINY: dict[str, Any] = {
     "max_length": 40,
     "batch_size": 4,
     "steps": 12,
-    "eval_every": 5,
+    "evaluate_every": 5,
     "checkpoint_every": 5,
     "warmup_steps": 3,
 }
@@ -48,7 +38,7 @@ TINY: dict[str, Any] = {
 def train(
     texts: list[str], folder: Path, tokenizer: Tokenizer, *, device: str = "cpu", **changes: Any
 ) -> PretrainResult:
-    options = {key: changes.pop(key) for key in ("resume", "overwrite") if key in changes}
+    options = {key: changes.pop(key) for key in ("resume", "restart") if key in changes}
     config = PretrainConfig(**(TINY | changes))
     return pretrain(texts, folder, config, tokenizer=tokenizer, device=device, progress=False, **options)
 
@@ -64,12 +54,6 @@ def weights(result: PretrainResult) -> dict[str, torch.Tensor]:
 
 def same(a: PretrainResult, b: PretrainResult) -> bool:
     return all(torch.equal(tensor, weights(b)[name]) for name, tensor in weights(a).items())
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """These models are too small to share the work of a step between threads."""
-    torch.set_num_threads(1)
 
 
 class KilledError(Exception):
@@ -146,7 +130,7 @@ def test_resume_can_be_declined(
         train(story_texts, tmp_path, tokenizer)
     with pytest.raises(ValueError, match="data was"):
         train(story_texts[:-1], tmp_path, tokenizer, seed=1)
-    train(story_texts, tmp_path, tokenizer, resume=False)
+    train(story_texts, tmp_path, tokenizer, restart=True)
     assert [row["step"] for row in metrics(tmp_path)] == list(range(1, 13))
 
 
@@ -157,7 +141,7 @@ def test_finished_model_is_not_overwritten_by_mistake(
     with pytest.raises(ValueError, match="already holds a model"):
         train(story_texts, tmp_path, tokenizer, steps=2)
     assert torch.equal(load_pretrained(tmp_path)[0].embedding.weight, first.model.embedding.weight)
-    train(story_texts, tmp_path, tokenizer, steps=2, overwrite=True)
+    train(story_texts, tmp_path, tokenizer, steps=2, restart=True)
     assert len(metrics(tmp_path)) == 2
 
 
@@ -209,40 +193,6 @@ def test_held_out_nll_counts_every_token_once(
     assert model.training
 
 
-@pytest.mark.parametrize("max_length", [2, 7, 600])
-def test_windows_make_every_token_a_target_once(story_texts: list[str], tokenizer: Tokenizer, max_length: int) -> None:
-    texts = ["", "a", *story_texts[:5]]
-    data = TokenSequences.encode(texts, tokenizer, max_length, chunk=2)
-    batch = data.batch(np.arange(len(data)), tokenizer.pad_id, "cpu")
-    assert batch.tokens.shape[1] <= max_length
-    assert batch.lengths.min() >= 2
-    labels = batch.labels()
-    targets = Counter(labels[labels >= 0].tolist())
-    assert targets == Counter(i for text in texts for i in [*tokenizer.encode(text), tokenizer.eos_id])
-    if max_length == 600:
-        assert len(data) == len(texts)
-        assert set(batch.tokens[:, 0].tolist()) == {tokenizer.bos_id}
-
-
-def test_held_out_sequences_are_not_trained_on(story_texts: list[str], tokenizer: Tokenizer) -> None:
-    data = TokenSequences.encode(story_texts, tokenizer, 600)
-    kept, held = data.split(10, seed=0)
-    assert (len(kept), len(held)) == (110, 10)
-    assert not set(kept.starts) & set(held.starts)
-    assert set(kept.starts) | set(held.starts) == set(data.starts)
-    assert set(data.split(10, seed=1)[1].starts) != set(held.starts)
-    assert len(data.split(1000, seed=0)[1]) == 12
-
-
-def test_neighbours_in_a_batch_have_similar_lengths(story_texts: list[str], tokenizer: Tokenizer) -> None:
-    data = TokenSequences.encode(story_texts, tokenizer, 600)
-    order = data.by_length(seed=0)
-    assert sorted(order) == list(range(len(data)))
-    spread = [np.ptp(data.lengths[order[i : i + 8]]) for i in range(0, 112, 8)]
-    assert np.mean(spread) < 0.5 * np.ptp(data.lengths)
-    assert list(order) != list(np.argsort(data.lengths, kind="stable"))
-
-
 def test_learning_rate_warms_up_and_decays() -> None:
     config = PretrainConfig(steps=100, warmup_steps=10, lr=1.0, final_lr_ratio=0.1)
     rates = [pretrain_module._learning_rate(step, config) for step in range(100)]
@@ -264,44 +214,6 @@ def test_one_long_document_is_enough(story_texts: list[str], tokenizer: Tokenize
     result = train(["\n".join(story_texts[:20])], tmp_path, tokenizer, steps=2)
     assert result.train_sequences > 20
     assert result.held_out_sequences == (result.train_sequences + result.held_out_sequences) // 10
-
-
-def test_train_reference_writes_its_recipe(tmp_path: Path) -> None:
-    config = PretrainConfig(**(TINY | {"vocab_size": 400, "steps": 2, "max_length": 600}))
-    result = train_reference(tmp_path, config, story_count=100, progress=False)
-    recipe = json.loads((tmp_path / RECIPE_FILE).read_text())
-    assert recipe["held_out_nll_per_story"] == round(result.nll_per_sequence, 2)
-    assert (recipe["train_stories"], recipe["held_out_stories"]) == (90, 10)
-    assert recipe["pretrain"]["steps"] == 2
-    assert recipe["parameters"] == sum(tensor.numel() for tensor in weights(result).values())
-
-
-def test_read_corpus_from_folders_and_files(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "b.txt").write_bytes("\ufeffsecond é\n\n third \n".encode())
-    (tmp_path / "a.txt").write_text("first\n")
-    (tmp_path / "sub" / "c.txt").write_text("fourth")
-    (tmp_path / "notes.md").write_text("not taken from a folder")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "empty.txt").write_text(" \n")
-    whole = read_corpus([tmp_path])
-    assert whole.documents == ["first", "second é\n\n third", "fourth"]
-    assert whole.skipped == [f"{tmp_path / 'empty.txt'}: empty", f"{tmp_path / 'latin.txt'}: not UTF-8 at byte 3"]
-    assert read_corpus([tmp_path / "b.txt", tmp_path / "notes.md"], per_line=True).documents == [
-        "second é",
-        "third",
-        "not taken from a folder",
-    ]
-
-
-def test_read_corpus_without_usable_text(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="absent"):
-        read_corpus([tmp_path / "absent"])
-    with pytest.raises(ValueError, match=r"no usable text in .*\(no .txt files\)"):
-        read_corpus([tmp_path])
-    (tmp_path / "x.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"no usable text in .*x.txt: not UTF-8"):
-        read_corpus([tmp_path])
 
 
 @pytest.mark.parametrize(

@@ -1,35 +1,33 @@
 """The whole job, small: pairs from the shipped reference model, SPO and DPO, win rates, a figure, a table, stories.
 
-Sizes come from `DemoConfig`; judge, grammar, seeds and the settings of the three alignments are fixed here. A stage
-whose result is in the folder is not done again, and an alignment goes on from its checkpoint.
+Sizes come from `DemoConfig`. Judge, grammar, seeds and the settings of the three alignments are fixed here. A stage
+whose result is in the folder is skipped, and an alignment goes on from its checkpoint.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spo_train.align import align, is_finished
-from spo_train.config import AlignConfig, DemoConfig, EvaluateConfig
-from spo_train.evaluate import Evaluator, Text, story_judge
-from spo_train.files import write_atomically
-from spo_train.metrics import read_jsonl
-from spo_train.models.llama import load_reference
+from spo_train.alignment import is_finished, run_alignment
+from spo_train.config import AlignConfig, DemoConfig, EvaluateConfig, PairsConfig
+from spo_train.evaluate import Evaluator
+from spo_train.files import StrPath, read_json, read_jsonl, write_json, write_jsonl
 from spo_train.pair_data import load_pairs
 from spo_train.report import MAIN_COLUMNS, markdown_table, read_run, read_runs, write_report
-from spo_train.source_config import PairsConfig
+from spo_train.sampling import Text
+from spo_train.toy.judge import story_judge
 from spo_train.toy.make_pairs import make_pairs
+from spo_train.toy.reference import load_reference
 
 SETTINGS_FILE, PAIRS_FILE, REFERENCE_FILE = "demo.json", "pairs.jsonl", "reference.jsonl"
 RUNS_FOLDER, REPORT_FOLDER = "runs", "report"
 
-# Name of the run's folder to what is aligned: SPO as in the paper's Appendix B, with as many KL samples as pairs (the
-# paper's batch has a quarter), and DPO at two strengths, the usual one and the one that did best in a pilot.
+# Settings of each alignment, by the name of its folder. SPO is that of the paper's Appendix B, but draws as many KL
+# samples as pairs; the paper draws a quarter. DPO has the usual beta, and the one that did best in a pilot.
 ALIGNMENTS: dict[str, dict[str, Any]] = {
     "spo": {"method": "spo", "alpha": 0.1, "beta": 0.03, "weight": "soft", "gamma": 0.1, "kl_samples": 16},
     "dpo-0.1": {"method": "dpo", "beta": 0.1},
@@ -38,30 +36,30 @@ ALIGNMENTS: dict[str, dict[str, Any]] = {
 
 
 def run_demo(
-    out: Path,
+    out: StrPath,
     config: DemoConfig,
     *,
     device: str = "cpu",
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Runs the demo in the folder `out`, or what is left of it.
+    """Run the demo in the folder `out`, or the part of it that is not done yet.
 
     Args:
         out: the demo's folder.
         config: sizes.
-        device: where the models run, as torch names it. It is no part of the demo: the rest may run on another one.
-        fresh: remove an earlier demo from `out` first; files that are not the demo's stay.
-        say: takes each line of the account of what is done.
+        device: where the models run, as torch names it. A demo may go on on another device.
+        fresh: remove an earlier demo from `out` first; other files there stay.
+        say: takes each line that the demo has to say.
 
     Returns:
         The files of the report.
 
     Raises:
         ValueError: `out` holds a demo of other sizes.
-        RunError, OSError: see `spo_train.align.run`.
+        RunError, OSError: see `spo_train.run.run`.
     """
-    start = time.perf_counter()
+    start, out = time.perf_counter(), Path(out)
     _prepare(out, config, fresh)
     reference, tokenizer = load_reference(device)
     judge = story_judge()
@@ -84,15 +82,14 @@ def run_demo(
         judge=judge,
         reference_texts=[Text.from_record(record) for record in read_jsonl(out / REFERENCE_FILE)] or None,
     )
-    lines = [json.dumps(text.record()) + "\n" for text in evaluator.reference_texts]
-    write_atomically(out / REFERENCE_FILE, "".join(lines).encode())
+    write_jsonl(out / REFERENCE_FILE, [text.record() for text in evaluator.reference_texts])
 
     folders = [out / RUNS_FOLDER / name for name in ALIGNMENTS]
     for number, (folder, settings) in enumerate(zip(folders, ALIGNMENTS.values(), strict=True), start=3):
         if not is_finished(folder):
-            # A fresh copy of the reference is the policy's first state.
+            # The policy starts as a copy of the reference.
             policy, _ = load_reference(device)
-            align(
+            run_alignment(
                 policy,
                 reference,
                 tokenizer,
@@ -125,6 +122,7 @@ def run_demo(
 
 
 def _prepare(out: Path, config: DemoConfig, fresh: bool) -> None:
+    """Remove an earlier demo if asked to, refuse one of other sizes, and write the sizes of this one."""
     settings_file = out / SETTINGS_FILE
     if settings_file.exists() and fresh:
         for name in (PAIRS_FILE, REFERENCE_FILE, SETTINGS_FILE):
@@ -132,10 +130,10 @@ def _prepare(out: Path, config: DemoConfig, fresh: bool) -> None:
         for name in (*(f"{RUNS_FOLDER}/{run}" for run in ALIGNMENTS), REPORT_FOLDER):
             shutil.rmtree(out / name, ignore_errors=True)
     if settings_file.exists():
-        earlier, ours = json.loads(settings_file.read_text(encoding="utf-8")), asdict(config)
+        earlier, ours = read_json(settings_file), config.record()
         differing = [f"{key}={earlier.get(key)}, now {ours[key]}" for key in ours if earlier.get(key) != ours[key]]
         if differing:
             raise ValueError(
                 f"{out} holds a demo with {'; '.join(differing)}: choose another folder, or start over with --fresh"
             )
-    write_atomically(settings_file, (json.dumps(asdict(config), indent=2) + "\n").encode())
+    write_json(settings_file, config.record())

@@ -2,9 +2,10 @@
 
 A story is an opening, the six beats of one plot, and an ending. Each story has a maturity between 0 and 1: the chance
 that a beat, or a thing in it, is told in the mature register. To add to the stories, add lines below: a beat takes any
-number of templates, a thing is a pair (childish, mature). The words in braces are filled in by `story`.
+number of templates, a thing is a pair (childish, mature). `story` fills in the words in braces.
 
-The shipped reference model, the judge's statistics and the measured results all come from this grammar as it stands.
+The shipped reference model, the judge's statistics and the measured results all come from this grammar. A change of the
+grammar makes them untrue.
 """
 
 from __future__ import annotations
@@ -480,12 +481,12 @@ ENDING: Beat = {
 
 
 def story(rng: random.Random, maturity: float | None = None) -> str:
-    """One story, on one line.
+    """Return one story, on one line.
 
     Args:
         rng: source of randomness; the same state gives the same story.
-        maturity: chance that a beat or a thing is mature, in [0, 1]; None draws it from Beta(0.9, 1.2), so that most
-            stories lean to one register and the childish one is more frequent.
+        maturity: chance that a beat or a thing is mature, in [0, 1]; None draws it from Beta(0.9, 1.2). Most stories
+            then lean to one register, and the childish one is more frequent.
     """
     if maturity is None:
         maturity = rng.betavariate(0.9, 1.2)
@@ -523,7 +524,7 @@ def story(rng: random.Random, maturity: float | None = None) -> str:
 
 
 def stories(count: int, *, seed: int) -> list[str]:
-    """`count` different stories; the first n of them are the same for every `count` >= n."""
+    """Return `count` different stories; the first n of them are the same for every `count` >= n."""
     rng = random.Random(seed)
     found: dict[str, None] = {}
     while len(found) < count:

@@ -1,9 +1,9 @@
 """A judge of stories: it stands in for the human or model rater of preference data.
 
-The judge scores a story from 0 to 10 for readability (how mature the language is), fluency (how much of it the grammar
-could have said) and coherence (whether it keeps to its hero), less what it repeats and leaves unfinished. When it
-compares two stories its scores are noisy and favour the one shown second, as raters do. Pairs are kept by the paper's
-filter: judged in both orders, with the same winner by a clear margin in both.
+The judge scores a story from 0 to 10. Readability (how mature the language is), fluency (how much of it the grammar
+could have said) and coherence (whether it keeps to its hero) give points; repetition and a missing end cost points.
+When the judge compares two stories, its scores are noisy and favour the one shown second, as raters do. The paper's
+filter keeps a pair if the same story wins by a clear margin in both orders.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from spo_train.judges import Judge
 from spo_train.toy.grammar import BOYS, GIRLS, stories
 
-# The trigrams of these stories are what the judge takes for fluent; the seed is not that of any training set.
+# The judge takes the trigrams of these stories for fluent. No training set has this seed.
 FLUENT_STORIES, FLUENT_SEED = 20_000, 90_210
 
 HIGHEST_SCORE = 10.0
 READABILITY_POINTS, FLUENCY_POINTS, COHERENCE_POINTS = 4.5, 3.0, 2.5
 REPETITION_PENALTY, UNFINISHED_PENALTY = 3.0, 1.5
-FULL_GRADE = 11.0  # school grade from which on readability earns all its points
-FLUENCY_FLOOR = 0.6  # share of known trigrams that earns nothing: function words alone reach about that
+FULL_GRADE = 11.0  # at this school grade and above, readability earns all its points
+FLUENCY_FLOOR = 0.6  # at this share of known trigrams and below, fluency earns nothing: function words reach it
 FULL_WORDS = 45  # shorter stories lose points in proportion
 FEWEST_WORDS = 5  # anything shorter scores 0
-MARGIN_FIRST, MARGIN_SECOND = 2, 3  # winning by bias is easier for the second story, so it must win by more
+MARGIN_FIRST, MARGIN_SECOND = 2, 3  # the bias favours the story shown second, so it must win by more
 
 _NAMES = frozenset(GIRLS + BOYS)
 _WORD = re.compile(r"[A-Za-z']+")
@@ -38,7 +39,7 @@ _HIS, _HER = frozenset({"he", "his", "him"}), frozenset({"she", "her"})
 
 @dataclass(frozen=True)
 class Assessment:
-    """What the judge sees in one story, without noise.
+    """The judge's view of one story, without noise.
 
     Attributes:
         quality: the score, in [0, 10].
@@ -64,7 +65,7 @@ class StoryJudge:
 
     Args:
         noise: standard deviation of the Gaussian noise on a score, in points.
-        bias: points that the story shown second gets for its position.
+        bias: points added to the story shown second.
     """
 
     def __init__(self, *, noise: float = 1.0, bias: float = 0.5) -> None:
@@ -75,11 +76,11 @@ class StoryJudge:
         self.noise, self.bias = noise, bias
 
     def assess(self, text: str, *, finished: bool = True) -> Assessment:
-        """The judge's view of one story, without noise.
+        """Assess one story, without noise.
 
         Args:
             text: the story.
-            finished: whether its author ended it, as opposed to being cut off by a length limit.
+            finished: whether its author ended it; False if a length limit cut it off.
         """
         words = _WORD.findall(text)
         if len(words) < FEWEST_WORDS:
@@ -100,13 +101,13 @@ class StoryJudge:
         return Assessment(quality, readability, fluency, coherence, repetition, finished, len(words))
 
     def scores(self, first: float, second: float, rng: random.Random) -> tuple[int, int]:
-        """Scores for two stories of the given qualities shown in this order: noisy, biased, whole, in 0..10."""
+        """Return noisy, biased, whole scores in 0..10 for two stories of the given qualities, shown in this order."""
         return self._noisy(first, rng), self._noisy(second + self.bias, rng)
 
     def prefer(self, first: float, second: float, rng: random.Random) -> int:
-        """The paper's filter on two stories of the given qualities.
+        """Apply the paper's filter to two stories of the given qualities.
 
-        Both orders are judged. In each, the story shown first wins if it leads by at least 2 points, the one shown
+        Both orders are judged. In each, the story shown first wins if it leads by at least 2 points, the story shown
         second if it leads by at least 3.
 
         Returns:
@@ -118,6 +119,22 @@ class StoryJudge:
 
     def _noisy(self, quality: float, rng: random.Random) -> int:
         return round(min(HIGHEST_SCORE, max(0.0, quality + rng.gauss(0.0, self.noise))))
+
+
+def story_judge() -> Judge:
+    """Return the judge of stories for evaluations: score in 0..10, fluency, coherence, readability, without noise."""
+    judge = StoryJudge()
+
+    def assess(text: str, finished: bool) -> dict[str, float]:
+        seen = judge.assess(text, finished=finished)
+        return {
+            "score": seen.quality,
+            "fluency": seen.fluency,
+            "coherence": seen.coherence,
+            "readability": seen.readability,
+        }
+
+    return assess
 
 
 def _winner(first: int, second: int) -> int:
@@ -141,7 +158,7 @@ def _coherence(words: Sequence[str]) -> float:
 
 @lru_cache(maxsize=100_000)
 def _syllables(word: str) -> int:
-    """Runs of vowels, less a silent final e; at least 1."""
+    """Count runs of vowels, less a silent final e; at least 1."""
     word = word.lower()
     count = len(_VOWELS.findall(word))
     if count > 1 and word.endswith("e") and not word.endswith("le"):
@@ -150,14 +167,14 @@ def _syllables(word: str) -> int:
 
 
 def _trigrams(words: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Lower-cased word trigrams, with marks for the beginning and the end, and one word for all names."""
+    """Return lower-cased word trigrams, with marks for the beginning and the end, and one word for all names."""
     marked = ["^", *("<name>" if word in _NAMES else word.lower() for word in words), "$"]
     return list(zip(marked, marked[1:], marked[2:], strict=False))
 
 
 @lru_cache(maxsize=1)
 def _fluent_trigrams() -> frozenset[tuple[str, str, str]]:
-    """All trigrams of the grammar's stories; takes about a second, once a process."""
+    """Return all trigrams of the grammar's stories; this takes about a second, once a process."""
     return frozenset(
         trigram for text in stories(FLUENT_STORIES, seed=FLUENT_SEED) for trigram in _trigrams(_WORD.findall(text))
     )
