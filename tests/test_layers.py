@@ -129,6 +129,16 @@ def test_the_trainer_uses_public_names_only() -> None:
                 assert f"spo_kernels.{node.attr}" in public, f"{module} uses spo_kernels.{node.attr}"
 
 
+@pytest.mark.parametrize("module", modules("spo_train"))
+def test_the_trainer_does_not_know_its_toy_domain(module: str) -> None:
+    """Nothing outside toy/ imports it, but for the command line and the table of judges; the loop knows no model."""
+    used = [name for name in imports(module, modules("spo_train")[module]) if is_within(name, "spo_train")]
+    if not is_within(module, "spo_train.toy") and module not in ("spo_train.commands", "spo_train.judges"):
+        assert not [name for name in used if is_within(name, "spo_train.toy")]
+    if module in ("spo_train.align", "spo_train.alignment", "spo_train.evaluate", "spo_train.run"):
+        assert not [name for name in used if is_within(name, "spo_train.models")]
+
+
 def test_public_names_exist() -> None:
     for name in spo_kernels.__all__:
         assert getattr(spo_kernels, name) is not None

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from spo_train.config import QUICK_DEMO, AlignConfig, DemoConfig, EvaluateConfig, PairsConfig, PretrainConfig, Settings
+from spo_train.config import (
+    QUICK_DEMO,
+    AlignConfig,
+    DemoConfig,
+    EvaluateConfig,
+    PairsConfig,
+    PretrainConfig,
+    RunConfig,
+    Settings,
+)
 from spo_train.errors import RunError
 
 if TYPE_CHECKING:
@@ -203,7 +212,10 @@ def pretrain(
 @cli.command(short_help="Train the shipped reference model again.")
 @out_folder
 @click.option(
-    "--stories", type=click.IntRange(1), help="Stories to train on. [default: as many as the shipped model had]"
+    "--stories",
+    type=click.IntRange(1),
+    metavar="INTEGER",
+    help="Stories to train on. [default: as many as the shipped model had]",
 )
 @pretrain_options
 def reference(out: Path, stories: int | None, resume: bool, overwrite: bool, device: str, **options: Any) -> None:
@@ -271,12 +283,7 @@ def pairs(model: Path | None, out: Path, prompts: Path | None, device: str, **op
     help="What becomes of a pair with a response longer than the model's length.",
 )
 @resume_option(None, "refuse a folder with a run")
-@click.option(
-    "--checkpoint-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between two checkpoints."
-)
-@click.option(
-    "--evaluate-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between two evaluations."
-)
+@settings_options(RunConfig)
 @click.option(
     "--judge",
     help='Judge of the evaluations: "stories" (embedded), "module:function" from text to a score, or "none" to train '
@@ -291,8 +298,6 @@ def align(
     reference: Path | None,
     too_long: Any,
     resume: bool | None,
-    checkpoint_every: int,
-    evaluate_every: int,
     judge: str | None,
     device: str,
     **options: Any,
@@ -300,10 +305,11 @@ def align(
     """Align a model with preference pairs.
 
     \b
-    The folder gets metrics.jsonl (one line a step), evaluations.jsonl, checkpoint.safetensors,
+    The folder gets run.json, metrics.jsonl (one line a step), evaluations.jsonl, checkpoint.safetensors,
     the aligned model in model/, and stories.jsonl with texts before and after.
     """
-    config, evaluate_config = settings(AlignConfig, options), settings(EvaluateConfig, options, prefix="evaluate_")
+    config, run_config = settings(AlignConfig, options), settings(RunConfig, options)
+    evaluate_config = settings(EvaluateConfig, options, prefix="evaluate_")
     from spo_train.alignment import run_alignment
     from spo_train.evaluate import Evaluator
     from spo_train.judges import load_judge
@@ -338,8 +344,7 @@ def align(
         about=about,
         resume=resume is True,
         restart=resume is False,
-        checkpoint_every=checkpoint_every,
-        evaluate_every=evaluate_every,
+        **run_config.record(),
     )
     click.echo(f"aligned model in {out / 'model'}")
 
@@ -388,7 +393,14 @@ def evaluate(
 @cli.command(short_help="Figure, table and stories of alignment runs.")
 @click.argument("runs", nargs=-1, required=True, type=FOLDER)
 @out_folder
-@click.option("--stories", type=click.IntRange(0), default=3, show_default=True, help="Stories before and after.")
+@click.option(
+    "--stories",
+    type=click.IntRange(0),
+    metavar="INTEGER",
+    default=3,
+    show_default=True,
+    help="Stories before and after.",
+)
 def report(runs: tuple[Path, ...], out: Path, stories: int) -> None:
     """Draw win rate, KL and fluency of alignment RUNS in one figure; write a table and stories.
 

@@ -152,6 +152,16 @@ class AlignConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunConfig(Settings):
+    """How often an alignment run saves and evaluates."""
+
+    checkpoint_every: int = setting(100, "Steps between two checkpoints; there is always one at the end.", above=0)
+    evaluate_every: int = setting(
+        100, "Steps between two evaluations; there is always one at the start and one at the end.", above=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Settings):
     """How to compare a model with the reference by sampling from both."""
 
@@ -188,7 +198,7 @@ class PretrainConfig(Settings):
     held_out: int = setting(512, "Sequences kept from training to measure the NLL on; at most a tenth of all.", above=0)
     evaluate_every: int = setting(
         500,
-        "Steps between two measurements of the held-out NLL; there is always one at the end.",
+        "Steps between two evaluations, which measure the held-out NLL; there is always one at the end.",
         earlier_name="eval_every",
         above=0,
     )

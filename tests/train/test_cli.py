@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 
 from spo_train import cli as entry
 from spo_train.commands import cli
-from spo_train.config import AlignConfig, DemoConfig, EvaluateConfig, PairsConfig, PretrainConfig
+from spo_train.config import AlignConfig, DemoConfig, EvaluateConfig, PairsConfig, PretrainConfig, RunConfig
 from spo_train.models.llama import Llama
 from spo_train.tokenizer import Tokenizer
 from spo_train.toy.demo import run_demo
@@ -76,12 +76,13 @@ def test_help_is_complete(command: str) -> None:
         ("reference", PretrainConfig, ""),
         ("pairs", PairsConfig, ""),
         ("align", AlignConfig, ""),
+        ("align", RunConfig, ""),
         ("align", EvaluateConfig, "evaluate_"),
         ("evaluate", EvaluateConfig, ""),
         ("demo", DemoConfig, ""),
     ],
 )
-def test_every_setting_has_its_option_with_its_default(command: str, config: type, prefix: str) -> None:
+def test_every_setting_has_its_option_with_default_and_bounds(command: str, config: type, prefix: str) -> None:
     options = {option.name: option for option in cli.commands[command].params}
     text = " ".join(ok(command, "--help").output.split())
     for field in fields(config):
@@ -90,6 +91,39 @@ def test_every_setting_has_its_option_with_its_default(command: str, config: typ
         section = re.search(rf" {re.escape(flag)} .*?(?= --[a-z]|$)", text)
         assert section, flag
         assert field.default is None or f"[default: {field.default}" in section[0], section[0]
+        assert f"{field.metadata['bounds']}]" in section[0]
+
+
+def test_earlier_names_of_options_work_and_are_hidden(
+    tmp_path: Path, model: Path, pairs_file: Path, story_texts: list[str]
+) -> None:
+    align = ["align", "--pairs", pairs_file, "--model", model, "--out", tmp_path / "run", "--judge", "builtins:len"]
+    ok(*align, *ALIGN, "--eval-samples", "4", "--eval-reference-samples=5", "--eval-seed", "7", "--evaluate-every=2")
+    evaluate = json.loads((tmp_path / "run" / "run.json").read_text())["evaluate"]
+    assert (evaluate["samples"], evaluate["reference_samples"], evaluate["seed"]) == (4, 5, 7)
+
+    (tmp_path / "texts.txt").write_text("\n".join(story_texts))
+    shape = ["--vocab-size", "400", "--dim", "16", "--layers", "1", "--heads", "2", "--ffn-dim", "16"]
+    pretrain = ["pretrain", tmp_path / "texts.txt", "--per-line", "--out", tmp_path / "base", *shape, "--steps", "3"]
+    ok(*pretrain, "--eval-every", "2")
+    measured = [json.loads(line) for line in (tmp_path / "base" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in measured if "nll_per_token" in row] == [2, 3]
+    assert "already holds a model" in refused(*pretrain)
+    ok(*pretrain, "--overwrite", "--lr", "0.01")
+    ok(*pretrain, "--restart")
+    for command in COMMANDS:
+        assert not re.search(r"--eval-|--overwrite", ok(command, "--help").output)
+
+
+def test_both_trainers_restart(tmp_path: Path, model: Path, pairs_file: Path) -> None:
+    align = ["align", "--pairs", pairs_file, "--model", model, "--out", tmp_path / "run", *ALIGN]
+    ok(*align)
+    first = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "already holds a run" in refused(*align, "--seed", "1")
+    assert "seed was 0, is 1" in refused(*align, "--seed", "1", "--resume")
+    ok(*align, "--seed", "1", "--restart")
+    assert steps(tmp_path / "run" / "metrics.jsonl") == [1, 2, 3, 4]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() != first
 
 
 def test_help_does_not_import_torch() -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from spo_train import pretrain as pretrain_module
+from spo_train.checkpoint import load_checkpoint
 from spo_train.config import PretrainConfig
-from spo_train.errors import NonFiniteLossError
+from spo_train.errors import NonFiniteLossError, RunInterruptedError
 from spo_train.files import CHECKPOINT_FILE, METRICS_FILE, TOKENIZER_FILE
 from spo_train.models.llama import Llama, load_pretrained
 from spo_train.pretrain import PretrainResult, held_out_nll, nll_loss, pretrain
@@ -117,6 +120,25 @@ def test_resumed_run_ends_with_the_same_bits(
     assert same(whole, resumed)
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     assert resumed.nll_per_sequence == whole.nll_per_sequence
+
+
+def test_a_signal_ends_pretraining_with_a_checkpoint(
+    story_texts: list[str], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(3))
+
+    def loss(*args: Any) -> torch.Tensor:
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return nll_loss(*args)
+
+    monkeypatch.setattr(pretrain_module, "nll_loss", loss)
+    with pytest.raises(RunInterruptedError, match="after step 4"):
+        train(story_texts, tmp_path / "parts", tokenizer)
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "parts" / CHECKPOINT_FILE)[1]["step"] == 4
+    resumed = train(story_texts, tmp_path / "parts", tokenizer)
+    assert same(resumed, train(story_texts, tmp_path / "whole", tokenizer))
 
 
 def test_resume_can_be_declined(
