@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from spo_kernels import SoftImportance, kl_loss, sequence_logps
 from spo_train.checkpoint import TrainingState
 from spo_train.config import AlignConfig
 from spo_train.errors import NonFiniteLossError
-from spo_train.methods import METHODS
+from spo_train.methods import METHODS, PairLogps
 from spo_train.metrics import PartTimer
 from spo_train.pair_data import BatchOrder, PairDataset
 from spo_train.protocol import IGNORE_INDEX, Sequences, TrainableModel
@@ -51,21 +52,17 @@ class KLBatch:
         return cls(samples, ref_logits, is_response.double() * (beta / len(samples)), int(is_response.sum()))
 
 
-@dataclass(frozen=True)
-class PairsTerm:
+class PairsTerm(NamedTuple):
     """The preference term of a step, after its backward.
 
     Attributes:
         loss: the mean loss, a scalar.
-        chosen, rejected: [P], the policy's log-probabilities.
-        margins: [P], chosen - rejected, less the reference's margins if the method takes them.
+        logps: log-probabilities [P] of the pairs.
         tokens: number of response tokens.
     """
 
     loss: Tensor
-    chosen: Tensor
-    rejected: Tensor
-    margins: Tensor
+    logps: PairLogps
     tokens: int
 
 
@@ -160,16 +157,12 @@ class Aligner:
         with timer("preference"):
             batch = batch.to(self.device)
             labels = batch.labels()
-            ref_chosen, ref_rejected = self._reference(indices, batch, labels)
+            reference = self._reference(indices, batch, labels)
             logps = sequence_logps(self.policy(batch.tokens[:, :-1]), labels, inplace_backward=True)
-            chosen, rejected = logps.chunk(2)
-            loss = self.method.loss(self.config, self.importance, chosen, rejected, ref_chosen, ref_rejected).mean()
+            pairs = PairLogps(*logps.chunk(2), *reference)
+            loss = self.method.loss(self.config, self.importance, pairs).mean()
             loss.backward()
-        chosen, rejected = chosen.detach(), rejected.detach()
-        margins = chosen - rejected
-        if ref_chosen is not None and ref_rejected is not None:
-            margins = margins - (ref_chosen - ref_rejected)
-        return PairsTerm(loss.detach(), chosen, rejected, margins, tokens)
+        return PairsTerm(loss, pairs, tokens)
 
     def _kl_backward(self, timer: PartTimer) -> tuple[Tensor | None, int]:
         """Add the gradient of beta KL; return beta KL, None without that term, and the number of response tokens."""
@@ -187,22 +180,26 @@ class Aligner:
                 overwrite_logits=True,
             )
             weighted_kl.backward()
-        return weighted_kl.detach(), batch.tokens
+        return weighted_kl, batch.tokens
 
     def _clip_and_step(self, pairs: PairsTerm, weighted_kl: Tensor | None) -> dict[str, float | None]:
         """Clip the gradient, refuse what is not finite, and let AdamW take the step; return the metrics of the step."""
         grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.clip)
+        logps = pairs.logps
+        margins = logps.chosen - logps.rejected
+        if logps.ref_chosen is not None and logps.ref_rejected is not None:
+            margins = margins - (logps.ref_chosen - logps.ref_rejected)
         scalars = {
             "preference_loss": pairs.loss,
             "weighted_kl": torch.zeros_like(pairs.loss) if weighted_kl is None else weighted_kl,
-            "accuracy": (pairs.margins > 0).to(pairs.margins.dtype).mean(),
-            "margin": pairs.margins.mean(),
-            "logp_chosen": pairs.chosen.mean(),
-            "logp_rejected": pairs.rejected.mean(),
+            "accuracy": (margins > 0).to(margins.dtype).mean(),
+            "margin": margins.mean(),
+            "logp_chosen": logps.chosen.mean(),
+            "logp_rejected": logps.rejected.mean(),
             "grad_norm": grad_norm,
         }
         # The only transfer from the device in a step. Its values decide whether the update is taken.
-        values = torch.stack([scalar.double() for scalar in scalars.values()]).tolist()
+        values = torch.stack([scalar.detach().double() for scalar in scalars.values()]).tolist()
         record: dict[str, float] = dict(zip(scalars, values, strict=True))
         kl = record.pop("weighted_kl")
         if not math.isfinite(record["preference_loss"] + kl + record["grad_norm"]):

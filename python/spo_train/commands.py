@@ -6,7 +6,7 @@ import json
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import Field, asdict, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,7 +48,7 @@ class RenamedOption(click.Option):
 def settings_options(
     config: type[Settings], *, prefix: str = "", earlier_prefix: str | None = None, unset: bool = False
 ) -> Callable[[F], F]:
-    """Make one option of each field of a settings dataclass: type, default, choices, bounds and help are the field's.
+    """Make one option of each field of a settings dataclass: type, default, choices, range and help are the field's.
 
     Args:
         config: the dataclass.
@@ -63,6 +63,8 @@ def settings_options(
 
     def decorate(function: F) -> F:
         for field in reversed(fields(config)):
+            must_be = field.metadata["must_be"]
+            bounds = "" if isinstance(must_be, tuple) else f"; {must_be}"
             names = [flag(prefix, field.name)]
             if earlier_prefix is not None:
                 names.append(flag(earlier_prefix, field.name))
@@ -72,26 +74,21 @@ def settings_options(
                 *names,
                 prefix + field.name,
                 cls=RenamedOption,
-                type=_option_type(field, hints[field.name]),
+                type=_option_type(must_be, hints[field.name]),
                 default=None if unset else field.default,
-                help=_option_help(field),
+                help=f"{field.metadata['help']}  [default: {field.metadata['default']}{bounds}]",
             )(function)
         return function
 
     return decorate
 
 
-def _option_type(field: Field[Any], hint: Any) -> Any:
-    if field.metadata["choices"]:
-        return click.Choice(field.metadata["choices"])
+def _option_type(must_be: str | tuple[str, ...], hint: Any) -> Any:
+    if isinstance(must_be, tuple):
+        return click.Choice(must_be)
     if isinstance(hint, types.UnionType):
         return next(member for member in typing.get_args(hint) if member is not type(None))
     return hint
-
-
-def _option_help(field: Field[Any]) -> str:
-    facts = [f"default: {field.metadata['default_text']}", str(field.metadata["bounds"])]
-    return f"{field.metadata['help']}  [{'; '.join(fact for fact in facts if fact)}]"
 
 
 def settings(config: type[Settings], options: dict[str, Any], *, prefix: str = "") -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,44 +12,37 @@ from spo_kernels import preference_loss, spo_loss
 from spo_train.config import AlignConfig
 
 
+class PairLogps(NamedTuple):
+    """Log-probabilities of P chosen and P rejected responses, each [P]; the reference's only where they are needed."""
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor | None
+    ref_rejected: Tensor | None
+
+
 @dataclass(frozen=True)
 class Method:
     """A preference objective.
 
     Attributes:
-        loss: takes `(config, importance, policy_chosen, policy_rejected, reference_chosen, reference_rejected)`, the
-            last four log-probabilities [P], and returns losses [P]. The reference's are None unless `needs_reference`.
+        loss: takes settings, the importance of pairs (None for uniform weights) and log-probabilities; returns losses
+            [P].
         needs_reference: the loss takes the reference's log-probabilities of the pairs.
         samples_kl: `beta` times the KL on sequences drawn from the policy is added.
     """
 
-    loss: Callable[[AlignConfig, nn.Module | None, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+    loss: Callable[[AlignConfig, nn.Module | None, PairLogps], Tensor]
     needs_reference: bool
     samples_kl: bool
 
 
-def _spo(
-    config: AlignConfig,
-    importance: nn.Module | None,
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor | None,
-    ref_rejected: Tensor | None,
-) -> Tensor:
-    losses, _, _ = spo_loss(chosen, rejected, ref_chosen, ref_rejected, alpha=config.alpha, weight=importance)
-    return losses
+def _spo(config: AlignConfig, importance: nn.Module | None, logps: PairLogps) -> Tensor:
+    return spo_loss(*logps, alpha=config.alpha, weight=importance)[0]
 
 
-def _dpo(
-    config: AlignConfig,
-    _importance: nn.Module | None,
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor | None,
-    ref_rejected: Tensor | None,
-) -> Tensor:
-    losses, _, _ = preference_loss("dpo", chosen, rejected, ref_chosen, ref_rejected, beta=config.effective_beta)
-    return losses
+def _dpo(config: AlignConfig, _importance: nn.Module | None, logps: PairLogps) -> Tensor:
+    return preference_loss("dpo", *logps, beta=config.effective_beta)[0]
 
 
 METHODS = {

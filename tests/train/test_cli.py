@@ -91,7 +91,8 @@ def test_every_setting_has_its_option_with_default_and_bounds(command: str, conf
         section = re.search(rf" {re.escape(flag)} .*?(?= --[a-z]|$)", text)
         assert section, flag
         assert field.default is None or f"[default: {field.default}" in section[0], section[0]
-        assert f"{field.metadata['bounds']}]" in section[0]
+        must_be = field.metadata["must_be"]
+        assert f"[{'|'.join(must_be)}]" in section[0] if isinstance(must_be, tuple) else f"; {must_be}]" in section[0]
 
 
 def test_earlier_names_of_options_work_and_are_hidden(
