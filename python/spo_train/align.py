@@ -73,7 +73,7 @@ class Aligner:
         policy, reference: models of the same vocabulary; the reference is never changed.
         pairs: the preference data.
         config: the settings.
-        step: optimizer steps done.
+        name, steps, step: see `spo_train.run.Trainer`.
     """
 
     def __init__(

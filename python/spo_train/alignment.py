@@ -47,9 +47,9 @@ def run_alignment(
     evaluate_every: int = 100,
     progress: bool = True,
 ) -> None:
-    """Align a model in the folder `out`: `run`, then the aligned model in `out/model` and stories before and after.
+    """Align a model: train it in the folder `out`, write it to `out/model`, and keep texts from before and after.
 
-    `out/run.json` says what was run, and whether it is finished.
+    `out/run.json` holds the settings, and says whether the run is finished.
 
     Args:
         policy: what is trained, in place.
@@ -61,7 +61,7 @@ def run_alignment(
 
     Raises:
         ValueError: the tokenizer does not fit both models.
-        What `run` raises.
+        Everything that `run` raises.
     """
     out = Path(out)
     tokenizer.check_fits(policy, "the model")

@@ -26,7 +26,7 @@ __all__ = ["CheckpointError", "TrainingState", "load_checkpoint", "save_checkpoi
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What every trainer keeps in a checkpoint, and what makes a run the same run.
+    """The state that every trainer keeps in its checkpoints, and the facts that identify the run.
 
     Attributes:
         model, optimizer: what is trained.

@@ -1,4 +1,4 @@
-"""Settings of every command, with their help texts and bounds; free of torch so that `--help` answers at once."""
+"""Settings of every command, with their help texts and ranges; free of torch so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ DEFAULT_BETA = {"spo": 0.03, "dpo": 0.1}
 WEIGHTS = ("uniform", "soft")
 NORMALIZERS = ("batch", "ema")
 
-
-# What a number must be, besides finite, and the test of it. NaN fails every comparison.
+# Ranges of numbers with their tests. A number must also be finite.
 RANGES: dict[str, Callable[[float], bool]] = {
     "a number": lambda value: True,
     "at least 0": lambda value: value >= 0,

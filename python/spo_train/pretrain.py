@@ -71,7 +71,7 @@ def pretrain(
 
     Raises:
         ValueError: no or too little text, a finished model in `out`, or a checkpoint of another run.
-        What `spo_train.run.run` raises.
+        Everything that `spo_train.run.run` raises.
     """
     config = config or PretrainConfig()
     out = Path(out)
@@ -130,7 +130,7 @@ class Pretrainer:
         model: what is trained.
         train, held_out: sequences to train on, and those of the evaluations.
         config: the settings.
-        step: optimizer steps done.
+        name, steps, step: see `spo_train.run.Trainer`.
     """
 
     name = "pretrain"

@@ -30,7 +30,7 @@ EMBEDDING_STD = 0.02
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a `Llama`. The defaults are those of the shipped reference model."""
+    """Shape of a `Llama`. The shipped reference model has the defaults."""
 
     vocab_size: int
     dim: int = 128
@@ -216,7 +216,7 @@ class Llama(nn.Module):
         start, shortest = 0, max_length - noise.shape[0]
         for position in range(shortest, max_length):
             hidden = self.hidden(tokens[rows, start:position], start, cache[:, :, : len(rows)])[:, -1]
-            # hidden @ weight.T is much slower on a CPU where there are few rows.
+            # The other order, hidden @ weight.T, is much slower on a CPU for few rows.
             logits = (self.embedding.weight @ hidden.T).T.contiguous()
             drawn = _draw(logits / temperature, noise[position - shortest, rows])
             in_prompt = position < prompt_lens[rows]
@@ -229,7 +229,7 @@ class Llama(nn.Module):
             alive = int(running.sum())
             if alive == 0:
                 break
-            # Compacting copies the cache. So it waits until a step gets an eighth shorter by it.
+            # Compacting copies the cache, so it waits until it saves an eighth of a step's work.
             if alive <= len(rows) * 7 // 8:
                 kept = running.nonzero().squeeze(1)
                 cache[:, :, :alive, :, :position] = cache[:, :, kept, :, :position]

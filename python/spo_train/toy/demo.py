@@ -48,7 +48,7 @@ def run_demo(
     Args:
         out: the demo's folder.
         config: sizes.
-        device: where the models run, as torch names it. A demo may go on on another device.
+        device: where the models run, as torch names it. A resumed demo may use another one.
         fresh: remove an earlier demo from `out` first; other files there stay.
         say: takes each line that the demo has to say.
 
