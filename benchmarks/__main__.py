@@ -9,10 +9,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ROOT, bars, everything, floors, gpu, growth, head, levels, report, step
-from benchmarks.ops import DEFAULT_CASES, WORKLOADS, Case, Workload
-from benchmarks.providers import DEFAULT_PROVIDERS, PROVIDERS
-from benchmarks.run import CaseRunner, Settings, failures_of_ours, set_simd_level
+from benchmarks import ROOT
+from benchmarks.commands import bars, floors, gpu, growth, levels
+from benchmarks.commands import page as everything
+from benchmarks.harness import results as report
+from benchmarks.harness.case import CaseRunner, Settings, failures_of_ours, set_simd_level
+from benchmarks.peers.row_ops import DEFAULT_PROVIDERS, PROVIDERS
+from benchmarks.workloads import head, step
+from benchmarks.workloads.row_ops import DEFAULT_CASES, WORKLOADS, Case, Workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 DEFAULT_OUT = ROOT / "out" / "benchmarks"

@@ -18,10 +18,14 @@ import torch
 from oracle import LEVELS
 from torch import Tensor
 
-from benchmarks import ROOT, bars, gpu, growth, head, measure, report, step
+from benchmarks import ROOT
 from benchmarks import __main__ as cli
-from benchmarks.ops import OPS, WORKLOADS
-from benchmarks.providers import DEFAULT_PROVIDERS, PROVIDERS
+from benchmarks.commands import bars, gpu, growth
+from benchmarks.harness import measure
+from benchmarks.harness import results as report
+from benchmarks.peers.row_ops import DEFAULT_PROVIDERS, PROVIDERS
+from benchmarks.workloads import head, step
+from benchmarks.workloads.row_ops import OPS, WORKLOADS
 from spo_kernels import selfcheck
 
 # One thread: at these sizes a second one only waits.
@@ -487,7 +491,7 @@ def test_peers_that_need_a_gpu_say_so() -> None:
 def test_liger_is_called_as_it_wants_to_be() -> None:
     program = """
 import torch
-from benchmarks.providers import PROVIDERS, eager_token_logps
+from benchmarks.peers.row_ops import PROVIDERS, eager_token_logps
 logits, labels, upstream = torch.randn(4, 50, requires_grad=True), torch.randint(50, (4,)), torch.rand(4)
 expected = eager_token_logps(logits, labels)
 (truth,) = torch.autograd.grad(expected, logits, upstream)

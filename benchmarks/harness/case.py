@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import measure
-from benchmarks.ops import DENORMAL_SCALE, OPS, SCALED_UPSTREAM, Case, Op, Workload
-from benchmarks.providers import PROVIDERS, Function, Provider, is_ours
-from benchmarks.report import Row
+from benchmarks.harness import measure
+from benchmarks.harness.results import Row
+from benchmarks.peers.row_ops import PROVIDERS, Function, Provider, is_ours
+from benchmarks.workloads.row_ops import DENORMAL_SCALE, OPS, SCALED_UPSTREAM, Case, Op, Workload
 
 _MIB = 1 << 20
 # Rows the gate compares; both ends, because that is where offsets and tails go wrong.

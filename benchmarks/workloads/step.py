@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import spo_kernels
-from benchmarks import measure, report
-from benchmarks.run import Settings
+from benchmarks.harness import measure
+from benchmarks.harness import results as report
+from benchmarks.harness.case import Settings
 from spo_train.models.llama import Llama, ModelConfig
 
 _ALPHA, _BETA, _GAMMA = 0.1, 0.03, 0.1

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import head, report
-from benchmarks.ops import WORKLOADS, Case
-from benchmarks.run import CaseRunner, Settings
+from benchmarks.harness import results as report
+from benchmarks.harness.case import CaseRunner, Settings
+from benchmarks.workloads import head
+from benchmarks.workloads.row_ops import WORKLOADS, Case
 
 _WORKLOAD = next(workload for workload in WORKLOADS if str(workload) == "token_kl.fwd_bwd")
 _ROW_PROVIDERS = ("ours", "ours_inplace", "eager")

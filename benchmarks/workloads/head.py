@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import spo_kernels
-from benchmarks import measure, report
-from benchmarks.run import Settings
+from benchmarks.harness import measure
+from benchmarks.harness import results as report
+from benchmarks.harness.case import Settings
 from spo_kernels.precision import native_products
 
 DEFAULT_PAIRS = 8

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import spo_kernels
-from benchmarks.ops import OPS
+from benchmarks.workloads.row_ops import OPS
 
 Outputs = Tensor | tuple[Tensor, ...]
 Function = Callable[..., Outputs]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import report
-from benchmarks.ops import Case, Workload
-from benchmarks.providers import OPTIONAL_PROVIDERS, PROVIDERS
-from benchmarks.report import Row
-from benchmarks.run import CaseRunner, Settings, failures_of_ours
+from benchmarks.harness import results as report
+from benchmarks.harness.case import CaseRunner, Settings, failures_of_ours
+from benchmarks.harness.results import Row
+from benchmarks.peers.row_ops import OPTIONAL_PROVIDERS, PROVIDERS
+from benchmarks.workloads.row_ops import Case, Workload
 
 _WORKLOADS = (
     Workload("token_logps", "fwd"),

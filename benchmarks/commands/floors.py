@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks import report
-from benchmarks.ops import OPS, Case, Workload
+from benchmarks.harness import results as report
+from benchmarks.workloads.row_ops import OPS, Case, Workload
 
 # Bytes per second of the memory, by the makers' data sheets.
 BANDWIDTH = {"A100 80GB": 2.04e12, "H100 SXM": 3.35e12, "H200": 4.8e12, "B200": 8.0e12, "MI300X": 5.3e12}

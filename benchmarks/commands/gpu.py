@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import ROOT, report
-from benchmarks.run import Settings
+from benchmarks import ROOT
+from benchmarks.harness import results as report
+from benchmarks.harness.case import Settings
 
 _STEP_SECONDS = 2 * 3600
 _LEAST_SECONDS = 8  # of a budget; a step that would get less is left out

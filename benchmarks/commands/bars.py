@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 import spo_kernels
-from benchmarks import head, measure, report
-from benchmarks.ops import Case, Workload
-from benchmarks.providers import PROVIDERS
-from benchmarks.report import Row
-from benchmarks.run import CaseRunner, Settings, denormal_ratio, failures_of_ours
+from benchmarks.harness import measure
+from benchmarks.harness import results as report
+from benchmarks.harness.case import CaseRunner, Settings, denormal_ratio, failures_of_ours
+from benchmarks.harness.results import Row
+from benchmarks.peers.row_ops import PROVIDERS
+from benchmarks.workloads import head
+from benchmarks.workloads.row_ops import Case, Workload
 
 _LOGPS_FWD, _LOGPS_FWD_BWD = Workload("token_logps", "fwd"), Workload("token_logps", "fwd_bwd")
 _KL_FWD = Workload("token_kl", "fwd")

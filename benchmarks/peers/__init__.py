@@ -1,0 +1,1 @@
+"""Who is measured: this project's functions and their peers, by what they compute."""
