@@ -20,12 +20,18 @@ from torch import Tensor
 
 from benchmarks import ROOT
 from benchmarks import __main__ as cli
-from benchmarks.commands import bars, gpu, growth
-from benchmarks.harness import measure
-from benchmarks.harness import results as report
+from benchmarks.commands import arguments as common
+from benchmarks.commands import bars, gpu, growth, head, plot, step, table
+from benchmarks.harness import gate, measure
+from benchmarks.harness.results import RESULTS_BEGIN, RESULTS_END, replace_results
+from benchmarks.harness.rows import column_names
+from benchmarks.peers.head import PROVIDERS as HEAD_PROVIDERS
+from benchmarks.peers.head import eager_pairs
 from benchmarks.peers.row_ops import DEFAULT_PROVIDERS, PROVIDERS
-from benchmarks.workloads import head, step
+from benchmarks.workloads.head import HeadRow
+from benchmarks.workloads.row_case import RowOpRow
 from benchmarks.workloads.row_ops import OPS, WORKLOADS
+from benchmarks.workloads.step import StepRow, StepSize
 from spo_kernels import selfcheck
 
 # One thread: at these sizes a second one only waits.
@@ -158,6 +164,39 @@ def test_step_agrees_with_float64_and_writes_its_page(tmp_path: Path) -> None:
     assert not ours.endswith("(0%)") and eager == refresh == "0.0 (0%)"
 
 
+STEP = ["--pairs", "1", "--tokens", "8", "--vocabulary", "200", "--hidden", "32", "--layers", "1"]
+
+
+def test_a_bfloat16_step_passes_its_gate_and_names_its_dtype(tmp_path: Path) -> None:
+    providers = ["ours", "ours_inplace", "ours_head", "eager"]
+    arguments = ["step", *TINY, *STEP, "--dtype", "bfloat16", "--providers", *providers, "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    rows = {row["provider"]: row for row in read(only(tmp_path, "step-*.csv"))}
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    for name in providers:
+        assert 1e-5 < float(rows[name]["error_grad"]) < 5e-2  # more than float32 would leave
+    page = only(tmp_path, "step-*.md").read_text()
+    assert ", 1 layers, bfloat16. " in page and "float32" not in page
+
+
+def test_a_step_leaves_its_results_before_it_is_profiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, "profile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["step", *TINY, *STEP, "--providers", "ours_inplace", "eager", "--out", str(tmp_path)])
+    assert [row["status"] for row in read(only(tmp_path, "step-*.csv"))] == ["ok"] * 3
+    assert "| ours_inplace |" in only(tmp_path, "step-*.md").read_text()
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", ["eager", "refresh"]), ("cuda", ["eager"])])
+def test_a_refresh_is_not_profiled_on_a_gpu(device: str, expected: list[str]) -> None:
+    statuses = {"ours_inplace": "wrong: off by 1, relative", "eager": "ok", "refresh": "ok"}
+    rows = [StepRow(name, StepSize(1, 1, 1, 8, 200, 32, 1), status) for name, status in statuses.items()]
+    assert step.to_profile(rows, torch.device(device)) == expected
+
+
 @pytest.mark.parametrize(
     ("operator", "part"),
     [
@@ -179,12 +218,12 @@ HEAD_TABLES = [(loss, pass_name) for loss in ("pairs", "kl") for pass_name in ("
 def test_head_agrees_with_float64_and_writes_its_page(tmp_path: Path) -> None:
     sizes = ["--pairs", "2", "--tokens", "8", "--hidden", "32", "--vocabulary", "200", "--dtypes", "float32"]
     # where they are installed
-    peers = [name for name in ("liger", "cut_cross_entropy", "trl") if name in head.PROVIDERS["pairs"]]
+    peers = [name for name in ("liger", "cut_cross_entropy", "trl") if name in HEAD_PROVIDERS["pairs"]]
     providers = ["--providers", "recompute_free", "recompute", "eager", *peers]
     assert cli.main(["head", *TINY, *sizes, *providers, "--out", str(tmp_path)]) == 0
     rows = read(only(tmp_path, "head-*.csv"))
     measured = {key: [row["provider"] for row in rows if (row["loss"], row["pass_name"]) == key] for key in HEAD_TABLES}
-    over_kl = [name for name in providers[1:] if name in head.PROVIDERS["kl"]]
+    over_kl = [name for name in providers[1:] if name in HEAD_PROVIDERS["kl"]]
     assert measured == {
         ("pairs", "fwd"): providers[2:],
         ("pairs", "fwd_bwd"): providers[1:],
@@ -196,6 +235,21 @@ def test_head_agrees_with_float64_and_writes_its_page(tmp_path: Path) -> None:
         assert float(row["error_loss"]) < 1e-5
         assert 0 < float(row["error_weight"]) < 1e-4
     assert "| pairs | fwd_bwd | recompute_free |" in only(tmp_path, "head-*.md").read_text()
+
+
+def test_a_wrong_peer_of_the_head_is_timed_and_takes_part_in_no_ratio(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = HEAD_PROVIDERS["pairs"]
+    monkeypatch.setitem(pairs, "eager", dataclasses.replace(pairs["eager"], loss=lambda x: eager_pairs(x) * 1.1))
+    sizes = ["--pairs", "1", "--tokens", "4", "--hidden", "16", "--vocabulary", "100", "--dtypes", "float32"]
+    choice = ["--losses", "pairs", "--passes", "fwd_bwd", "--providers", "recompute", "eager"]
+    assert cli.main(["head", *TINY, *sizes, *choice, "--out", str(tmp_path)]) == 0
+    ours, peer = read(only(tmp_path, "head-*.csv"))
+    assert ours["status"] == "ok" and float(ours["over_products"]) > 0 and ours["over_eager"] == ""
+    assert peer["status"] == "wrong: off by 0.1, relative"
+    assert float(peer["wall_ms"]) > 0 and peer["over_eager"] == peer["over_products"] == peer["peak_share"] == ""
+    assert "), wrong: off by 0.1, relative |  |  | 3 |  |" in only(tmp_path, "head-*.md").read_text()
 
 
 def test_a_loss_nobody_has_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,14 +347,16 @@ class _WrongGradient(torch.autograd.Function):
         return -torch.softmax(logits, -1) * grad[:, None], None  # the label's own 1 is missing
 
 
-def test_gate_leaves_out_a_wrong_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_peer_is_in_no_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_provider(monkeypatch, "eager", "token_logps", _WrongGradient.apply)
     arguments = ["ops", *TINY, "--shapes", "24x130", "--dtypes", "float32", "bfloat16", "--ops", "token_logps"]
     assert cli.main([*arguments, "--providers", "ours", "eager", "--out", str(tmp_path)]) == 0
     rows = {(row["dtype"], row["pass_name"], row["provider"]): row for row in read(only(tmp_path, "ops-*.csv"))}
     for dtype in ("float32", "bfloat16"):
         assert rows[dtype, "fwd", "eager"]["status"] == "ok"
-        assert rows[dtype, "fwd_bwd", "eager"]["status"].startswith("wrong: gradient of logits off by ")
+        wrong = rows[dtype, "fwd_bwd", "eager"]
+        assert wrong["status"].startswith("wrong: gradient of logits off by ")
+        assert float(wrong["wall_ms"]) > 0 and wrong["over_ours"] == ""  # timed, and in no ratio
         assert rows[dtype, "fwd_bwd", "ours"]["status"] == "ok"
 
 
@@ -386,16 +442,74 @@ def test_statistics() -> None:
     assert measure.paired_ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0]) == 2.0
 
 
+def test_nothing_is_worse_than_nan() -> None:
+    for errors in ([float("nan"), 1.0], [1.0, float("nan")]):
+        assert gate.by_norm(dict(enumerate(errors)), budget=2.0).problem == "wrong: off by nan, relative"
+
+
 def test_results_are_put_between_the_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.RESULTS_BEGIN}\nold\n{report.RESULTS_END}\nafter\n")
-    report.replace_results(page, "| new |")
-    assert page.read_text() == f"before\n{report.RESULTS_BEGIN}\n\n| new |\n\n{report.RESULTS_END}\nafter\n"
+    page.write_text(f"before\n{RESULTS_BEGIN}\nold\n{RESULTS_END}\nafter\n")
+    replace_results(page, "| new |")
+    assert page.read_text() == f"before\n{RESULTS_BEGIN}\n\n| new |\n\n{RESULTS_END}\nafter\n"
     page.write_text("no markers")
     with pytest.raises(ValueError, match="must hold"):
-        report.replace_results(page, "| new |")
-    shipped = (ROOT / "benchmarks" / "README.md").read_text()
-    assert shipped.count(report.RESULTS_BEGIN) == shipped.count(report.RESULTS_END) == 1
+        replace_results(page, "| new |")
+
+
+@pytest.mark.parametrize("kind", table.KINDS)
+def test_every_kind_of_result_has_its_page(kind: str) -> None:
+    shipped = (table.RESULTS / f"{kind}.md").read_text()
+    assert shipped.count(RESULTS_BEGIN) == shipped.count(RESULTS_END) == 1
+
+
+def test_table_updates_the_page_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "RESULTS", tmp_path / "pages")
+    table.RESULTS.mkdir()
+    for kind in ("ops", "bars", "step"):
+        (table.RESULTS / f"{kind}.md").write_text(f"{kind}\n{RESULTS_BEGIN}\nold\n{RESULTS_END}\n")
+    arguments = ["ops", *TINY, "--shapes", "8x130", "--dtypes", "float32", "--ops", "token_kl.fwd"]
+    assert cli.main([*arguments, "--providers", "ours", "eager", "--out", str(tmp_path)]) == 0
+    (tmp_path / "bars-1.md").write_text("**Bars.** new\n")
+    assert cli.main(["table", "--out", str(tmp_path), "--update"]) == 0
+    pages = {page.stem: page.read_text() for page in table.RESULTS.iterdir()}
+    assert "| `token_kl` | 8 x 130 |" in pages["ops"] and "Bars" not in pages["ops"]
+    assert pages["bars"] == f"bars\n{RESULTS_BEGIN}\n\n**Bars.** new\n\n{RESULTS_END}\n"
+    assert "old" in pages["step"]  # nothing was measured for it
+
+
+def test_table_names_a_page_of_no_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["ops", *TINY, "--shapes", "8x130", "--dtypes", "float32", "--ops", "token_kl.fwd"]
+    assert cli.main([*arguments, "--providers", "ours", "eager", "--out", str(tmp_path)]) == 0
+    (tmp_path / "notes.md").touch()
+    assert cli.main(["table", str(only(tmp_path, "ops-*.csv")), str(tmp_path / "notes.md")]) == 2
+    assert "notes.md must begin with the command that wrote it: step, " in capsys.readouterr().err
+
+
+TIMES = ["rounds", "wall_ms", "wall_p20_ms", "wall_p80_ms", "cpu_ms"]
+MEMORY = ["extra_mib", "extra_resident_mib"]
+COLUMNS = {
+    RowOpRow: [
+        *["run", "op", "pass_name", "shape", "dtype", "scale", "cache", "provider", "status"],
+        *[*TIMES, "cpu_p20_ms", "cpu_p80_ms", "model_mb", "gb_per_s", "limit_share"],
+        *["read_gb_per_s", "update_gb_per_s", "limit_source", *MEMORY, "error_out", "error_grad"],
+        *["over_ours", "over_ours_cpu", "over_ours_inplace", "over_ours_inplace_cpu"],
+    ],
+    HeadRow: [
+        *["loss", "pass_name", "provider", "dtype", "rows", "hidden", "vocabulary", "pairs", "status"],
+        *[*TIMES, "units", "peak_share", "peak_gflop_per_s", "native_gflop_per_s", *MEMORY],
+        *["error_loss", "error_hidden", "error_weight", "over_eager", "over_products"],
+    ],
+    StepRow: [
+        *["provider", "pairs", "kl_samples", "kl_every", "tokens", "vocabulary", "hidden", "layers", "status"],
+        *[*TIMES, "with_refresh_ms", *MEMORY, "error_loss", "error_grad", "over_ours", "over_ours_inplace"],
+    ],
+}
+
+
+@pytest.mark.parametrize("row_type", COLUMNS)
+def test_columns_are_an_interface(row_type: type) -> None:
+    assert column_names(row_type) == COLUMNS[row_type]
 
 
 @pytest.mark.parametrize(
@@ -476,8 +590,8 @@ def test_a_gpu_is_timed_between_events_with_cold_caches(monkeypatch: pytest.Monk
 
 
 def test_every_provider_that_is_measured_by_default_is_drawn() -> None:
-    assert set(DEFAULT_PROVIDERS) <= set(report._COLOURS)
-    assert set(PROVIDERS) == set(report.PROVIDER_LABELS)
+    assert set(DEFAULT_PROVIDERS) <= set(plot.COLOURS)
+    assert set(PROVIDERS) == set(table.PROVIDER_LABELS)
 
 
 def test_peers_that_need_a_gpu_say_so() -> None:
@@ -491,9 +605,10 @@ def test_peers_that_need_a_gpu_say_so() -> None:
 def test_liger_is_called_as_it_wants_to_be() -> None:
     program = """
 import torch
-from benchmarks.peers.row_ops import PROVIDERS, eager_token_logps
+from benchmarks.peers.eager import token_logps
+from benchmarks.peers.row_ops import PROVIDERS
 logits, labels, upstream = torch.randn(4, 50, requires_grad=True), torch.randint(50, (4,)), torch.rand(4)
-expected = eager_token_logps(logits, labels)
+expected = token_logps(logits, labels)
 (truth,) = torch.autograd.grad(expected, logits, upstream)
 got = PROVIDERS["liger"].functions["token_logps"](logits * 1, labels)
 torch.testing.assert_close(got, expected)
@@ -564,7 +679,7 @@ def test_every_command_of_the_gpu_report_is_one_that_exists(choose: Any, device:
                 module, *arguments = part.command[2:]
                 assert importlib.util.find_spec(module)
                 if module == "benchmarks":
-                    cli._parser().parse_args(arguments)
+                    cli.parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
@@ -573,7 +688,7 @@ def test_a_gpu_is_named_by_its_index(name: str, index: int, monkeypatch: pytest.
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
-    settings, _ = cli._settings(cli._parser().parse_args(["ops", "--device", name]))
+    settings, _ = common.settings_and_simd(cli.parser().parse_args(["ops", "--device", name]))
     assert settings.device == torch.device("cuda", index)
     monkeypatch.setattr(selfcheck, "copy_bandwidth", lambda device, repeats: 1e9)
     monkeypatch.setattr(selfcheck, "check", lambda *args: iter(()))
@@ -634,7 +749,7 @@ def test_exponent_is_the_slope_in_logarithms(power: float) -> None:
 @pytest.mark.slow
 def test_all_measures_everything_and_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, figure = tmp_path / "page.md", tmp_path / "growth.png"
-    page.write_text(f"before\n{report.RESULTS_BEGIN}\nlast year's\n{report.RESULTS_END}\nafter\n")
+    page.write_text(f"before\n{RESULTS_BEGIN}\nlast year's\n{RESULTS_END}\nafter\n")
     arguments = ["all", "--quick", "--out", str(tmp_path / "out"), "--page", str(page)]
     assert cli.main(arguments) == 2  # the figure of the repository is not for tiny sizes
     assert "--quick needs --page and --figure" in capsys.readouterr().err

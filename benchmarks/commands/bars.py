@@ -1,4 +1,4 @@
-"""The project's speed bars: what must hold on the machine at hand, measured over several runs.
+"""``bars``: the project's speed bars, which must hold on the machine at hand, over several runs.
 
 Three groups: the row ops, the head, and what a call costs beside the ops that it calls.
 """
@@ -14,13 +14,18 @@ from typing import Any
 import torch
 
 import spo_kernels
+from benchmarks.commands.arguments import add_common, count, session, shape
+from benchmarks.commands.head import DEFAULT_PAIRS
 from benchmarks.harness import measure
-from benchmarks.harness import results as report
-from benchmarks.harness.case import CaseRunner, Settings, denormal_ratio, failures_of_ours
-from benchmarks.harness.results import Row
+from benchmarks.harness.results import CsvWriter, heading, markdown_table, output_path
+from benchmarks.harness.rows import failures_of_ours
+from benchmarks.harness.session import Session
 from benchmarks.peers.row_ops import PROVIDERS
-from benchmarks.workloads import head
+from benchmarks.workloads.head import HeadRow, LossRunner, Size
+from benchmarks.workloads.row_case import CaseRunner, RowOpRow, denormal_ratio
 from benchmarks.workloads.row_ops import Case, Workload
+
+HELP = "measure the project's speed bars, pass or miss"
 
 _LOGPS_FWD, _LOGPS_FWD_BWD = Workload("token_logps", "fwd"), Workload("token_logps", "fwd_bwd")
 _KL_FWD = Workload("token_kl", "fwd")
@@ -48,16 +53,16 @@ _RATIOS = (
 )
 # (op and pass, ours, smallest share of the measured limit by dtype)
 _SHARES = ((_LOGPS_FWD, "ours", {_F32: 0.85, _BF16: 0.75}),)
-# (op and pass, ours, most extra memory in logits-sized tensors): per-row values alone
+# (op and pass, ours, most extra memory in logits-sized tensors): room for per-row values alone
 _MEMORY = ((_LOGPS_FWD_BWD, "ours_inplace", 0.01),)
-# (op and pass, ours, most time on denormal-heavy rows over time on normal ones)
+# (op and pass, ours, most time on denormal-heavy rows over time on normal rows)
 _DENORMAL = (
     (_LOGPS_FWD, "ours", 1.3),
     (_LOGPS_FWD_BWD, "ours_inplace", 1.3),
     (_KL_FWD, "ours", 1.3),
 )
-# Of the head's pair loss, forward and backward: (provider, dtype) -> (most time over eager's, most MiB beside
-# inputs and gradients, whether a float32 sum of the weight's gradient may come on top).
+# The head's pair loss, forward and backward: (provider, dtype) -> (most time over eager's, most MiB beside inputs and
+# gradients, whether a float32 sum of the weight's gradient may come on top).
 _HEAD = {
     ("recompute_free", "float32"): (0.85, 64.0, True),  # one tile as wide as the vocabulary
     ("recompute", "float32"): (1.05, 64.0, False),
@@ -86,37 +91,62 @@ class Bar:
         return f"{'pass' if held else 'MISS'} ({margin:+.0%})"
 
 
-def _measured(case: Case, rows: Mapping[tuple[Workload, str], Row], clock: str) -> Iterator[tuple[Bar, float | None]]:
-    """Every bar that rows of one run of a case decide, and its value; None where something was not timed."""
-    suffix = "" if clock == "wall" else "_cpu"
-    for workload, ours, peer, needed in _RATIOS:
-        if case.dtype not in needed:
-            continue
-        # Of other levels there is no median of ratios within a round, only that of each to ours at the best level.
-        base = ours if ours in ("ours", "ours_inplace") else "ours"
-        times = [getattr(rows.get((workload, name)), f"over_{base}{suffix}", None) for name in (peer, ours)]
-        value = times[0] / times[1] if times[0] and times[1] else None
-        yield Bar(f"{workload}: {peer}'s time / {ours}", str(case), needed[case.dtype], at_least=True), value
-    for workload, ours, shares in _SHARES:
-        share = getattr(rows.get((workload, ours)), "limit_share", None)
-        yield Bar(f"{workload}: {ours}, share of read bandwidth", str(case), shares[case.dtype], at_least=True), share
-    for workload, ours, most in _MEMORY:
-        extra = getattr(rows.get((workload, ours)), "extra_mib", None)
-        tensor_mib = torch.Size(case.shape).numel() * case.dtype.itemsize / (1 << 20)
-        value = None if extra is None else extra / tensor_mib
-        yield Bar(f"{workload}: {ours}, extra memory in [N, V] tensors", str(case), most, at_least=False), value
+@dataclass(frozen=True)
+class _Plan:
+    """What the command was asked for."""
+
+    runs: int
+    clock: str  # wall or cpu
+    shapes: list[tuple[int, ...]] | None  # None: the bars' own cases
+    providers: list[str] | None  # None: all
+    groups: list[str]
+    head_shape: tuple[int, ...]  # N, H, V
 
 
-def run_bars(options: argparse.Namespace, environment: report.Environment, settings: Settings) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "The speed bars of the project: median and spread over runs, pass or miss."
+    add_common(parser)
+    parser.add_argument("--runs", type=count, default=5, help="runs to take median and spread of (default: 5)")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="time that ratios compare")
+    parser.add_argument("--shapes", type=shape, nargs="+", metavar="NxV", help="instead of the bars' own shapes")
+    parser.add_argument("--providers", choices=PROVIDERS, nargs="+", metavar="NAME", help="leave the others unmeasured")
+    parser.add_argument(
+        "--groups", choices=GROUPS, nargs="+", default=[*GROUPS], metavar="GROUP", help="ops, head, calls"
+    )
+    parser.add_argument(
+        "--head-shape", type=_head_shape, default=(4096, 768, 32000), metavar="NxHxV", help="of the head's"
+    )
+
+
+def _head_shape(text: str) -> tuple[int, ...]:
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"must be NxHxV, such as 4096x768x32000, got {text!r}")
+    rows, hidden, vocabulary = map(int, parts)
+    if rows % (2 * DEFAULT_PAIRS):
+        raise argparse.ArgumentTypeError(f"N must be a multiple of {2 * DEFAULT_PAIRS}, got {text!r}")
+    return rows, hidden, vocabulary
+
+
+def run(options: argparse.Namespace) -> int:
+    plan = _Plan(
+        runs=options.runs,
+        clock=options.clock,
+        shapes=options.shapes,
+        providers=options.providers,
+        groups=options.groups,
+        head_shape=options.head_shape,
+    )
+    of_session = session(options)
     measurements = {"ops": _OpBars, "head": _HeadBars, "calls": _CallBars}
-    groups = [measurements[name](options, environment, settings) for name in options.groups]
-    for run in range(options.runs):
+    groups = [measurements[name](plan, of_session) for name in plan.groups]
+    for index in range(plan.runs):
         for group in groups:
-            group.run(run)
+            group.run(index)
     bars = [(bar, values) for group in groups for bar, values in group.values.items()]
     notes = [note for group in groups for note in group.notes()]
-    page = report.output_path(options.out, "bars", ".md")
-    text = f"**Bars.** {report.machine_line(environment)}\n\n{_markdown(bars, options, notes)}"
+    page = output_path(of_session.out, "bars", ".md")
+    text = f"{heading('Bars', of_session.environment)}\n\n{_markdown(bars, plan, notes)}"
     page.write_text(text + "\n")
     problems = sorted({problem for group in groups for problem in group.problems})
     print("", text, *problems, "", page, sep="\n")
@@ -126,13 +156,12 @@ def run_bars(options: argparse.Namespace, environment: report.Environment, setti
 class _Bars:
     """Bars of one group, with a value for each run."""
 
-    def __init__(self, options: argparse.Namespace, environment: report.Environment, settings: Settings) -> None:
-        self._options = options
-        self._environment = environment
-        self._settings = settings
+    def __init__(self, plan: _Plan, of_session: Session) -> None:
+        self._plan = plan
+        self._session = of_session
         self.values: dict[Bar, list[float]] = {}
-        self.problems: set[str] = set()  # of anyone; why something was not timed
-        self.wrong = False  # a result of ours
+        self.problems: set[str] = set()  # why something, of anyone, is not "ok"
+        self.wrong = False  # whether a result of ours was
 
     def run(self, run: int) -> None:
         raise NotImplementedError
@@ -144,33 +173,68 @@ class _Bars:
         self.values.setdefault(bar, []).extend([] if value is None else [value])
 
 
+Rows = Mapping[tuple[Workload, str], RowOpRow]  # by workload and provider
+
+
 class _OpBars(_Bars):
-    def __init__(self, options: argparse.Namespace, environment: report.Environment, settings: Settings) -> None:
-        super().__init__(options, environment, settings)
-        allowed = options.providers or PROVIDERS
+    def __init__(self, plan: _Plan, of_session: Session) -> None:
+        super().__init__(plan, of_session)
+        allowed = plan.providers or PROVIDERS
         needed = ("ours", "ours_inplace", "ours_avx2", "eager", "compile")
         self._providers = [name for name in needed if name in allowed]
-        self._cases = (
-            [Case(shape, dtype) for dtype in (_F32, _BF16) for shape in options.shapes] if options.shapes else _CASES
-        )
-        self._writer = report.CsvWriter(report.output_path(options.out, "bars"), Row, environment)
+        self._cases = [Case(size, dtype) for dtype in (_F32, _BF16) for size in plan.shapes] if plan.shapes else _CASES
+        self._writer = CsvWriter(output_path(of_session.out, "bars"), RowOpRow, of_session.environment)
         self._limits: set[tuple[float, str]] = set()
 
     def run(self, run: int) -> None:
         for case in self._cases:
-            print(f"run {run + 1} of {self._options.runs}: {case}", flush=True)
-            rows = _run_case(case, self._settings, self._providers, run)
-            self._writer.write(rows.values())
-            self._limits |= {(row.read_gb_per_s or 0, row.limit_source) for row in rows.values() if row.limit_source}
-            self.problems |= {f"{row.provider}: {row.status}" for row in rows.values() if row.status != "ok"}
-            self.wrong |= bool(failures_of_ours(list(rows.values())))
-            for bar, value in _measured(case, rows, self._options.clock):
+            print(f"run {run + 1} of {self._plan.runs}: {case}", flush=True)
+            by_key = self._run_case(case, run)
+            rows = list(by_key.values())
+            self._writer.write(rows)
+            self._limits |= {(row.read_gb_per_s or 0, row.limit_source) for row in rows if row.limit_source}
+            self.problems |= {f"{row.provider}: {row.status}" for row in rows if row.status != "ok"}
+            self.wrong |= bool(failures_of_ours(rows))
+            for bar, value in self._measured(case, by_key):
                 self._add(bar, value)
             for workload, ours, most in _DENORMAL:
                 if ours in self._providers:
                     bar = Bar(f"{workload}: {ours}, randn x 40 over randn", str(case), most, at_least=False)
-                    wall, cpu = denormal_ratio(workload, ours, case, self._settings)
-                    self._add(bar, wall if self._options.clock == "wall" else cpu)
+                    wall, cpu = denormal_ratio(workload, ours, case, self._session.settings)
+                    self._add(bar, wall if self._plan.clock == "wall" else cpu)
+
+    def _run_case(self, case: Case, run: int) -> Rows:
+        runner = CaseRunner(case, self._session.settings, self._providers)
+        barred = [workload for workload, _, _, needed in _RATIOS if case.dtype in needed]
+        workloads = dict.fromkeys([*barred, *(workload for workload, *_ in (*_SHARES, *_MEMORY))])
+        return {(workload, row.provider): row for workload in workloads for row in runner.run(workload, run)}
+
+    def _measured(self, case: Case, rows: Rows) -> Iterator[tuple[Bar, float | None]]:
+        """Every bar that rows of one run of a case decide, and its value; None where something was not timed."""
+        for workload, ours, peer, needed in _RATIOS:
+            if case.dtype in needed:
+                bar = Bar(f"{workload}: {peer}'s time / {ours}", str(case), needed[case.dtype], at_least=True)
+                yield bar, self._ratio(rows.get((workload, peer)), rows.get((workload, ours)))
+        for workload, ours, shares in _SHARES:
+            row = rows.get((workload, ours))
+            bar = Bar(f"{workload}: {ours}, share of read bandwidth", str(case), shares[case.dtype], at_least=True)
+            yield bar, row.limit_share if row else None
+        for workload, ours, most in _MEMORY:
+            row = rows.get((workload, ours))
+            tensor_mib = torch.Size(case.shape).numel() * case.dtype.itemsize / (1 << 20)
+            bar = Bar(f"{workload}: {ours}, extra memory in [N, V] tensors", str(case), most, at_least=False)
+            yield bar, row.memory.extra_mib / tensor_mib if row and row.memory else None
+
+    def _ratio(self, peer: RowOpRow | None, ours: RowOpRow | None) -> float | None:
+        """The peer's time over ours, from both times over those of ours at the best level.
+
+        Ratios within a round are known only to ours at the best level, not to ours at other levels.
+        """
+        if peer is None or ours is None:
+            return None
+        base = ours.provider if ours.provider in ("ours", "ours_inplace") else "ours"
+        key = base if self._plan.clock == "wall" else f"{base}_cpu"
+        return peer.over[key] / ours.over[key] if key in peer.over and key in ours.over else None
 
     def notes(self) -> list[str]:
         if not self._limits:
@@ -180,9 +244,9 @@ class _OpBars(_Bars):
 
 
 class _HeadBars(_Bars):
-    def __init__(self, options: argparse.Namespace, environment: report.Environment, settings: Settings) -> None:
-        super().__init__(options, environment, settings)
-        self._writer = report.CsvWriter(report.output_path(options.out, "bars_head"), head.HeadRow, environment)
+    def __init__(self, plan: _Plan, of_session: Session) -> None:
+        super().__init__(plan, of_session)
+        self._writer = CsvWriter(output_path(of_session.out, "bars_head"), HeadRow, of_session.environment)
         self._products: dict[str, list[float]] = {}  # by dtype: time of the products alone over eager's
 
     def notes(self) -> list[str]:
@@ -192,34 +256,36 @@ class _HeadBars(_Bars):
         ]
 
     def run(self, run: int) -> None:
-        n, hidden, vocabulary = self._options.head_shape
-        size = head.Size(head.DEFAULT_PAIRS, n // (2 * head.DEFAULT_PAIRS), hidden, vocabulary)
+        n, hidden, vocabulary = self._plan.head_shape
+        size = Size(DEFAULT_PAIRS, n // (2 * DEFAULT_PAIRS), hidden, vocabulary)
         names = ("recompute_free", "recompute", "eager", "eager_float")
         for dtype in ("float32", "bfloat16"):
             case = f"[{n}, {hidden}] x [{vocabulary}, {hidden}] {dtype}"
-            print(f"run {run + 1} of {self._options.runs}: head {case}", flush=True)
-            measured = head.LossRunner(size, dtype, "pairs", self._settings, names).run("fwd_bwd")
-            rows = {row.provider: row for row in measured}
-            self._writer.write(rows.values())
-            self.problems |= {f"head {name} {dtype}: {row.status}" for name, row in rows.items() if row.status != "ok"}
-            self.wrong |= any(row.status != "ok" for name, row in rows.items() if name in head.OURS)
+            print(f"run {run + 1} of {self._plan.runs}: head {case}", flush=True)
+            rows = LossRunner(size, dtype, "pairs", self._session.settings, names).run("fwd_bwd")
+            self._writer.write(rows)
+            self.problems |= {f"head {row.provider} {dtype}: {row.status}" for row in rows if row.status != "ok"}
+            self.wrong |= bool(failures_of_ours(rows))
             self._products.setdefault(dtype, []).extend(
-                row.over_eager / row.over_products for row in rows.values() if row.over_eager and row.over_products
+                row.over["eager"] / row.over["products"] for row in rows if row.over.keys() >= {"eager", "products"}
             )
-            for (name, of_dtype), (most_time, most_mib, with_sum) in _HEAD.items():
-                if of_dtype != dtype:
-                    continue
-                row = rows[name]
-                most_mib += vocabulary * hidden * 4 / (1 << 20) if with_sum else 0
-                share = f"head: {name}, share of the products' peak"
-                peer = "eager" if dtype == "float32" else "eager_float"  # native bfloat16 fails the gate
-                self._add(Bar(f"head: {name}'s time / {peer}", case, most_time, at_least=False), row.over_eager)
-                self._add(Bar(share, case, _HEAD_PEAK_SHARE, at_least=True), row.peak_share)
-                self._add(Bar(f"head: {name}, extra MiB", case, most_mib, at_least=False), row.extra_mib)
+            for row in rows:
+                if (row.provider, dtype) in _HEAD:
+                    self._add_bars(row, case)
+
+    def _add_bars(self, row: HeadRow, case: str) -> None:
+        most_time, most_mib, with_sum = _HEAD[row.provider, row.dtype]
+        most_mib += row.vocabulary * row.hidden * 4 / (1 << 20) if with_sum else 0
+        name = row.provider
+        peer = "eager" if row.dtype == "float32" else "eager_float"  # native bfloat16 fails the gate
+        extra_mib = None if row.memory is None else row.memory.extra_mib
+        self._add(Bar(f"head: {name}'s time / {peer}", case, most_time, at_least=False), row.over.get("eager"))
+        self._add(Bar(f"head: {name}, share of the products' peak", case, _HEAD_PEAK_SHARE, True), row.peak_share)
+        self._add(Bar(f"head: {name}, extra MiB", case, most_mib, at_least=False), extra_mib)
 
 
 class _Nothing(torch.autograd.Function):
-    """What torch charges for a function of autograd in Python, whatever it does."""
+    """What torch charges for any autograd.Function in Python."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -233,10 +299,10 @@ class _Nothing(torch.autograd.Function):
 
 
 class _CallBars(_Bars):
-    """Microseconds that a small call takes beside the ops it calls and beside what torch charges anyone's Function."""
+    """Microseconds of a small call, less those of its ops and of an autograd.Function that does nothing."""
 
-    def __init__(self, options: argparse.Namespace, environment: report.Environment, settings: Settings) -> None:
-        super().__init__(options, environment, settings)
+    def __init__(self, plan: _Plan, of_session: Session) -> None:
+        super().__init__(plan, of_session)
         self._nothing: list[float] = []
         self._both: list[float] = []
 
@@ -248,8 +314,8 @@ class _CallBars(_Bars):
         ]
 
     def run(self, run: int) -> None:
-        print(f"run {run + 1} of {self._options.runs}: calls", flush=True)
-        device = self._settings.device
+        print(f"run {run + 1} of {self._plan.runs}: calls", flush=True)
+        device = self._session.settings.device
         logits = torch.randn(_CALL_SHAPE, device=device, requires_grad=True)
         labels = torch.zeros(_CALL_SHAPE[:1], dtype=torch.int64, device=device)
         upstream = torch.rand(_CALL_SHAPE[:1], device=device)
@@ -267,7 +333,7 @@ class _CallBars(_Bars):
             "nothing": lambda: torch.autograd.grad(_Nothing.apply(logits, plain), logits, upstream),
         }
         entries = {name: measure.Entry(call) for name, call in calls.items()}
-        samples = measure.interleave(entries, device, self._settings.repeats)
+        samples = measure.interleave(entries, device, self._session.settings.repeats)
         us = {name: 1e6 * statistics.median(times.wall) for name, times in samples.items()}
         self._nothing.append(us["nothing"])
         self._both.append(us["both"] - us["op forward"] - us["op backward"])
@@ -278,14 +344,7 @@ class _CallBars(_Bars):
             self._add(Bar(f"token_logps: {title}", str(Case(_CALL_SHAPE, _F32)), _CALL_MICROSECONDS, False), value)
 
 
-def _run_case(case: Case, settings: Settings, providers: list[str], run: int) -> dict[tuple[Workload, str], Row]:
-    runner = CaseRunner(case, settings, providers)
-    barred = [workload for workload, _, _, needed in _RATIOS if case.dtype in needed]
-    workloads = dict.fromkeys([*barred, *(workload for workload, *_ in (*_SHARES, *_MEMORY))])
-    return {(workload, row.provider): row for workload in workloads for row in runner.run(workload, run)}
-
-
-def _markdown(bars: list[tuple[Bar, list[float]]], options: argparse.Namespace, notes: list[str]) -> str:
+def _markdown(bars: list[tuple[Bar, list[float]]], plan: _Plan, notes: list[str]) -> str:
     lines = []
     for bar, measured in bars:
         sign = "≥" if bar.at_least else "≤"
@@ -293,6 +352,6 @@ def _markdown(bars: list[tuple[Bar, list[float]]], options: argparse.Namespace, 
         median = f"{statistics.median(measured):.3g}" if measured else ""
         lines.append([bar.title, bar.case, f"{sign} {bar.needed:.3g}", median, spread, bar.verdict(measured)])
     held = sum("pass" in line[-1] for line in lines)
-    summary = f"{held} of {len(lines)} bars hold; medians of {options.runs} runs, {options.clock} time."
-    table = report.markdown_table(["bar", "case", "needed", "median", "runs", "result"], lines, 2)
+    summary = f"{held} of {len(lines)} bars hold; medians of {plan.runs} runs, {plan.clock} time."
+    table = markdown_table(["bar", "case", "needed", "median", "runs", "result"], lines, 2)
     return f"{table}\n\n{' '.join([summary, *notes])}"

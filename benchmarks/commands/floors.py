@@ -1,46 +1,54 @@
-"""What GPUs that are not here could do at best: bytes over the memory's bandwidth, products at their full rate."""
+"""``floors``: the least times that data sheets of GPUs allow: bytes at full bandwidth, products at their full rate."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
-from benchmarks.harness import results as report
-from benchmarks.workloads.row_ops import OPS, Case, Workload
+from benchmarks.commands.arguments import DTYPES, count, shape
+from benchmarks.harness.results import markdown_table
+from benchmarks.workloads.row_ops import OPS, REPRESENTATIVE_WORKLOADS, Case
 
-# Bytes per second of the memory, by the makers' data sheets.
+HELP = "what the ops and the head could do on GPUs, from data sheets alone"
+
+# Of the memory, in bytes per second, by the makers' data sheets.
 BANDWIDTH = {"A100 80GB": 2.04e12, "H100 SXM": 3.35e12, "H200": 4.8e12, "B200": 8.0e12, "MI300X": 5.3e12}
 
-# bfloat16 operations per second of dense products, by the same sheets.
+# Of dense products in bfloat16, in operations per second, by the same sheets.
 OPERATIONS = {"A100 80GB": 312e12, "H100 SXM": 989e12, "H200": 989e12, "B200": 2250e12, "MI300X": 1307e12}
 
-WORKLOADS = (
-    Workload("token_logps", "fwd"),
-    Workload("token_logps", "fwd_bwd"),
-    Workload("token_kl", "fwd"),
-    Workload("token_kl", "fwd_bwd"),
-    Workload("kl_loss", "fwd_bwd"),
-)
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", type=shape, nargs="+", default=[(8192, 32000), (8192, 128256), (8192, 151936)])
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--widths", type=count, nargs="+", default=[576, 768, 1024, 2048, 4096], metavar="H")
 
 
-def markdown(cases: Sequence[Case]) -> str:
+def run(options: argparse.Namespace) -> int:
+    print(_ops([Case(size, DTYPES[options.dtype]) for size in options.shapes]), "", sep="\n")
+    print(_head(options.widths))
+    return 0
+
+
+def _ops(cases: Sequence[Case]) -> str:
     """A row a workload and case: its bytes, and microseconds on each GPU at its full bandwidth."""
     rows = []
     for case in cases:
-        for workload in WORKLOADS:
+        for workload in REPRESENTATIVE_WORKLOADS:
             traffic = OPS[workload.op].bytes_moved(workload.pass_name, case.shape, case.dtype)
             moved = traffic.read + traffic.update
             times = [f"{1e6 * moved / bandwidth:.0f}" for bandwidth in BANDWIDTH.values()]
             rows.append([str(workload), str(case), f"{moved / 1e9:.2f}", *times])
     header = ["op and pass", "case", "GB", *(f"{name}, us" for name in BANDWIDTH)]
-    return report.markdown_table(header, rows, 2)
+    return markdown_table(header, rows, 2)
 
 
-def head_markdown(widths: Sequence[int]) -> str:
-    """A row a width H of the head: the rate its product must reach, of the library's, where it keeps logits to itself.
+def _head(widths: Sequence[int]) -> str:
+    """A row a width H of the head: the share of the library's rate that a fused kernel's product must reach to win.
 
-    A kernel that takes the statistics of bfloat16 logits from the product saves writing 2 bytes a logit and reading
-    them again; against ``2 H`` operations a logit, both at the sheet's rates. Where a tile of logits stays in the L2
-    cache it saves less, down to nothing but launches: then the rate needed comes to 100 %.
+    The fused kernel takes the statistics of bfloat16 logits from the product. It saves writing 2 bytes a logit and
+    reading them again, and has the product's ``2 H`` operations a logit; both count at the sheet's rates. Where a tile
+    of logits stays in the L2 cache the kernel saves less. In the extreme it saves launches alone, and must reach 100 %.
     """
     rows = []
     for width in widths:
@@ -49,4 +57,4 @@ def head_markdown(widths: Sequence[int]) -> str:
             product = 2 * width / OPERATIONS[name]
             shares.append(f"{product / (product + 4 / bandwidth):.0%}")
         rows.append([str(width), *shares])
-    return report.markdown_table(["H", *BANDWIDTH], rows, 1)
+    return markdown_table(["H", *BANDWIDTH], rows, 1)

@@ -1,7 +1,8 @@
-"""One report from a machine with a GPU: its tests, the selfcheck, the benchmarks. Each step is a program of its own.
+"""``gpu``: one report from a machine with a GPU: its tests, the selfcheck, the benchmarks.
 
-A step that fails does not stop the others: the report says so, and so does the exit status. With a budget of seconds
-the steps are those that tell most in little time, the most telling first; no step runs beyond the budget.
+Each step is a program of its own. A step that fails does not stop the others: the report says so, and so does the exit
+status. With a budget of seconds the list is shorter and begins with the steps that tell most; no step runs beyond the
+budget.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from benchmarks import ROOT
-from benchmarks.harness import results as report
-from benchmarks.harness.case import Settings
+from benchmarks.commands.arguments import add_out, count, session
+from benchmarks.harness.results import markdown_table, output_path
+from benchmarks.harness.session import Environment, machine_line
+
+HELP = "one report for those who have a GPU: tests, selfcheck, benchmarks"
 
 _STEP_SECONDS = 2 * 3600
 _LEAST_SECONDS = 8  # of a budget; a step that would get less is left out
@@ -48,8 +54,22 @@ class Outcome(NamedTuple):
         return "ok" if self.status == 0 else "out of time" if self.status is None else f"FAILED with {self.status}"
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Runs the tests marked gpu, the selfcheck and the benchmarks, and writes one page about it. "
+        "Exits with 1 if any of them failed."
+    )
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="default: cuda")
+    add_out(parser)
+    parser.add_argument(
+        "--budget", type=count, metavar="SECONDS", help="the most telling of it, in so much time (try 540)"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the report itself; works with cpu too")
+    parser.set_defaults(threads=None, simd=None, repeats=1)
+
+
 def _about_the_machine(device: str, out: Path) -> Iterator[Step]:
-    # All but the benchmarks start elsewhere: Python would import the source tree before the installed package.
+    # All but the benchmarks start in out: in the source tree Python would import that before the installed package.
     yield Step("Environment", [*_PYTHON, "spo_kernels.env"], out, 60)
     for tool in ("nvidia-smi", "rocm-smi"):
         if device != "cpu" and shutil.which(tool):
@@ -57,9 +77,9 @@ def _about_the_machine(device: str, out: Path) -> Iterator[Step]:
 
 
 def steps(device: str, out: Path, quick: bool) -> Iterator[Step]:
-    """What a report consists of. quick: small enough to try all of it on a CPU."""
+    """The steps of a whole report. quick: small enough to try all of them on a CPU."""
     yield from _about_the_machine(device, out)
-    # On a CPU nothing that is marked would run: the file that also runs there stands in.
+    # On a CPU no marked test would run, so a file of tests that also run there stands in.
     chosen = ["-m", "gpu", str(ROOT / "tests")] if device != "cpu" else [str(ROOT / "tests/test_gpu.py")]
     yield Step("Tests", [*_PYTHON, "pytest", *chosen], out)
     rows = ["--rows", "8"] if quick else []
@@ -80,7 +100,7 @@ def steps(device: str, out: Path, quick: bool) -> Iterator[Step]:
 
 
 def budgeted_steps(device: str, out: Path, quick: bool) -> Iterator[Step]:
-    """The same in ten minutes, the most telling first. Packages that are not there are not needed."""
+    """The same in ten minutes, the most telling first. Needs no package that is not there."""
     yield from _about_the_machine(device, out)
     size = ["--rows", "8", "--vocab", "1000"] if quick else ["--rows", "512"]
     yield Step("Selfcheck", [*_PYTHON, "spo_kernels.selfcheck", "--device", device, *size], out, 90)
@@ -103,6 +123,13 @@ def budgeted_steps(device: str, out: Path, quick: bool) -> Iterator[Step]:
         heads = ["--pairs", "8", "--tokens", "256", "--vocabulary", "128256", "--hidden", "2048"]
     providers = ["recompute", "recompute_free", "eager", "cross_entropy"]
     yield Step("Head", [*head, *heads, "--providers", *providers], seconds=90)
+    model = ["--pairs", "1", "--tokens", "8", "--vocabulary", "130", "--hidden", "64", "--layers", "1"]
+    if not quick:
+        model = ["--pairs", "16", "--tokens", "256", "--vocabulary", "128256", "--hidden", "2048", "--layers", "16"]
+        model += ["--kl-samples", "8"]
+    step = [*_PYTHON, "benchmarks", "step", "--device", device, "--out", str(out), "--repeats", "1" if quick else "3"]
+    step += [*model, "--dtype", "bfloat16", "--providers", "ours_inplace", "ours_head", "eager"]
+    yield Step("Training step of a model with 1B parameters", step, seconds=90)
     yield Step("Rows of other sizes", [*ops, *ours, *peers, "--shapes", *others], seconds=120)
     yield Step("Rows, compiled", [*ops, *ours, "compile", "--shapes", *wide], seconds=120)
     if device == "cpu":
@@ -112,7 +139,7 @@ def budgeted_steps(device: str, out: Path, quick: bool) -> Iterator[Step]:
     yield Step("Tests of Triton", [*pytest, "-m", "gpu", "-k", "gpu-triton", of_ops], out, 180)
 
 
-def run(step: Step, seconds: float = _STEP_SECONDS) -> Outcome:
+def run_step(step: Step, seconds: float = _STEP_SECONDS) -> Outcome:
     """Run a step for at most so many seconds, or its own most; its children end with it."""
     start = time.perf_counter()
     status: int | None
@@ -140,31 +167,33 @@ def run(step: Step, seconds: float = _STEP_SECONDS) -> Outcome:
     return Outcome(step, status, time.perf_counter() - start, output)
 
 
-def run_gpu(options: argparse.Namespace, environment: report.Environment, settings: Settings) -> int:
-    out = options.out.resolve()  # the steps start in other folders
-    page = report.output_path(out, "gpu", ".md")
+def run(options: argparse.Namespace) -> int:
+    of_session = session(options)
+    out = of_session.out.resolve()  # the steps start in other folders
+    page = output_path(out, "gpu", ".md")
     outcomes: list[Outcome] = []
     end = time.perf_counter() + (options.budget or float("inf"))
     choose = steps if options.budget is None else budgeted_steps
-    for step in choose(str(options.device), out, options.quick):
+    for step in choose(str(of_session.settings.device), out, options.quick):
         left = end - time.perf_counter()
         if left < _LEAST_SECONDS:
             print(f"{step.title}: left out, no time", flush=True)
             continue
         print(f"{step.title}: {shlex.join(step.command)}", flush=True)
-        outcomes.append(run(step, min(left, _STEP_SECONDS)))
+        outcomes.append(run_step(step, min(left, _STEP_SECONDS)))
         print(f"  {outcomes[-1].verdict}, {outcomes[-1].seconds:.0f} s", flush=True)
-        page.write_text(_markdown(outcomes, environment))  # after each step, so that an interrupted report is one too
+        # After each step, so that an interrupted report is one too.
+        page.write_text(_markdown(outcomes, of_session.environment))
     print("", page, sep="\n")
     return 0 if all(outcome.status == 0 for outcome in outcomes) else 1
 
 
-def _markdown(outcomes: list[Outcome], environment: report.Environment) -> str:
+def _markdown(outcomes: list[Outcome], environment: Environment) -> str:
     summary = [[o.step.title, o.verdict, f"{o.seconds:.0f}"] for o in outcomes]
     parts = [
         "# spo_kernels on a GPU",
-        report.machine_line(environment),
-        report.markdown_table(["step", "result", "seconds"], summary, 2),
+        machine_line(environment),
+        markdown_table(["step", "result", "seconds"], summary, 2),
     ]
     for outcome in outcomes:
         lines = outcome.output.rstrip().splitlines()

@@ -1,4 +1,4 @@
-"""How cost grows: time and memory against rows, vocabulary and threads, of a row op and of the head.
+"""``growth``: time and memory against rows, vocabulary and threads, of a row op and of the head.
 
 Each point is the code of `ops` and `head` at one size, forward and backward: `token_kl`, and from hidden states the
 pair loss and the KL. The exponent of a line is the slope of its points in logarithms, by least squares: 1 is linear.
@@ -12,26 +12,32 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness import results as report
-from benchmarks.harness.case import CaseRunner, Settings
+from benchmarks.commands.arguments import add_common, count, session
+from benchmarks.harness.results import Report, markdown_table
+from benchmarks.harness.rows import Row
+from benchmarks.harness.session import Settings
 from benchmarks.workloads import head
-from benchmarks.workloads.row_ops import WORKLOADS, Case
+from benchmarks.workloads.row_case import CaseRunner
+from benchmarks.workloads.row_ops import Case, Workload
 
-_WORKLOAD = next(workload for workload in WORKLOADS if str(workload) == "token_kl.fwd_bwd")
+HELP = "time and memory against rows, vocabulary and threads, in one figure"
+
+_WORKLOAD = Workload("token_kl", "fwd_bwd")
 _ROW_PROVIDERS = ("ours", "ours_inplace", "eager")
 _HEAD_PROVIDERS = ("recompute_free", "recompute", "eager")
-# What is measured, by the loss of `head` where it is one.
-_WHAT = {"token_kl": None, "head pair loss": "pairs", "head KL": "kl"}
+# Losses of the head, by the name of their lines.
+_LOSSES = {"head pair loss": "pairs", "head KL": "kl"}
+_WHAT = ("token_kl", *_LOSSES)
 _TOKENS = 64
 _AXES = {"rows": "rows N", "vocabulary": "vocabulary V", "threads": "threads"}
 
 
 class Size(NamedTuple):
-    """Where a point lies, and along which axis it is compared."""
+    """Where a point lies, and the axis of its line."""
 
     axis: str  # one of _AXES
     rows: int
@@ -40,7 +46,8 @@ class Size(NamedTuple):
 
     @property
     def position(self) -> int:
-        return int(getattr(self, self.axis))
+        """Along the axis."""
+        return {"rows": self.rows, "vocabulary": self.vocabulary, "threads": self.threads}[self.axis]
 
 
 @dataclass
@@ -61,85 +68,117 @@ class GrowthRow:
 
     @property
     def position(self) -> int:
-        return int(getattr(self, self.axis))
+        return Size(self.axis, self.rows, self.vocabulary, self.threads).position
+
+    @property
+    def ours(self) -> bool:
+        return self.provider != "eager"
 
 
-def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
+@dataclass(frozen=True)
+class _Axes:
+    """Sizes to measure. The middle of each axis is where the other axes are measured."""
+
+    rows: list[int]
+    vocabulary: list[int]
+    hidden: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sequence of the head's pairs, the same at all sizes."""
+        return max(min(_TOKENS, min(self.rows) // 2), 1)
+
+    def sizes(self, threads: int) -> Iterator[Size]:
+        rows, vocabulary = (axis[len(axis) // 2 - 1] for axis in (self.rows, self.vocabulary))
+        for n in self.rows:
+            yield Size("rows", n, vocabulary, threads)
+        for v in self.vocabulary:
+            yield Size("vocabulary", rows, v, threads)
+        for used in range(1, threads + 1):
+            yield Size("threads", rows, vocabulary, used)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "How time and memory of a row op and of the head grow with rows, vocabulary and threads."
+    add_common(parser)
     parser.add_argument("--rows", type=count, nargs="+", default=[512, 1024, 2048, 4096], metavar="N")
     parser.add_argument("--vocabulary", type=count, nargs="+", default=[16000, 32000, 64000, 128000], metavar="V")
     parser.add_argument("--hidden", type=count, default=256, help="width H of the head (default: 256)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="image to write (default: a new one under --out)")
 
 
-def _tokens(options: argparse.Namespace) -> int:
-    """Tokens of a sequence of the head's pairs, the same at all sizes."""
-    return max(min(_TOKENS, min(options.rows) // 2), 1)
-
-
-def _sizes(options: argparse.Namespace, threads: int) -> Iterator[Size]:
-    rows, vocabulary = options.rows, options.vocabulary
-    middle = rows[len(rows) // 2 - 1], vocabulary[len(vocabulary) // 2 - 1]
-    for n in rows:
-        yield Size("rows", n, middle[1], threads)
-    for v in vocabulary:
-        yield Size("vocabulary", middle[0], v, threads)
-    for used in range(1, threads + 1):
-        yield Size("threads", *middle, used)
-
-
-def _measure(size: Size, options: argparse.Namespace, settings: Settings) -> Iterator[GrowthRow]:
-    torch.set_num_threads(size.threads)
-    settings = replace(settings, threads=size.threads)
-    runner = CaseRunner(Case((size.rows, size.vocabulary), torch.float32), settings, _ROW_PROVIDERS)
-    for row in runner.run(_WORKLOAD, 0):
-        yield _row(size, "token_kl", row)
-    del runner
-    tokens = _tokens(options)
-    of_head = head.Size(size.rows // (2 * tokens), tokens, options.hidden, size.vocabulary)
-    for what, loss in _WHAT.items():
-        if loss is not None:
-            for head_row in head.LossRunner(of_head, "float32", loss, settings, _HEAD_PROVIDERS).run("fwd_bwd"):
-                yield _row(size, what, head_row)
-
-
-def _row(size: Size, what: str, row: Any) -> GrowthRow:
-    times = row.wall_ms, row.wall_p20_ms, row.wall_p80_ms
-    return GrowthRow(
-        size.axis, what, row.provider, size.rows, size.vocabulary, size.threads, row.status, *times, row.extra_mib
-    )
-
-
-def run_growth(options: argparse.Namespace, environment: report.Environment, settings: Settings) -> int:
-    tokens = _tokens(options)
-    if partial := [n for n in options.rows if n % (2 * tokens)]:
-        raise ValueError(f"--rows must be multiples of {2 * tokens}, pairs of {tokens} tokens each, got {partial[0]}")
-    writer = report.CsvWriter(report.output_path(options.out, "growth"), GrowthRow, environment)
+def run(options: argparse.Namespace) -> int:
+    axes = _Axes(options.rows, options.vocabulary, options.hidden)
+    if partial := [n for n in axes.rows if n % (2 * axes.tokens)]:
+        raise ValueError(
+            f"--rows must be multiples of {2 * axes.tokens}, pairs of {axes.tokens} tokens each, got {partial[0]}"
+        )
+    of_session = session(options)
+    report = Report(of_session, "growth", GrowthRow)
     rows: list[GrowthRow] = []
     before = torch.get_num_threads()
     try:
-        for size in _sizes(options, settings.threads):
+        for size in axes.sizes(of_session.settings.threads):
             print(f"N {size.rows}, V {size.vocabulary}, {size.threads} threads", flush=True)
-            measured = list(_measure(size, options, settings))
-            writer.write(measured)
+            measured = list(_measure(size, axes, of_session.settings))
+            report.add(measured)
             rows += measured
     finally:
         torch.set_num_threads(before)
-    page, image = writer.path.with_suffix(".md"), options.save or writer.path.with_suffix(".png")
-    text = f"**How cost grows.** {report.machine_line(environment)} {_markdown(rows, options.hidden)}"
-    page.write_text(text + "\n")
+    report.write_page("How cost grows", _markdown(rows, axes.hidden))
+    image = options.save or report.csv.with_suffix(".png")
     plot(rows, image)
-    print("", text, "", writer.path, page, image, sep="\n")
-    return 1 if any(row.status != "ok" and row.provider != "eager" for row in rows) else 0
+    print(image)
+    return report.exit_status()
+
+
+def _measure(size: Size, axes: _Axes, settings: Settings) -> Iterator[GrowthRow]:
+    torch.set_num_threads(size.threads)
+    settings = replace(settings, threads=size.threads)
+    runner = CaseRunner(Case((size.rows, size.vocabulary), torch.float32), settings, _ROW_PROVIDERS)
+    for row in runner.run(_WORKLOAD):
+        yield _row(size, "token_kl", row)
+    del runner
+    of_head = head.Size(size.rows // (2 * axes.tokens), axes.tokens, axes.hidden, size.vocabulary)
+    for what, loss in _LOSSES.items():
+        for head_row in head.LossRunner(of_head, "float32", loss, settings, _HEAD_PROVIDERS).run("fwd_bwd"):
+            yield _row(size, what, head_row)
+
+
+def _row(size: Size, what: str, row: Row) -> GrowthRow:
+    time = row.timing if row.status == "ok" else None
+    return GrowthRow(
+        axis=size.axis,
+        what=what,
+        provider=row.provider,
+        rows=size.rows,
+        vocabulary=size.vocabulary,
+        threads=size.threads,
+        status=row.status,
+        wall_ms=None if time is None else time.wall_ms,
+        wall_p20_ms=None if time is None else time.wall_p20_ms,
+        wall_p80_ms=None if time is None else time.wall_p80_ms,
+        extra_mib=None if row.memory is None else row.memory.extra_mib,
+    )
 
 
 Line = tuple[str, str]  # what, provider
+Value = Callable[[GrowthRow], float | None]
 
 
-def _lines(rows: list[GrowthRow], axis: str, value: str) -> dict[Line, list[tuple[int, float]]]:
+def _time(row: GrowthRow) -> float | None:
+    return row.wall_ms
+
+
+def _memory(row: GrowthRow) -> float | None:
+    return row.extra_mib
+
+
+def _lines(rows: list[GrowthRow], axis: str, value: Value) -> dict[Line, list[tuple[int, float]]]:
     """(position, value) of each line along an axis, where measured."""
     lines: dict[Line, list[tuple[int, float]]] = {}
     for row in rows:
-        number = getattr(row, value)
+        number = value(row)
         if row.axis == axis and number is not None:
             lines.setdefault((row.what, row.provider), []).append((row.position, number))
     return lines
@@ -153,8 +192,8 @@ def exponent(points: list[tuple[int, float]]) -> float | None:
 
 
 def _markdown(rows: list[GrowthRow], hidden: int) -> str:
-    time = {axis: _lines(rows, axis, "wall_ms") for axis in _AXES}
-    memory = {axis: _lines(rows, axis, "extra_mib") for axis in ("rows", "vocabulary")}
+    time = {axis: _lines(rows, axis, _time) for axis in _AXES}
+    memory = {axis: _lines(rows, axis, _memory) for axis in ("rows", "vocabulary")}
 
     def slope(points: list[tuple[int, float]] | None) -> str:
         value = exponent(points) if points else None
@@ -178,7 +217,7 @@ def _markdown(rows: list[GrowthRow], hidden: int) -> str:
     spans = [f"{axis} {min(found)} to {max(found)}" for axis in _AXES if (found := _positions(rows, axis))]
     return (
         f"float32, forward and backward, head with H = {hidden}; {', '.join(spans)}. Exponents: 1 is linear, -1 in "
-        f"threads perfect scaling.\n\n{report.markdown_table(header, cells, 1)}"
+        f"threads perfect scaling.\n\n{markdown_table(header, cells, 1)}"
     )
 
 
@@ -195,8 +234,8 @@ def plot(rows: list[GrowthRow], path: Path) -> None:
     from matplotlib.ticker import NullLocator
 
     colours = {"eager": "#d1495b", "recompute": "#6a994e"}
-    panels = [(axis, "wall_ms", "ms") for axis in _AXES]
-    panels += [(axis, "extra_mib", "peak MiB beyond inputs") for axis in ("rows", "vocabulary")]
+    panels: list[tuple[str, Value, str]] = [(axis, _time, "ms") for axis in _AXES]
+    panels += [(axis, _memory, "peak MiB beyond inputs") for axis in ("rows", "vocabulary")]
     size = (3.4 * len(panels), 3.2 * len(_WHAT))
     figure, axes = plt.subplots(len(_WHAT), len(panels), figsize=size, layout="constrained", squeeze=False)
     for what, of_what in zip(_WHAT, axes, strict=True):
@@ -208,13 +247,13 @@ def plot(rows: list[GrowthRow], path: Path) -> None:
                     colour = colours.get(provider, "#00798c")
                     panel.plot(positions, values, style, marker="o", markersize=4, color=colour, label=provider)
             panel.set_xscale("log", base=2)
-            panel.set_yscale("log" if value == "wall_ms" else "linear")
+            panel.set_yscale("log" if value is _time else "linear")
             panel.set_xticks(sorted(set(_positions(rows, axis))))
             panel.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}")
             panel.xaxis.set_minor_locator(NullLocator())
             panel.set_xlabel(_AXES[axis])
             panel.set_ylabel(label)
-            panel.set_ylim(bottom=0 if value != "wall_ms" else None)
+            panel.set_ylim(bottom=0 if value is _memory else None)
             panel.grid(alpha=0.3)
         of_what[0].set_title(f"{what}, forward and backward", loc="left", fontsize=10, fontweight="bold")
         of_what[0].legend(fontsize=8)

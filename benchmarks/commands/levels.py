@@ -1,62 +1,59 @@
-"""The SIMD levels of the CPU kernels, in every dtype, beyond the caches and within them."""
+"""``levels``: the SIMD levels of the CPU kernels, in every dtype, beyond the caches and within them."""
 
 from __future__ import annotations
 
 import argparse
 
-from benchmarks.harness import results as report
-from benchmarks.harness.case import CaseRunner, Settings, failures_of_ours
-from benchmarks.harness.results import Row
+from benchmarks.commands.arguments import DTYPES, add_common, session, shape
+from benchmarks.harness.results import Report, markdown_table
 from benchmarks.peers.row_ops import OPTIONAL_PROVIDERS, PROVIDERS
-from benchmarks.workloads.row_ops import Case, Workload
+from benchmarks.workloads.row_case import CaseRunner, RowOpRow
+from benchmarks.workloads.row_ops import REPRESENTATIVE_WORKLOADS, Case, Workload
 
-_WORKLOADS = (
-    Workload("token_logps", "fwd"),
-    Workload("token_logps", "fwd_bwd"),
-    Workload("token_kl", "fwd"),
-    Workload("token_kl", "fwd_bwd"),
-    Workload("kl_loss", "fwd_bwd"),
-)
-SHAPES = ((4096, 32000), (256, 32000))
-DTYPES = ("float32", "bfloat16", "float16")
+HELP = "time the SIMD levels of the CPU kernels beside each other"
 
 
-def run_levels(
-    options: argparse.Namespace, cases: list[Case], environment: report.Environment, settings: Settings
-) -> int:
-    writer = report.CsvWriter(report.output_path(options.out, "levels"), Row, environment)
-    names = ("ours", "ours_inplace", *OPTIONAL_PROVIDERS, "eager", "eager_float")
-    rows: list[Row] = []
-    lines = []
-    for case in cases:
-        runner = CaseRunner(case, settings, names)
-        for workload in _WORKLOADS:
-            print(f"{workload} {case}", flush=True)
-            measured = runner.run(workload)
-            writer.write(measured)
-            rows += measured
-            lines.append([f"`{workload}`", str(case), *_cells({row.provider: row for row in measured}, workload)])
-    header = ["op and pass", "case", f"{environment.simd or 'best level'}, ms", "of limit", "AVX2", "portable", "eager"]
-    text = (
-        f"**SIMD levels.** {report.machine_line(environment)} Backward in place. Times of the lower levels and of the "
-        f"faster eager variant as multiples.\n\n{report.markdown_table(header, lines, 2)}"
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Every SIMD level that this CPU has, in every dtype, beyond the caches and within them."
+    add_common(parser)
+    parser.add_argument("--shapes", type=shape, nargs="+", default=[(4096, 32000), (256, 32000)], metavar="NxV")
+    parser.add_argument(
+        "--dtypes", choices=DTYPES, nargs="+", default=["float32", "bfloat16", "float16"], metavar="DTYPE"
     )
-    page = writer.path.with_suffix(".md")
-    page.write_text(text + "\n")
-    print("", text, "", writer.path, page, sep="\n")
-    return 1 if failures_of_ours(rows) else 0
 
 
-def _cells(rows: dict[str, Row], workload: Workload) -> list[str]:
+def run(options: argparse.Namespace) -> int:
+    of_session = session(options)
+    report = Report(of_session, "levels", RowOpRow)
+    names = ("ours", "ours_inplace", *OPTIONAL_PROVIDERS, "eager", "eager_float")
+    lines = []
+    for case in [Case(size, DTYPES[name]) for size in options.shapes for name in options.dtypes]:
+        runner = CaseRunner(case, of_session.settings, names)
+        for workload in REPRESENTATIVE_WORKLOADS:
+            print(f"{workload} {case}", flush=True)
+            rows = runner.run(workload)
+            report.add(rows)
+            lines.append([f"`{workload}`", str(case), *_cells({row.provider: row for row in rows}, workload)])
+    level = of_session.environment.simd or "best level"
+    header = ["op and pass", "case", f"{level}, ms", "of limit", "AVX2", "portable", "eager"]
+    report.write_page(
+        "SIMD levels",
+        "Backward in place. Times of the lower levels and of the faster eager variant as multiples.\n\n"
+        + markdown_table(header, lines, 2),
+    )
+    return report.exit_status()
+
+
+def _cells(rows: dict[str, RowOpRow], workload: Workload) -> list[str]:
     inplace = "" if workload.pass_name == "fwd" else "_inplace"
-    times = {name: row.wall_ms for name, row in rows.items() if row.wall_ms is not None}
+    times = {name: row.timing.wall_ms for name, row in rows.items() if row.timing is not None and row.status == "ok"}
     best = rows[f"ours{inplace}"]
-    if best.wall_ms is None:
+    if best.timing is None:
         return [best.status, *[""] * 4]
     eager = min((times[name] for name in times if not PROVIDERS[name].inplace and "eager" in name), default=None)
     others = [times.get(f"ours_avx2{inplace}"), times.get(f"ours_portable{inplace}"), eager]
     return [
-        f"{best.wall_ms:.3g} ({best.wall_p20_ms:.3g}-{best.wall_p80_ms:.3g})",
+        best.timing.with_spread(".3g"),
         "" if best.limit_share is None else f"{best.limit_share:.2f}",
-        *("" if time is None else f"{time / best.wall_ms:.2f}x" for time in others),
+        *("" if time is None else f"{time / best.timing.wall_ms:.2f}x" for time in others),
     ]

@@ -1,6 +1,6 @@
-"""Who is measured. One entry of `PROVIDERS` per implementation: for each op it has, a function of the op's arguments.
+"""Who has the row ops. One entry of `PROVIDERS` per implementation: a function of an op's arguments for each op it has.
 
-A function returns the op's outputs, one Tensor or a tuple; the harness drives the backward, the same way for everyone.
+A function returns the op's outputs, one Tensor or a tuple. The harness drives the backward, the same way for everyone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import spo_kernels
-from benchmarks.workloads.row_ops import OPS
+from benchmarks.peers import eager
 
 Outputs = Tensor | tuple[Tensor, ...]
 Function = Callable[..., Outputs]
@@ -30,11 +30,11 @@ _FLOATING = (torch.float32, torch.float64, *_HALF)
 class Provider:
     functions: Mapping[str, Function]
     dtypes: tuple[torch.dtype, ...] = _FLOATING
-    native: bool = False  # computes in the logits' dtype: the correctness gate is as wide as half precision is coarse
-    backward_only: bool = False  # the same as another provider without gradients
-    inplace: bool = False  # overwrites the logits: they are restored outside the timed region
+    native: bool = False  # computes in the logits' dtype: the gate is as wide as half precision is coarse
+    backward_only: bool = False  # without gradients it is the same as another provider
+    inplace: bool = False  # overwrites the logits, which are restored outside the timed region
     compiled: bool = False
-    simd: str | None = None  # SIMD level of our CPU kernels, when not the one in use
+    simd: str | None = None  # SIMD level of our CPU kernels; None: the level in use
     missing: Callable[[torch.device], str | None] = lambda device: None  # why it cannot be measured; None when it can
 
     def function(self, op: str) -> Function:
@@ -43,34 +43,12 @@ class Provider:
         return torch.compile(function, fullgraph=True, dynamic=False) if self.compiled else function
 
 
-def eager_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.log_softmax(logits, -1).gather(-1, labels[:, None]).squeeze(-1)
-
-
-def eager_token_logps_lse(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.gather(-1, labels[:, None]).squeeze(-1) - logits.logsumexp(-1)
-
-
-def eager_token_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    logps, ref_logps = F.log_softmax(logits, -1), F.log_softmax(ref_logits, -1)
-    return (logps.exp() * (logps - ref_logps)).sum(-1)
-
-
-def eager_token_logps_kl(logits: Tensor, labels: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
-    logps, ref_logps = F.log_softmax(logits, -1), F.log_softmax(ref_logits, -1)
-    return logps.gather(-1, labels[:, None]).squeeze(-1), (logps.exp() * (logps - ref_logps)).sum(-1)
-
-
-def eager_kl_loss(logits: Tensor, ref_logits: Tensor, row_weight: Tensor) -> Tensor:
-    return (eager_token_kl(logits, ref_logits) * row_weight).sum()
-
-
 def cross_entropy_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return -F.cross_entropy(logits, labels, reduction="none")
 
 
 def trl_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    # TRL works on [B, T, V], one sequence at a time: rows are dealt to eight sequences where they divide.
+    # TRL works on [B, T, V], one sequence at a time: here eight sequences, where their number divides the rows.
     sequences = 8 if logits.shape[0] % 8 == 0 else 1
     selective_log_softmax = importlib.import_module("trl.trainer.utils").selective_log_softmax
     return selective_log_softmax(logits.unflatten(0, (sequences, -1)), labels.unflatten(0, (sequences, -1))).flatten()
@@ -87,24 +65,19 @@ def quack_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 _EAGER: dict[str, Function] = {
-    "token_logps": eager_token_logps,
-    "token_kl": eager_token_kl,
-    "token_logps_kl": eager_token_logps_kl,
-    "kl_loss": eager_kl_loss,
+    "token_logps": eager.token_logps,
+    "token_kl": eager.token_kl,
+    "token_logps_kl": eager.token_logps_kl,
+    "kl_loss": eager.kl_loss,
 }
 
 
-def _upcast(op: str) -> Function:
-    """The eager function on ``.float()`` logits: what trainers do with half-precision ones."""
-
-    def function(*args: Tensor) -> Outputs:
-        wide = ("logits", "ref_logits")
-        return _EAGER[op](*(x.float() if name in wide else x for name, x in zip(OPS[op].arguments, args, strict=True)))
-
-    return function
+def _upcast(function: Function) -> Function:
+    """The function on ``.float()`` logits: what trainers do with half-precision logits. Row weights are float32."""
+    return lambda *args: function(*(x.float() if x.is_floating_point() else x for x in args))
 
 
-_EAGER_FLOAT = {op: _upcast(op) for op in _EAGER}
+_EAGER_FLOAT = {op: _upcast(function) for op, function in _EAGER.items()}
 
 
 def _ours(*, inplace: bool) -> dict[str, Function]:
@@ -114,7 +87,7 @@ def _ours(*, inplace: bool) -> dict[str, Function]:
             name: partial(function, **{"overwrite_logits" if name == "kl_loss" else "inplace_backward": True})
             for name, function in functions.items()
         }
-    # Their third positional argument is a mask.
+    # The third positional argument of spo_kernels.kl_loss is a mask.
     kl_loss = functions["kl_loss"]
     functions["kl_loss"] = lambda logits, ref_logits, row_weight: kl_loss(logits, ref_logits, row_weight=row_weight)
     return functions
@@ -141,12 +114,12 @@ PROVIDERS: dict[str, Provider] = {
     "ours_inplace": Provider(_ours(inplace=True), backward_only=True, inplace=True),
     "eager": Provider(_EAGER, native=True),
     "eager_float": Provider(_EAGER_FLOAT, dtypes=_HALF),
-    "eager_lse": Provider({"token_logps": eager_token_logps_lse}, native=True),
+    "eager_lse": Provider({"token_logps": eager.token_logps_lse}, native=True),
     "compile": Provider(_EAGER, native=True, compiled=True),
     "compile_float": Provider(_EAGER_FLOAT, dtypes=_HALF, compiled=True),
     "cross_entropy": Provider({"token_logps": cross_entropy_token_logps}, native=True),
     "trl": Provider({"token_logps": trl_token_logps}, native=True, missing=partial(_not_installed, "trl")),
-    # Both write the gradient over the logits, Liger in its forward.
+    # Liger and quack write the gradient over the logits, Liger in its forward.
     "liger": Provider(
         {"token_logps": liger_token_logps},
         dtypes=(torch.float32, *_HALF),
@@ -161,7 +134,7 @@ PROVIDERS: dict[str, Provider] = {
         missing=partial(_no_gpu_or_not_installed, "quack"),
     ),
 }
-# Measured when asked for by name, or by `bars` and `levels`.
+# Measured by `bars` and `levels`, and by `ops` where --providers names them.
 OPTIONAL_PROVIDERS = tuple(f"ours_{level}{inplace}" for level in ("avx2", "portable") for inplace in ("", "_inplace"))
 for _name in OPTIONAL_PROVIDERS:
     _, _level, *_inplace = _name.split("_")

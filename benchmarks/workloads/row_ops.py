@@ -1,7 +1,7 @@
-"""What is measured: each op's inputs, the bytes it must move, and its float64 truth. One entry of `OPS` per op.
+"""The row ops: inputs, the bytes that an op must move, and its float64 truth. One entry of `OPS` per op.
 
-N rows, V vocabulary. A *pass* is ``fwd`` (no gradients recorded), ``fwd_bwd``, or, for a scalar whose gradient the
-forward stores, ``fwd_bwd_scaled``: ``fwd_bwd`` with an upstream gradient other than 1.
+N rows, V vocabulary. A *pass* is ``fwd`` (no gradients recorded), ``fwd_bwd``, or ``fwd_bwd_scaled``: ``fwd_bwd`` with
+an upstream gradient other than 1, for a scalar whose gradient the forward stores.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _TRUTH_ROWS = 64
 
 
 class Traffic(NamedTuple):
-    """The least an op must move, counted in logits-sized tensors; the rest is per row and under 0.1 % of it.
+    """The least that an op must move, counted in logits-sized tensors; values per row, left out, are under 0.1 % of it.
 
-    The same for every provider: a provider that moves more shows a smaller share of the bandwidth.
+    Every provider has the same count, so a provider that moves more shows a smaller share of the bandwidth.
     """
 
-    read: int  # read by sweeps that only read
-    update: int  # read and written by sweeps that put the gradient where the logits were: 2 for one such sweep
+    read: int  # by sweeps that only read
+    update: int  # by sweeps that read logits and write their gradient: 2 for one such sweep
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def row_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, scale: fl
 def _normal_rows(
     rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, scale: float, generator: torch.Generator
 ) -> Tensor:
-    # Random numbers cost more than any op here, and no op's time depends on rows being different.
+    # A few random rows, repeated: random numbers cost more than any op here, whose time does not depend on them.
     tile = torch.randn(min(rows, _TILE_ROWS), vocabulary, device=device, generator=generator).mul_(scale).to(dtype)
     out = torch.empty(rows, vocabulary, dtype=dtype, device=device)
     for start in range(0, rows, _TILE_ROWS):
@@ -97,7 +97,7 @@ def row_truth(inputs: Mapping[str, Tensor], rows: Tensor, upstream: Mapping[str,
 
 
 def _weighted_kl(inputs: Mapping[str, Tensor]) -> Tensor:
-    """``sum_i row_weight_i KL_i`` in float64, a few rows at a time: at full size it would not fit."""
+    """``sum_i row_weight_i KL_i`` in float64, a few rows at a time, so that the copies fit the memory."""
     parts = zip(*(inputs[name].split(_TRUTH_ROWS) for name in ("logits", "ref_logits", "row_weight")), strict=True)
     total = inputs["row_weight"].new_zeros((), dtype=torch.float64)
     for logits, ref_logits, weight in parts:
@@ -112,7 +112,8 @@ def _row_op(arguments: tuple[str, ...], outputs: tuple[str, ...], passes: Mappin
 
 _LOGPS = {"fwd": Traffic(read=1, update=0), "fwd_bwd": Traffic(read=1, update=2)}
 _KL = {"fwd": Traffic(read=2, update=0), "fwd_bwd": Traffic(read=3, update=2)}
-# The unit gradient can be written while the row is in cache; an upstream one is known only after all rows were read.
+# For an upstream gradient of 1 the gradient is written while the row is in cache. Any other upstream gradient is known
+# only after all rows were read, and costs a second sweep.
 _KL_LOSS = {"fwd_bwd": Traffic(read=1, update=2), "fwd_bwd_scaled": Traffic(read=1, update=4)}
 
 OPS: dict[str, Op] = {
@@ -134,6 +135,14 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = [Workload(op, pass_name) for op, entry in OPS.items() for pass_name in entry.passes]
+# One of each kind of work: `token_logps_kl` moves what `token_kl` moves.
+REPRESENTATIVE_WORKLOADS = (
+    Workload("token_logps", "fwd"),
+    Workload("token_logps", "fwd_bwd"),
+    Workload("token_kl", "fwd"),
+    Workload("token_kl", "fwd_bwd"),
+    Workload("kl_loss", "fwd_bwd"),
+)
 
 
 class Case(NamedTuple):
