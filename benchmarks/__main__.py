@@ -36,20 +36,20 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    of_suite = argparse.ArgumentParser(
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="spo_kernels against eager PyTorch, torch.compile and other peers. Method: benchmarks/README.md.",
     )
-    commands = of_suite.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.add_arguments(commands.add_parser(name, help=command.HELP))
-    return of_suite
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     options.command_line = arguments
     try:
         return COMMANDS[options.command].run(options)

@@ -44,7 +44,7 @@ def add_out(parser: argparse.ArgumentParser, meaning: str = "default: out/benchm
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=meaning)
 
 
-def session(options: argparse.Namespace) -> Session:
+def open_session(options: argparse.Namespace) -> Session:
     """The session of parsed arguments; ``options.command_line`` holds them as they were given."""
     settings, simd = settings_and_simd(options)
     return Session(settings, environment(options.command_line, settings.device, simd), options.out)

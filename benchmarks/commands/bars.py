@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import spo_kernels
-from benchmarks.commands.arguments import add_common, count, session, shape
+from benchmarks.commands.arguments import add_common, count, open_session, shape
 from benchmarks.commands.head import DEFAULT_PAIRS
 from benchmarks.harness import measure
 from benchmarks.harness.results import CsvWriter, heading, markdown_table, output_path
@@ -137,16 +137,16 @@ def run(options: argparse.Namespace) -> int:
         groups=options.groups,
         head_shape=options.head_shape,
     )
-    of_session = session(options)
+    session = open_session(options)
     measurements = {"ops": _OpBars, "head": _HeadBars, "calls": _CallBars}
-    groups = [measurements[name](plan, of_session) for name in plan.groups]
+    groups = [measurements[name](plan, session) for name in plan.groups]
     for index in range(plan.runs):
         for group in groups:
             group.run(index)
     bars = [(bar, values) for group in groups for bar, values in group.values.items()]
     notes = [note for group in groups for note in group.notes()]
-    page = output_path(of_session.out, "bars", ".md")
-    text = f"{heading('Bars', of_session.environment)}\n\n{_markdown(bars, plan, notes)}"
+    page = output_path(session.out, "bars", ".md")
+    text = f"{heading('Bars', session.environment)}\n\n{_markdown(bars, plan, notes)}"
     page.write_text(text + "\n")
     problems = sorted({problem for group in groups for problem in group.problems})
     print("", text, *problems, "", page, sep="\n")
@@ -156,9 +156,9 @@ def run(options: argparse.Namespace) -> int:
 class _Bars:
     """Bars of one group, with a value for each run."""
 
-    def __init__(self, plan: _Plan, of_session: Session) -> None:
+    def __init__(self, plan: _Plan, session: Session) -> None:
         self._plan = plan
-        self._session = of_session
+        self._session = session
         self.values: dict[Bar, list[float]] = {}
         self.problems: set[str] = set()  # why something, of anyone, is not "ok"
         self.wrong = False  # whether a result of ours was
@@ -177,13 +177,13 @@ Rows = Mapping[tuple[Workload, str], RowOpRow]  # by workload and provider
 
 
 class _OpBars(_Bars):
-    def __init__(self, plan: _Plan, of_session: Session) -> None:
-        super().__init__(plan, of_session)
+    def __init__(self, plan: _Plan, session: Session) -> None:
+        super().__init__(plan, session)
         allowed = plan.providers or PROVIDERS
         needed = ("ours", "ours_inplace", "ours_avx2", "eager", "compile")
         self._providers = [name for name in needed if name in allowed]
         self._cases = [Case(size, dtype) for dtype in (_F32, _BF16) for size in plan.shapes] if plan.shapes else _CASES
-        self._writer = CsvWriter(output_path(of_session.out, "bars"), RowOpRow, of_session.environment)
+        self._writer = CsvWriter(output_path(session.out, "bars"), RowOpRow, session.environment)
         self._limits: set[tuple[float, str]] = set()
 
     def run(self, run: int) -> None:
@@ -244,15 +244,16 @@ class _OpBars(_Bars):
 
 
 class _HeadBars(_Bars):
-    def __init__(self, plan: _Plan, of_session: Session) -> None:
-        super().__init__(plan, of_session)
-        self._writer = CsvWriter(output_path(of_session.out, "bars_head"), HeadRow, of_session.environment)
+    def __init__(self, plan: _Plan, session: Session) -> None:
+        super().__init__(plan, session)
+        self._writer = CsvWriter(output_path(session.out, "bars_head"), HeadRow, session.environment)
         self._products: dict[str, list[float]] = {}  # by dtype: time of the products alone over eager's
 
     def notes(self) -> list[str]:
         return [
             f"The head's products alone take {statistics.median(ratios):.2f} of eager's time in {dtype}."
             for dtype, ratios in self._products.items()
+            if ratios
         ]
 
     def run(self, run: int) -> None:
@@ -301,8 +302,8 @@ class _Nothing(torch.autograd.Function):
 class _CallBars(_Bars):
     """Microseconds of a small call, less those of its ops and of an autograd.Function that does nothing."""
 
-    def __init__(self, plan: _Plan, of_session: Session) -> None:
-        super().__init__(plan, of_session)
+    def __init__(self, plan: _Plan, session: Session) -> None:
+        super().__init__(plan, session)
         self._nothing: list[float] = []
         self._both: list[float] = []
 

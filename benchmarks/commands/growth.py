@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.commands.arguments import add_common, count, session
+from benchmarks.commands.arguments import add_common, count, open_session
 from benchmarks.harness.results import Report, markdown_table
 from benchmarks.harness.rows import Row
 from benchmarks.harness.session import Settings
@@ -113,20 +113,20 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--rows must be multiples of {2 * axes.tokens}, pairs of {axes.tokens} tokens each, got {partial[0]}"
         )
-    of_session = session(options)
-    report = Report(of_session, "growth", GrowthRow)
+    session = open_session(options)
+    report = Report(session, "growth", GrowthRow)
     rows: list[GrowthRow] = []
     before = torch.get_num_threads()
     try:
-        for size in axes.sizes(of_session.settings.threads):
+        for size in axes.sizes(session.settings.threads):
             print(f"N {size.rows}, V {size.vocabulary}, {size.threads} threads", flush=True)
-            measured = list(_measure(size, axes, of_session.settings))
+            measured = list(_measure(size, axes, session.settings))
             report.add(measured)
             rows += measured
     finally:
         torch.set_num_threads(before)
     report.write_page("How cost grows", _markdown(rows, axes.hidden))
-    image = options.save or report.csv.with_suffix(".png")
+    image = options.save or report.path.with_suffix(".png")
     plot(rows, image)
     print(image)
     return report.exit_status()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.commands.arguments import DTYPES, add_common, count, session, shape
+from benchmarks.commands.arguments import DTYPES, add_common, count, open_session, shape
 from benchmarks.harness.results import Report
 from benchmarks.peers.row_ops import DEFAULT_PROVIDERS, PROVIDERS
 from benchmarks.workloads.row_case import CaseRunner, RowOpRow
@@ -62,11 +62,11 @@ def _cases(shapes: Sequence[tuple[int, ...]] | None, dtype_names: Sequence[str] 
 def run(options: argparse.Namespace) -> int:
     workloads = [workload for group in options.ops or [WORKLOADS] for workload in group]
     cases = _cases(options.shapes, options.dtypes, options.scale)
-    of_session = session(options)
-    report = Report(of_session, "ops", RowOpRow)
+    session = open_session(options)
+    report = Report(session, "ops", RowOpRow)
     for index in range(options.runs):
         for case in cases:
-            runner = CaseRunner(case, of_session.settings, options.providers or DEFAULT_PROVIDERS)
+            runner = CaseRunner(case, session.settings, options.providers or DEFAULT_PROVIDERS)
             for workload in workloads:
                 of_runs = f", run {index + 1} of {options.runs}" if options.runs > 1 else ""
                 print(f"\n{workload} {case}{of_runs}")
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
                 report.add(rows)
                 for row in rows:
                     print("  " + _line(row), flush=True)
-    print(f"\n{report.csv}")
+    print(f"\n{report.path}")
     return report.exit_status()
 
 

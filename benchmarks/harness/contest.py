@@ -14,10 +14,6 @@ from benchmarks.harness.rows import Memory, Row, Timing
 from benchmarks.harness.session import Settings
 
 
-def _nothing() -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class Contender:
     """One implementation: the row to fill, and what is called."""
@@ -35,7 +31,7 @@ def contest(
     *,
     over: Mapping[str, Sequence[str]],
     beside: Mapping[str, measure.Entry] | None = None,
-    every_round: Callable[[], None] = _nothing,
+    every_round: Callable[[], None] = measure.nothing,
 ) -> dict[str, measure.Samples]:
     """Fill the columns of every row; returns the samples by provider and by name in `beside`.
 

@@ -19,14 +19,14 @@ from spo_kernels import backends
 # Cases too short to time well are repeated up to this many times more often, until a provider has run this long.
 _MORE_ROUNDS = 20
 _ENOUGH_SECONDS = 0.5
-# The first call after another provider's finds its code and threads cold, which matters to calls of microseconds.
+# A call that follows another provider's call finds its code and threads cold, which matters to calls of microseconds.
 _SHORT_SECONDS, _BURST = 0.01, 5
 # More than every last-level cache of a GPU holds (256 MiB on an MI300X). Reading it takes so long that the call is
 # launched meanwhile: events around the call see the device's time and not Python's.
 _FLUSH_BYTES = 512 << 20
 
 
-def _nothing() -> None:
+def nothing() -> None:
     return None
 
 
@@ -35,8 +35,8 @@ class Entry:
     """Something to time: prepare and finish run around each call, outside the timed region."""
 
     call: Callable[[], object]
-    prepare: Callable[[], None] = _nothing
-    finish: Callable[[], None] = _nothing
+    prepare: Callable[[], None] = nothing
+    finish: Callable[[], None] = nothing
 
 
 @dataclass
@@ -64,7 +64,7 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
 class _Clock:
     """Times one call: perf_counter and process time, or on a GPU events, after evicting its caches.
 
-    device: on a GPU the current one, whose events these are.
+    device: a GPU must be torch's current device, to which events belong.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -98,7 +98,7 @@ def interleave(
     entries: dict[str, Entry],
     device: torch.device,
     repeats: int,
-    every_round: Callable[[], None] = _nothing,
+    every_round: Callable[[], None] = nothing,
 ) -> dict[str, Samples]:
     """Time all entries in turns, one call each a round, so that a change of the machine meets all of them.
 

@@ -49,10 +49,11 @@ class Report:
 
     @property
     def page(self) -> Path:
-        return self.csv.with_suffix(".md")
+        return self.path.with_suffix(".md")
 
     @property
-    def csv(self) -> Path:
+    def path(self) -> Path:
+        """The CSV."""
         return self._csv.path
 
     def add(self, rows: Sequence[Result]) -> None:
@@ -63,7 +64,7 @@ class Report:
         """Write and print the page: title, machine, body."""
         text = f"{heading(title, self._session.environment)} {body}"
         self.page.write_text(text + "\n")
-        print("", text, "", self.csv, self.page, sep="\n", flush=True)
+        print("", text, "", self.path, self.page, sep="\n", flush=True)
 
     def append(self, text: str) -> None:
         """Add to the page what took longer than the results."""

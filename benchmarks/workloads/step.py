@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class StepSize:
-    """Of the step and of its model; columns of its rows."""
+    """Size of the step and of its model; columns of its rows."""
 
     pairs: int
     kl_samples: int
@@ -157,9 +157,8 @@ class StepRow:
     timing: Timing | None = field(default=None, metadata=part(Timing))
     with_refresh_ms: float | None = None  # medians: the step and its share of a refresh
     memory: Memory | None = field(default=None, metadata=part(Memory))  # beyond parameters, optimizer state and batch
-    error: dict[str, float] = field(
-        default_factory=dict, metadata=keyed("loss", "grad")
-    )  # grad: the largest of a parameter's gradient
+    # grad: the largest error of a parameter's gradient.
+    error: dict[str, float] = field(default_factory=dict, metadata=keyed("loss", "grad"))
     over: dict[str, float] = field(default_factory=dict, metadata=keyed("ours", "ours_inplace"))
 
     @property
@@ -320,7 +319,7 @@ class StepRunner:
         return [*rows.values(), refresh]
 
     def _judge(self) -> dict[str, Verdict]:
-        """Before anything is timed, so that the float64 gradients hold no memory by then."""
+        """Compare everyone with float64, before anything is timed: the float64 gradients then hold no memory."""
         batch = _gate_batch(self._batch)
         truth = _truth(self._model, batch)
         return {

@@ -154,7 +154,7 @@ def test_a_gpu_is_named_by_its_index(name: str, index: int, monkeypatch: pytest.
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
-    settings, _ = common.settings_and_simd(cli.parser().parse_args(["ops", "--device", name]))
+    settings, _ = common.settings_and_simd(cli.make_parser().parse_args(["ops", "--device", name]))
     assert settings.device == torch.device("cuda", index)
     monkeypatch.setattr(selfcheck, "copy_bandwidth", lambda device, repeats: 1e9)
     monkeypatch.setattr(selfcheck, "check", lambda *args: iter(()))

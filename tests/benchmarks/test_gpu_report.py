@@ -73,4 +73,4 @@ def test_every_command_of_the_gpu_report_is_one_that_exists(choose: Any, device:
                 module, *arguments = part.command[2:]
                 assert importlib.util.find_spec(module)
                 if module == "benchmarks":
-                    cli.parser().parse_args(arguments)
+                    cli.make_parser().parse_args(arguments)
