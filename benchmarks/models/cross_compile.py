@@ -24,18 +24,18 @@ from spo_kernels.backends import triton as launch
 from spo_kernels.backends import triton_kernels as kernels
 
 ITEMSIZE = {"bf16": 2, "fp32": 4, "fp64": 8}
-# The one target that compiles every configuration; the others get what has needed the most registers.
+# This target compiles every configuration; the others compile the configurations that need the most registers.
 THOROUGH = "cuda:90"
 LARGEST, SMALLER = 128256, (1000, 32768)
 HARDEST = (("bf16", None), ("bf16", "bf16"), ("fp64", "fp64"))
 
 
-# Arguments of which Triton knows nothing, whatever the tensors.
+# Arguments that Triton never knows to be multiples of 16.
 _NEVER_ALIGNED = ("N", "T", "ignore_index")
 
 
 class Case(NamedTuple):
-    """One compilation; ``absent`` names the arguments that are None in it, ``ones`` those that are the constant 1."""
+    """One compilation. ``absent`` names the arguments that are None, ``ones`` the arguments that are the constant 1."""
 
     kernel: str
     dtype: str
@@ -47,12 +47,12 @@ class Case(NamedTuple):
     ones: tuple[str, ...] = ()
 
 
-# An exponential for the maximum of each element, as in a plain online softmax: what the gate on loops must refuse.
+# A plain online softmax, with an exponential for the maximum of each element. The gate on loops must refuse it.
 PLANTED = Case("token_stats_fwd_kernel", "bf16", None, {"STEPS": 1, "LANES": 2048, "VECTOR": 1}, 256)
 
 
 def cases(V: int, dtypes: Iterable[tuple[str, str | None]], alignments: Iterable[bool]) -> Iterator[Case]:
-    """What is launched for rows of V elements."""
+    """The launches for rows of V elements."""
     block = launch.block_config(V)
     blocks = {"BLOCK": block.block}
     for (dtype, ref_dtype), aligned in itertools.product(dtypes, alignments):
@@ -98,7 +98,7 @@ def source(case: Case) -> ASTSource:
 
 
 def resources(compiled: Any) -> dict[str, Any]:
-    """Registers, what was spilled, the vector loops and, for NVIDIA, the kinds of floating-point division."""
+    """Registers, spills, vector loops and, for NVIDIA, the kinds of floating-point division."""
     if "amdgcn" in compiled.asm:
         found = dict(re.findall(r"\.(vgpr_count|[vs]gpr_spill_count):\s*(\d+)", compiled.asm["amdgcn"]))
         spills = int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])
@@ -115,7 +115,7 @@ def resources(compiled: Any) -> dict[str, Any]:
 
 
 def compile_for(target: str, case: Case) -> dict[str, Any]:
-    """For ``cuda:<capability>`` or ``hip:<architecture>``."""
+    """Compile for ``cuda:<capability>`` or ``hip:<architecture>``; returns the case and its resources."""
     backend, architecture = target.split(":")
     warp = 64 if backend == "hip" else 32
     gpu = GPUTarget(backend, architecture if backend == "hip" else int(architecture), warp)
@@ -128,7 +128,7 @@ def compile_for(target: str, case: Case) -> dict[str, Any]:
 def cases_for(target: str) -> list[Case]:
     todo = list(cases(LARGEST, HARDEST, (True,))) + list(cases(LARGEST, HARDEST[1:2], (False,)))
     if target == THOROUGH:
-        # A smaller configuration has fewer threads, which do the same: one dtype will do.
+        # One dtype is enough for smaller configurations: they have fewer threads, and each thread does the same.
         todo += [case for V in SMALLER for case in cases(V, HARDEST[1:2], (True,))]
         todo += [*cases(LARGEST, [("fp32", None), ("fp32", "fp32"), ("bf16", "fp32")], (True,)), *variants(SMALLER[0])]
         todo.append(PLANTED)

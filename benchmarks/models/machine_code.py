@@ -2,8 +2,8 @@
 
 The model sets the cycles that each loop needs of the busiest pipe of a multiprocessor (warp instructions times the
 pipe's cycles for one, CUDA programming guide, "arithmetic instructions") against the cycles the memory needs to
-deliver the bytes the loop moves, shared evenly. It knows nothing of latencies, caches or clocks under load: a lower
-bound on the time, no prediction of it.
+deliver the bytes the loop moves, shared evenly. It knows no latencies, caches or clocks under load, so it is a lower
+bound on the time and no prediction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Gpu(NamedTuple):
 
     @property
     def bytes_per_cycle(self) -> float:
-        """Of memory, for one multiprocessor."""
+        """Memory bandwidth for one multiprocessor."""
         return self.memory_bytes_per_second / (self.multiprocessors * self.clock_hz)
 
 
@@ -104,7 +104,7 @@ def _short(mangled: str) -> str:
 
 
 def resources(library: Path) -> Iterator[Resources]:
-    """Of every kernel for every architecture in a library."""
+    """Resources of every kernel, for every architecture in a library."""
     arch = ""
     kernel = ""
     for line in run(tool("cuobjdump"), "--dump-resource-usage", library).splitlines():
@@ -127,7 +127,7 @@ def _disassemble(library: Path, arch: str) -> Iterator[tuple[str, str]]:
 
 
 def _cycles(body: list[str]) -> dict[str, float]:
-    """Of every pipe for one iteration."""
+    """Cycles of every pipe for one iteration."""
     cycles = {pipe: 0.0 for pipe, _, _ in PIPES}
     for name in body:
         for pipe, each, prefixes in PIPES:
@@ -138,7 +138,7 @@ def _cycles(body: list[str]) -> dict[str, float]:
 
 
 def _loop(kernel: str, body: list[str]) -> Loop | None:
-    """None unless all its memory accesses are whole vectors."""
+    """The loop with this body; None unless all its memory accesses are whole vectors."""
     memory = Counter(name for name in body if name.startswith(("LDG", "STG", "LDL", "STL")))
     vectors = {name: count for name, count in memory.items() if ".128" in name}
     if not vectors or len(vectors) != len(memory):
@@ -170,10 +170,10 @@ def _loop_bodies(text: str) -> Iterator[list[str]]:
 
 
 def vector_loops(kernel: str, text: str) -> Iterator[Loop]:
-    """Of one disassembled kernel. kernel: its name, mangled or not.
+    """The vector loops of one disassembled kernel. kernel: its name, mangled or not.
 
-    Of loops that differ in nothing but how many vectors an iteration takes, the largest: the others are for what is
-    left at the end of a row.
+    Several loops may differ only in how many vectors an iteration takes. The largest counts; the smaller loops run at
+    the end of a row.
     """
     found: dict[bool, list[Loop]] = {}
     for body in _loop_bodies(text):
@@ -188,10 +188,10 @@ def vector_loops(kernel: str, text: str) -> Iterator[Loop]:
 def cluster_loops(library: Path, arch: str, only: str) -> Iterator[Loop]:
     """The work on one vector of each tensor in the kernels of clusters whose name matches, as one loop a kernel.
 
-    Bulk copies bring the vectors into shared memory, so that no loop shows all traffic: the loop of the sums, which
-    reads two vectors there, counts as two loads, and the loop of the gradient as one store. Both contain code that
-    most iterations skip (new maxima, infinities), so this counts too many instructions. What a row costs once, the
-    merging of sums, is in neither.
+    Bulk copies bring the vectors into shared memory, so no loop shows all traffic. The loop of the sums reads two
+    vectors there and counts as two loads; the loop of the gradient counts as one store. Both contain code that most
+    iterations skip (new maxima, infinities), so the count has too many instructions. It leaves out the merging of sums,
+    which a row does once.
     """
     for mangled, text in _disassemble(library, arch):
         if not re.search(only, _short(mangled)):
