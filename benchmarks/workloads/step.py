@@ -3,7 +3,7 @@
 The step is Appendix B of the paper: P pairs through a causal transformer, the preference loss (eq. 8) with
 SoftImportance weights (eq. 24) and its backward; the exact token KL on S sequences drawn from the policy, and its
 backward; clipping; AdamW. Every k steps a refresh draws the S sequences anew and computes the reference's logits of
-them. Everyone runs the same model (`spo_train.models.llama.Llama`), refresh and optimizer; only what happens between hidden
+them. Everyone runs the same model (spo_train's `Llama`), refresh and optimizer; only what happens between hidden
 states and loss differs. `LOSSES` has one entry per implementation.
 """
 
