@@ -164,7 +164,7 @@ def gencode_flags() -> list[str]:
 
 def cpu_sources() -> dict[str, list[str]]:
     """Sources of the op library with the flags of each."""
-    sources = {f"csrc/cpu/{name}.cpp": [] for name in ("row_ops", "simd_level", "stream", "row_kernels_portable")}
+    sources = {f"csrc/cpu/{name}.cpp": [] for name in ("row_ops", "simd_level", "row_kernels_portable")}
     if platform.machine().lower() in ("x86_64", "amd64"):
         sources |= {f"csrc/cpu/row_kernels_{level}.cpp": flags.split() for level, flags in X86_LEVELS.items()}
     return sources
@@ -256,11 +256,12 @@ class NinjaBuild(build_ext):
                 link = [*torch_link, f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-pthread"]
                 link.append(f"-Wl,-soname,{CUDA_LIBRARY}")
                 writer.build(str(package / CUDA_LIBRARY), "link", objects, variables={"flags": shell(link)})
-            link = [f"-L{package}", f"-l:{LIBRARY}", "-Wl,-rpath,$ORIGIN"]
+            link = [f"-L{package}", f"-l:{LIBRARY}", "-Wl,-rpath,$ORIGIN", "-pthread"]
+            objects = [compile_object(f"csrc/python/{name}.cpp", python) for name in ("control", "bandwidth_probe")]
             writer.build(
                 str(control),
                 "link",
-                compile_object("csrc/python/control.cpp", python),
+                objects,
                 implicit=str(package / LIBRARY),
                 variables={"flags": shell(link)},
             )

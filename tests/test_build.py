@@ -157,7 +157,7 @@ def test_errors_are_whole_where_the_compiler_links_its_library_statically(tmp_pa
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | flags, capture_output=True, text=True, timeout=300)
     assert done.stdout.startswith(str(tmp_path)), done
-    assert re.search(r"arguments\.h:\d+, labels has the wrong dtype", done.stdout), done
+    assert re.search(r"tensor_args\.h:\d+, labels has the wrong dtype", done.stdout), done
 
 
 @pytest.fixture

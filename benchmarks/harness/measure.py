@@ -162,8 +162,8 @@ class Bandwidth:
             read, update = seconds / 2, seconds  # a copy moves the array twice
         elif self._control:
             array = self._array.numpy()
-            read = self._control.stream_read(array, self._threads)
-            update = self._control.stream_inplace(array, self._threads)
+            read = self._control.seconds_to_read(array, self._threads)
+            update = self._control.seconds_to_update(array, self._threads)
         else:
             read, _ = self._clock.time(self._array.sum)
             update, _ = self._clock.time(lambda: self._array.add_(0.0))

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "../row_args.h"
+#include "../op_args.h"
 #include "row_kernels.h"
 
 namespace spo::cpu {

@@ -17,7 +17,7 @@
 #include <cfloat>
 #include <type_traits>
 
-#include "chunk.cuh"
+#include "row_reader.cuh"
 #include "launch_config.h"
 
 namespace spo::cuda {

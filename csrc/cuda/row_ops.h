@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../row_args.h"
+#include "../op_args.h"
 
 namespace spo::cuda {
 

@@ -1,4 +1,4 @@
-// The control surface, without torch: build facts, the SIMD level in use, and bandwidth probes for the benchmarks.
+// The control module, free of torch: build facts, the SIMD level in use, and the bandwidth probe of the benchmarks.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "../cpu/simd_level.h"
-#include "../cpu/stream.h"
+#include "bandwidth_probe.h"
 
 namespace py = pybind11;
 using spo::cpu::SimdLevel;
@@ -34,18 +34,18 @@ void set_simd_level(const std::string& name) {
 
 using FloatArray = py::array_t<float, py::array::c_style>;
 
-double stream_read(const FloatArray& array, int threads) {
+double seconds_to_read(const FloatArray& array, int threads) {
   const float* data = array.data();
   const auto n = static_cast<std::int64_t>(array.size());
   const py::gil_scoped_release release;
-  return spo::cpu::stream_read(data, n, threads);
+  return spo::probe::seconds_to_read(data, n, threads);
 }
 
-double stream_inplace(FloatArray array, int threads) {
+double seconds_to_update(FloatArray array, int threads) {
   float* data = array.mutable_data();
   const auto n = static_cast<std::int64_t>(array.size());
   const py::gil_scoped_release release;
-  return spo::cpu::stream_inplace(data, n, threads);
+  return spo::probe::seconds_to_update(data, n, threads);
 }
 
 }  // namespace
@@ -77,8 +77,8 @@ PYBIND11_MODULE(_control, m) {
       },
       "Rows each SIMD level has executed, counted where the kernels run.");
   m.def("reset_rows_executed", &spo::cpu::reset_rows_executed);
-  m.def("stream_read", &stream_read, py::arg("array"), py::arg("threads"),
+  m.def("seconds_to_read", &seconds_to_read, py::arg("array"), py::arg("threads"),
         "Seconds to read a float32 array once: the fastest of several loops.");
-  m.def("stream_inplace", &stream_inplace, py::arg("array").noconvert(), py::arg("threads"),
-        "Seconds to read and rewrite a float32 array once: the fastest of several loops.");
+  m.def("seconds_to_update", &seconds_to_update, py::arg("array").noconvert(), py::arg("threads"),
+        "Seconds to read a float32 array and write it back once: the fastest of several loops.");
 }

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../cpu/row_ops.h"
-#include "arguments.h"
+#include "tensor_args.h"
 
 namespace spo {
 namespace {

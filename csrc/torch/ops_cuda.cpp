@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "../cuda/row_ops.h"
-#include "arguments.h"
+#include "tensor_args.h"
 
 // torch's stable ABI gives the current stream from 2.13 on; before that it comes from a shim function of CUDA builds.
 // Headers before 2.13 do not define TORCH_VERSION_2_13_0, and an undefined name counts as 0 in #if.

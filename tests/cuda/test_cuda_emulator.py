@@ -95,9 +95,9 @@ BUGS = {
     "blocks that have not begun": (CLUSTER, "cluster_sync();  // without", "// without", "has not begun"),
     "more bytes announced than copied": (CLUSTER, "2 * bytes", "3 * bytes", "deadlock"),
     "shuffle mask": ("row_kernels.cuh", "0xffffffffu, s.sum", "0x0000ffffu, s.sum", "not in its mask"),
-    "out of bounds": ("chunk.cuh", "(first < E || first + 2 * E > V)", "first < E", "heap-buffer-overflow"),
+    "out of bounds": ("row_reader.cuh", "(first < E || first + 2 * E > V)", "first < E", "heap-buffer-overflow"),
     "misaligned vector": (
-        "chunk.cuh",
+        "row_reader.cuh",
         "const unsigned shift = aligned ? 0 :",
         "const unsigned shift = 0 &",
         "misaligned",

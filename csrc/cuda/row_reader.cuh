@@ -2,7 +2,7 @@
 // of a row however it is aligned, so that a row's result does not depend on where in memory it lies.
 #pragma once
 
-#include "../row_args.h"
+#include "../op_args.h"
 #include "platform.h"
 
 namespace spo::cuda {

@@ -11,7 +11,7 @@
 #include <optional>
 #include <vector>
 
-#include "../row_args.h"
+#include "../op_args.h"
 
 namespace spo {
 
