@@ -20,7 +20,7 @@ struct Rows {
 };
 
 // Accumulation dtype ("acc"): double for f64 logits, float otherwise. Policy and reference are both f64 or neither.
-struct TokenStatsFwd {
+struct TokenStatsFwdArgs {
   Rows z, r;                   // r.data may be null: no KL
   const std::int64_t* labels;  // [N] or null: no log-probs
   const bool* mask;            // [N] or null: KL of every row
@@ -28,7 +28,7 @@ struct TokenStatsFwd {
   void *logps, *kl, *stats;  // acc [N], [N], [2 or 4, N]
 };
 
-struct TokenStatsBwd {
+struct TokenStatsBwdArgs {
   Rows z, r, dz;  // dz may be z
   const std::int64_t* labels;
   const bool* mask;
@@ -36,7 +36,7 @@ struct TokenStatsBwd {
   const void *dlogps, *dkl, *kl, *stats;  // acc; dlogps and dkl may be null
 };
 
-struct KlLossFwd {
+struct KlLossFwdArgs {
   Rows z, r, dz;           // dz may be z
   const void* row_weight;  // acc [N] or null: 1
   std::int64_t N, V;

@@ -265,22 +265,22 @@ KlStats kl_stats(const T* z, const R* r, std::int64_t V, const RowPart* parts) {
   PartSums row{}, heaviest{};
   std::int64_t at = 0;  // the part of the heaviest stretch
   for (std::int64_t i = 0; i < count_parts(V); ++i) {
-    PartSums sums = parts[i].sums, stretch = parts[i].heaviest.sums;
+    PartSums sums = parts[i].sums, block = parts[i].heaviest.sums;
     const double dz = shift_z - parts[i].shift_z, dr = shift_r - parts[i].shift_r;
     raise(sums, dz, dr);
-    raise(stretch, dz, dr);
+    raise(block, dz, dr);
     row.p += sums.p;
     row.q += sums.q;
     row.gap += sums.gap;
-    if (stretch.p > heaviest.p) heaviest = stretch, at = i;
+    if (block.p > heaviest.p) heaviest = block, at = i;
   }
-  const auto& stretch = parts[at].heaviest;
-  if ((stretch.shift_z != shift_z || stretch.shift_r != shift_r) && heaviest.p > row.p / 4 &&
+  const auto& block = parts[at].heaviest;
+  if ((block.shift_z != shift_z || block.shift_r != shift_r) && heaviest.p > row.p / 4 &&
       std::fabs(row.gap) < INFINITY) {
     // The gradient of a token with p near 1 is the difference of its zs - rs and the row's mean of them: both must have
     // been rounded alike, with the row's shifts. Where no stretch has a quarter of the probability, there is no such
     // token, and summing one again, which most rows of several parts would, is saved.
-    const std::int64_t v = at * kPart + stretch.begin, n = stretch.size;
+    const std::int64_t v = at * kPart + block.begin, n = block.size;
     const float sz = static_cast<float>(shift_z), sr = static_cast<float>(shift_r);
     const KlBlock b = n < kGroup ? sum_kl(Tail<T>(z + v, n).data, Tail<R>(r + v, n).data, 1, sz, sr)
                                  : sum_kl(z + v, r + v, n / kGroup, sz, sr);
@@ -377,8 +377,8 @@ void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats
 }
 
 template <class T>
-void scale(T* x, std::int64_t n, double factor) {
-  const F32 f(static_cast<float>(factor));
+void scale(T* x, std::int64_t n, double scale) {
+  const F32 f(static_cast<float>(scale));
   for_grad_blocks(x, x, n, [&](const T* in, T* out, std::int64_t groups) {
     F32 v[4];
     for (std::int64_t g = 0; g < groups; ++g) {

@@ -98,7 +98,7 @@ void zero(T* dz, std::int64_t n) {
 
 // f(row, first element, number of elements) of the parts [begin, end).
 template <class F>
-void for_parts(DType dtype, std::int64_t V, std::int64_t begin, std::int64_t end, F f) {
+void for_each_part(DType dtype, std::int64_t V, std::int64_t begin, std::int64_t end, F f) {
   const std::int64_t parts = parts_of_row(dtype, V);
   for (std::int64_t u = begin; u < end; ++u) {
     const std::int64_t first = u % parts * kPart;
@@ -119,12 +119,12 @@ KlStats kl_stats(const RowKernels<T, R>& k, const T* z, const R* r, std::int64_t
   return k.kl_stats(z, r, V, parts.data());
 }
 
-bool wants_logp(const TokenStatsFwd& a, std::int64_t i) { return a.labels && a.labels[i] != a.ignore_index; }
-bool wants_kl(const TokenStatsFwd& a, std::int64_t i) { return a.r.data && (!a.mask || a.mask[i]); }
+bool wants_logp(const TokenStatsFwdArgs& a, std::int64_t i) { return a.labels && a.labels[i] != a.ignore_index; }
+bool wants_kl(const TokenStatsFwdArgs& a, std::int64_t i) { return a.r.data && (!a.mask || a.mask[i]); }
 DType ref_dtype(const Rows& r) { return r.data ? r.dtype : DType::f32; }
 
 template <class T>
-void write_token_stats(const TokenStatsFwd& a, std::int64_t i, const KlStats& s) {
+void write_token_stats(const TokenStatsFwdArgs& a, std::int64_t i, const KlStats& s) {
   auto* stats = static_cast<Acc<T>*>(a.stats);
   stats[i] = static_cast<Acc<T>>(s.policy.shift);
   stats[a.N + i] = static_cast<Acc<T>>(s.policy.logsum);
@@ -140,7 +140,7 @@ void write_token_stats(const TokenStatsFwd& a, std::int64_t i, const KlStats& s)
 }
 
 template <class T>
-double row_weight(const KlLossFwd& a, std::int64_t i) {
+double row_weight(const KlLossFwdArgs& a, std::int64_t i) {
   return a.row_weight ? static_cast<const Acc<T>*>(a.row_weight)[i] : 1.;
 }
 
@@ -148,7 +148,7 @@ double row_weight(const KlLossFwd& a, std::int64_t i) {
 
 std::int64_t parts_of_row(DType dtype, std::int64_t V) { return dtype == DType::f64 ? 1 : count_parts(V); }
 
-void token_stats_fwd(const TokenStatsFwd& a, std::int64_t begin, std::int64_t end) {
+void token_stats_fwd(const TokenStatsFwdArgs& a, std::int64_t begin, std::int64_t end) {
   std::vector<RowPart> parts(parts_of_row(a.z.dtype, a.V));
   dispatch(a.z.dtype, ref_dtype(a.r), end - begin, [&]<class T, class R>(RowKernels<T, R> k) {
     for (std::int64_t i = begin; i < end; ++i) {
@@ -163,11 +163,11 @@ void token_stats_fwd(const TokenStatsFwd& a, std::int64_t begin, std::int64_t en
   });
 }
 
-void token_stats_parts(const TokenStatsFwd& a, RowPart* parts, std::int64_t begin, std::int64_t end) {
+void token_stats_parts(const TokenStatsFwdArgs& a, RowPart* parts, std::int64_t begin, std::int64_t end) {
   dispatch(a.z.dtype, ref_dtype(a.r), 0, [&]<class T, class R>(RowKernels<T, R> k) {
     if (!k.logits_part) return;
     RowPart* part = parts + begin;
-    for_parts(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
+    for_each_part(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
       const T* z = row<T>(a.z, i) + first;
       if (wants_kl(a, i)) {
         *part = k.kl_part(z, row<R>(a.r, i) + first, n);
@@ -179,7 +179,7 @@ void token_stats_parts(const TokenStatsFwd& a, RowPart* parts, std::int64_t begi
   });
 }
 
-void token_stats_of_parts(const TokenStatsFwd& a, const RowPart* parts) {
+void token_stats_of_parts(const TokenStatsFwdArgs& a, const RowPart* parts) {
   dispatch(a.z.dtype, ref_dtype(a.r), a.N, [&]<class T, class R>(RowKernels<T, R> k) {
     for (std::int64_t i = 0; i < a.N; ++i, parts += parts_of_row(a.z.dtype, a.V)) {
       KlStats s{};
@@ -193,12 +193,12 @@ void token_stats_of_parts(const TokenStatsFwd& a, const RowPart* parts) {
   });
 }
 
-void token_stats_bwd(const TokenStatsBwd& a, std::int64_t begin, std::int64_t end) {
+void token_stats_bwd(const TokenStatsBwdArgs& a, std::int64_t begin, std::int64_t end) {
   dispatch(a.z.dtype, ref_dtype(a.r), end - begin, [&]<class T, class R>(RowKernels<T, R> k) {
     const auto* stats = static_cast<const Acc<T>*>(a.stats);
     const auto* dlogps = static_cast<const Acc<T>*>(a.dlogps);
     const auto* dkl = static_cast<const Acc<T>*>(a.dkl);
-    for_parts(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
+    for_each_part(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
       // A row with an upstream gradient of 0 is not read: its logits may be NaN.
       const bool with_logp = dlogps && a.labels && a.labels[i] != a.ignore_index && dlogps[i] != 0;
       const bool with_kl = dkl && a.r.data && (!a.mask || a.mask[i]) && dkl[i] != 0;
@@ -219,7 +219,7 @@ void token_stats_bwd(const TokenStatsBwd& a, std::int64_t begin, std::int64_t en
   });
 }
 
-void kl_loss_fwd(const KlLossFwd& a, std::int64_t begin, std::int64_t end) {
+void kl_loss_fwd(const KlLossFwdArgs& a, std::int64_t begin, std::int64_t end) {
   std::vector<RowPart> parts(parts_of_row(a.z.dtype, a.V));
   dispatch(a.z.dtype, a.r.dtype, end - begin, [&]<class T, class R>(RowKernels<T, R> k) {
     for (std::int64_t i = begin; i < end; ++i) {
@@ -239,18 +239,18 @@ void kl_loss_fwd(const KlLossFwd& a, std::int64_t begin, std::int64_t end) {
   });
 }
 
-void kl_loss_parts(const KlLossFwd& a, RowPart* parts, std::int64_t begin, std::int64_t end) {
+void kl_loss_parts(const KlLossFwdArgs& a, RowPart* parts, std::int64_t begin, std::int64_t end) {
   dispatch(a.z.dtype, a.r.dtype, 0, [&]<class T, class R>(RowKernels<T, R> k) {
     if (!k.kl_part) return;
     RowPart* part = parts + begin;
-    for_parts(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
+    for_each_part(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
       if (row_weight<T>(a, i) != 0) *part = k.kl_part(row<T>(a.z, i) + first, row<R>(a.r, i) + first, n);
       ++part;
     });
   });
 }
 
-void kl_loss_of_parts(const KlLossFwd& a, const RowPart* parts, KlStats* stats) {
+void kl_loss_of_parts(const KlLossFwdArgs& a, const RowPart* parts, KlStats* stats) {
   dispatch(a.z.dtype, a.r.dtype, a.N, [&]<class T, class R>(RowKernels<T, R> k) {
     for (std::int64_t i = 0; i < a.N; ++i, parts += parts_of_row(a.z.dtype, a.V)) {
       const double weight = row_weight<T>(a, i);
@@ -263,9 +263,9 @@ void kl_loss_of_parts(const KlLossFwd& a, const RowPart* parts, KlStats* stats) 
   });
 }
 
-void kl_loss_grad(const KlLossFwd& a, const KlStats* stats, std::int64_t begin, std::int64_t end) {
+void kl_loss_grad(const KlLossFwdArgs& a, const KlStats* stats, std::int64_t begin, std::int64_t end) {
   dispatch(a.z.dtype, a.r.dtype, 0, [&]<class T, class R>(RowKernels<T, R> k) {
-    for_parts(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
+    for_each_part(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
       const double weight = row_weight<T>(a, i);
       T* dz = row<T>(a.dz, i) + first;
       if (weight == 0) return zero(dz, n);
@@ -274,10 +274,11 @@ void kl_loss_grad(const KlLossFwd& a, const KlStats* stats, std::int64_t begin, 
   });
 }
 
-void scale(const Rows& rows, std::int64_t V, double factor, std::int64_t begin, std::int64_t end) {
+void scale(const Rows& rows, std::int64_t V, double scale, std::int64_t begin, std::int64_t end) {
   dispatch(rows.dtype, DType::f32, end - begin, [&]<class T, class R>(RowKernels<T, R> k) {
-    for_parts(rows.dtype, V, begin, end,
-              [&](std::int64_t i, std::int64_t first, std::int64_t n) { k.scale(row<T>(rows, i) + first, n, factor); });
+    for_each_part(rows.dtype, V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
+      k.scale(row<T>(rows, i) + first, n, scale);
+    });
   });
 }
 

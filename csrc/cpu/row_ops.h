@@ -15,18 +15,18 @@ namespace spo::cpu {
 
 std::int64_t parts_of_row(DType dtype, std::int64_t V);
 
-void token_stats_fwd(const TokenStatsFwd& args, std::int64_t begin, std::int64_t end);                    // rows
-void token_stats_parts(const TokenStatsFwd& args, RowPart* parts, std::int64_t begin, std::int64_t end);  // parts
-void token_stats_of_parts(const TokenStatsFwd& args, const RowPart* parts);                               // all rows
+void token_stats_fwd(const TokenStatsFwdArgs& args, std::int64_t begin, std::int64_t end);                    // rows
+void token_stats_parts(const TokenStatsFwdArgs& args, RowPart* parts, std::int64_t begin, std::int64_t end);  // parts
+void token_stats_of_parts(const TokenStatsFwdArgs& args, const RowPart* parts);  // all rows
 
-void token_stats_bwd(const TokenStatsBwd& args, std::int64_t begin, std::int64_t end);  // parts
+void token_stats_bwd(const TokenStatsBwdArgs& args, std::int64_t begin, std::int64_t end);  // parts
 
-void kl_loss_fwd(const KlLossFwd& args, std::int64_t begin, std::int64_t end);                         // rows
-void kl_loss_parts(const KlLossFwd& args, RowPart* parts, std::int64_t begin, std::int64_t end);       // parts
-void kl_loss_of_parts(const KlLossFwd& args, const RowPart* parts, KlStats* stats);                    // all rows
-void kl_loss_grad(const KlLossFwd& args, const KlStats* stats, std::int64_t begin, std::int64_t end);  // parts
+void kl_loss_fwd(const KlLossFwdArgs& args, std::int64_t begin, std::int64_t end);                         // rows
+void kl_loss_parts(const KlLossFwdArgs& args, RowPart* parts, std::int64_t begin, std::int64_t end);       // parts
+void kl_loss_of_parts(const KlLossFwdArgs& args, const RowPart* parts, KlStats* stats);                    // all rows
+void kl_loss_grad(const KlLossFwdArgs& args, const KlStats* stats, std::int64_t begin, std::int64_t end);  // parts
 
-void scale(const Rows& rows, std::int64_t V, double factor, std::int64_t begin, std::int64_t end);  // parts
+void scale(const Rows& rows, std::int64_t V, double scale, std::int64_t begin, std::int64_t end);  // parts
 
 // Index of the first label that is neither in [0, V) nor ignore_index nor kLabelElsewhere; -1 if all are legal.
 std::int64_t first_bad_label(const std::int64_t* labels, std::int64_t N, std::int64_t V, std::int64_t ignore_index);

@@ -43,8 +43,8 @@ static double label_grad_logp(const T* z, const RowStats& stats, const RowGrad& 
 template <class T, class R>
 static double label_grad_kl(const T* z, const R* r, const KlStats& stats, const RowGrad& grad) {
   const double log_p = log_prob(z[grad.label], stats.policy), p = std::exp(log_p);
-  const double kl_part = p != 0 ? grad.g_kl * p * (log_p - log_prob(r[grad.label], stats.ref) - stats.kl) : 0;
-  return grad.g_logp * (1 - p) + kl_part;
+  const double kl_term = p != 0 ? grad.g_kl * p * (log_p - log_prob(r[grad.label], stats.ref) - stats.kl) : 0;
+  return grad.g_logp * (1 - p) + kl_term;
 }
 
 template <class T>
@@ -59,14 +59,14 @@ template <class T, class R>
 static void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats, const RowGrad& grad) {
   for (std::int64_t v = 0; v < V; ++v) {
     const double log_p = log_prob(z[v], stats.policy), p = std::exp(log_p);
-    const double kl_part = p != 0 ? grad.g_kl * p * (log_p - log_prob(r[v], stats.ref) - stats.kl) : 0;
-    from_double(grad.g_logp * ((v == grad.label) - p) + kl_part, dz[v]);
+    const double kl_term = p != 0 ? grad.g_kl * p * (log_p - log_prob(r[v], stats.ref) - stats.kl) : 0;
+    from_double(grad.g_logp * ((v == grad.label) - p) + kl_term, dz[v]);
   }
 }
 
 template <class T>
-static void scale(T* x, std::int64_t n, double factor) {
-  for (std::int64_t i = 0; i < n; ++i) from_double(to_double(x[i]) * factor, x[i]);
+static void scale(T* x, std::int64_t n, double scale) {
+  for (std::int64_t i = 0; i < n; ++i) from_double(to_double(x[i]) * scale, x[i]);
 }
 
 static inline RowKernels<double, double> kernels() {

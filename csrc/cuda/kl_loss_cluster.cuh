@@ -64,7 +64,7 @@ struct Place {
 // A block's share of rows, piece by piece, in its shared memory, and the sums that it exchanges.
 template <class T, int threads>
 struct ClusterShare {
-  static constexpr int E = kChunk<T>, kWarps = threads / kWarp;
+  static constexpr int E = kPacket<T>, kWarps = threads / kWarp;
   uint4 *z, *r;
   float4* block_sums;  // [2, kMaxCluster], without their gaps, which follow
   float* block_gaps;
@@ -175,9 +175,9 @@ struct ClusterShare {
 // The grid is a whole number of clusters; cluster i takes the rows i, i + clusters, and so on.
 template <class T, int threads>
 __global__ void __launch_bounds__(threads, threads == kThreads ? 3 : 2)
-    kl_loss_cluster_kernel(KlLossFwd a, ClusterConfig config) {
+    kl_loss_cluster_kernel(KlLossFwdArgs a, ClusterConfig config) {
   if constexpr (SPO_CLUSTERS) {
-    constexpr int E = kChunk<T>;
+    constexpr int E = kPacket<T>;
     const auto blocks = static_cast<unsigned>(config.blocks), N = static_cast<unsigned>(a.N);
     const unsigned rank = blockIdx.x % blocks, clusters = gridDim.x / blocks;
     const bool first_of_row = rank == 0 && threadIdx.x == 0;
@@ -256,9 +256,9 @@ __global__ void __launch_bounds__(threads, threads == kThreads ? 3 : 2)
 }
 
 // Rows as [B, T, V] with a T that all three tensors have: evenly spaced rows fit any. False where there is none.
-inline bool with_same_steps(const KlLossFwd& a, KlLossFwd* out) {
+inline bool with_same_steps(const KlLossFwdArgs& a, KlLossFwdArgs* out) {
   const std::int64_t T = std::max({a.z.T, a.r.T, a.dz.T});
-  KlLossFwd same = a;
+  KlLossFwdArgs same = a;
   for (Rows* rows : {&same.z, &same.r, &same.dz}) {
     if (rows->T == T) continue;
     if (rows->T != 1) return false;
@@ -271,7 +271,7 @@ inline bool with_same_steps(const KlLossFwd& a, KlLossFwd* out) {
 // The cluster for rows like these; none where kl_loss_fwd_kernel takes them. Length and strides decide, of one row as
 // of many. A gradient that is not written in place is contiguous, and rows of whole vectors are aligned there too: the
 // kernel is the same in place and out of place.
-inline ClusterConfig cluster_config_of(const KlLossFwd& a, int element_bytes, const SharedMemory& memory) {
+inline ClusterConfig cluster_config_of(const KlLossFwdArgs& a, int element_bytes, const SharedMemory& memory) {
   const auto aligned = [&](const Rows& rows) {
     const std::int64_t begin = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(rows.data));
     return (begin | rows.stride_b * element_bytes | rows.stride_t * element_bytes) % kVectorBytes == 0;
@@ -305,7 +305,7 @@ inline cudaError_t shared_memory_of_device(SharedMemory& memory) {
 
 // Launches the kernel in such clusters. Where the device holds none, `launched` is false.
 template <class T>
-cudaError_t launch_kl_loss_cluster(const KlLossFwd& a, const ClusterConfig& config, const SharedMemory& memory,
+cudaError_t launch_kl_loss_cluster(const KlLossFwdArgs& a, const ClusterConfig& config, const SharedMemory& memory,
                                    cudaStream_t stream, bool& launched) {
   static std::mutex mutex;
   static std::map<std::array<int, 4>, int> known;  // clusters resident at once
@@ -331,17 +331,17 @@ cudaError_t launch_kl_loss_cluster(const KlLossFwd& a, const ClusterConfig& conf
   if (resident == 0) return cudaSuccess;
   launched = true;
   const std::int64_t clusters = std::min<std::int64_t>(a.N, std::int64_t{resident} * config.rounds);
-  return launch_clusters(kernel, static_cast<unsigned>(clusters), config, stream, a, config);
+  return launch_cluster_kernel(kernel, static_cast<unsigned>(clusters), config, stream, a, config);
 }
 
 // The launch for rows that suit the kernel, on a device that does.
 template <class T>
-cudaError_t kl_loss_cluster(const KlLossFwd& a, cudaStream_t stream, bool& launched) {
+cudaError_t launch_kl_loss_cluster(const KlLossFwdArgs& a, cudaStream_t stream, bool& launched) {
   launched = false;
   SharedMemory memory;
   if (const cudaError_t error = shared_memory_of_device(memory)) return error;
   const ClusterConfig config = cluster_config_of(a, sizeof(T), memory);
-  KlLossFwd same = a;
+  KlLossFwdArgs same = a;
   if (config.blocks == 0 || !with_same_steps(a, &same)) return cudaSuccess;
   return launch_kl_loss_cluster<T>(same, config, memory, stream, launched);
 }

@@ -49,19 +49,19 @@ inline std::int64_t looping_blocks(std::int64_t blocks, int multiprocessors) {
 // An elementwise kernel over rows: threads_per_row threads take block_elements of one row.
 struct ElementwiseConfig {
   int threads_per_row;
-  unsigned parts;  // of a row
-  std::int64_t part_elements;
+  unsigned splits;  // of a row
+  std::int64_t split_elements;
   std::int64_t blocks;
 };
 
-// per_thread: elements that a thread of a block takes, whole chunks.
+// per_thread: elements that a thread of a block takes, whole packets.
 inline ElementwiseConfig elementwise_config(std::int64_t N, std::int64_t V, int per_thread) {
   if (V <= kWarpRow) {
     constexpr int kRows = kThreads / kWarp;
     return {kWarp, 1, V, (N + kRows - 1) / kRows};
   }
-  const std::int64_t elements = std::int64_t{kThreads} * per_thread, parts = (V + elements - 1) / elements;
-  return {kThreads, static_cast<unsigned>(parts), elements, N * parts};
+  const std::int64_t elements = std::int64_t{kThreads} * per_thread, splits = (V + elements - 1) / elements;
+  return {kThreads, static_cast<unsigned>(splits), elements, N * splits};
 }
 
 // Shared memory that a device offers to a block of a cluster, in bytes: 0 where its kernels run without clusters.

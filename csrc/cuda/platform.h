@@ -21,7 +21,8 @@ namespace spo::cuda {
 
 // kernel<<<grid, block, 0, stream>>>(args...), with the error of the launch itself.
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), unsigned grid, unsigned block, cudaStream_t stream, const Args&... args) {
+cudaError_t launch_kernel(void (*kernel)(Params...), unsigned grid, unsigned block, cudaStream_t stream,
+                          const Args&... args) {
 #if defined(SPO_CUDA_EMULATOR)
   (void)stream;
   emulator::launch(kernel, grid, block, args...);
@@ -37,8 +38,8 @@ cudaError_t launch(void (*kernel)(Params...), unsigned grid, unsigned block, cud
 
 // The same in clusters of config.blocks blocks.
 template <class... Params, class... Args>
-cudaError_t launch_clusters(void (*kernel)(Params...), unsigned clusters, const ClusterConfig& config,
-                            cudaStream_t stream, const Args&... args) {
+cudaError_t launch_cluster_kernel(void (*kernel)(Params...), unsigned clusters, const ClusterConfig& config,
+                                  cudaStream_t stream, const Args&... args) {
   const auto blocks = static_cast<unsigned>(config.blocks), threads = static_cast<unsigned>(config.threads);
 #if defined(SPO_CUDA_EMULATOR)
   (void)stream;

@@ -1,7 +1,7 @@
 // The row kernels on a GPU: what spo_kernels/reference.py computes, in one pass over the logits.
 //
 // A row belongs to one warp (short rows), one block, or several blocks (long rows, too few to fill the GPU otherwise).
-// Each thread keeps a running maximum and sums relative to it over the chunks it reads, and the partial results of the
+// Each thread keeps a running maximum and sums relative to it over the packets it reads, and the partial results of the
 // threads are merged in a fixed order.
 //
 // What decides the speed, by the instruction counts of tests/cuda/test_machine_code.py, for bfloat16:
@@ -17,8 +17,8 @@
 #include <cfloat>
 #include <type_traits>
 
-#include "row_reader.cuh"
 #include "launch_config.h"
+#include "row_reader.cuh"
 
 namespace spo::cuda {
 
@@ -228,20 +228,20 @@ SPO_DEVICE A kl_of(const KlSum<A>& s) {
 }
 
 template <class T>
-constexpr int kChunk = kVectorBytes / sizeof(T);
+constexpr int kPacket = kVectorBytes / sizeof(T);
 
-// Chunks whose loads a thread of an elementwise kernel has in flight together: four vectors, of one tensor or of two.
+// Packets whose loads a thread of an elementwise kernel has in flight together: four vectors, of one tensor or of two.
 // A reference of another type is held as values, which take the registers of twice as many.
 template <bool with_kl, class R>
 constexpr int kBatch = !with_kl                     ? 4
                        : std::is_same_v<R, AnyType> ? 1
                                                     : 2;
 
-// Add the elements [begin, end) of a row, a thread's share of them, to a sum: tiles of two chunks, then what is left.
-// begin is a multiple of two chunks. add(first, number of chunks, full) takes chunks at `first` and, of two, one row of
-// threads further.
+// Add the elements [begin, end) of a row, a thread's share of them, to a sum: tiles of two packets, then what is left.
+// begin is a multiple of two packets. add(first, number of packets, full) takes packets at `first` and, of two, one row
+// of threads further.
 template <int threads_per_row, int E, class Add>
-SPO_DEVICE void for_chunks(std::int64_t begin, std::int64_t end, Add add) {
+SPO_DEVICE void for_packets(std::int64_t begin, std::int64_t end, Add add) {
   constexpr std::int64_t kStep = std::int64_t{threads_per_row} * E;
   std::int64_t first = begin + static_cast<std::int64_t>(threadIdx.x % threads_per_row) * E;
   for (; first + kStep + E <= end; first += 2 * kStep) add.template operator()<2, true>(first);
@@ -250,18 +250,18 @@ SPO_DEVICE void for_chunks(std::int64_t begin, std::int64_t end, Add add) {
 }
 
 template <int threads_per_row, bool aligned, Cache cache, class T, int E>
-SPO_DEVICE ExpSum<Acc<T>> sum_row(const Source<T, E>& z, std::int64_t begin, std::int64_t end) {
+SPO_DEVICE ExpSum<Acc<T>> sum_row(const RowReader<T, E>& z, std::int64_t begin, std::int64_t end) {
   constexpr std::int64_t kStep = std::int64_t{threads_per_row} * E;
   auto sum = ExpSum<Acc<T>>::empty();
-  for_chunks<threads_per_row, E>(begin, end, [&]<int chunks, bool full>(std::int64_t first) {
-    Acc<T> x[chunks * E];
+  for_packets<threads_per_row, E>(begin, end, [&]<int packets, bool full>(std::int64_t first) {
+    Acc<T> x[packets * E];
 #pragma unroll
-    for (int c = 0; c < chunks; ++c) {
-      auto& chunk = *reinterpret_cast<Acc<T>(*)[E]>(x + c * E);
+    for (int c = 0; c < packets; ++c) {
+      auto& packet = *reinterpret_cast<Acc<T>(*)[E]>(x + c * E);
       if constexpr (full)
-        z.template full<aligned, cache>(first + c * kStep, chunk);
+        z.template full<aligned, cache>(first + c * kStep, packet);
       else
-        z.edge(first, chunk);
+        z.edge(first, packet);
     }
     sum.add(x);
   });
@@ -269,7 +269,8 @@ SPO_DEVICE ExpSum<Acc<T>> sum_row(const Source<T, E>& z, std::int64_t begin, std
 }
 
 template <int threads_per_row, bool aligned, Cache cache, class T, class R, int E>
-SPO_DEVICE KlSum<Acc<T>> sum_rows(const Source<T, E>& z, const Source<R, E>& r, std::int64_t begin, std::int64_t end) {
+SPO_DEVICE KlSum<Acc<T>> sum_rows(const RowReader<T, E>& z, const RowReader<R, E>& r, std::int64_t begin,
+                                  std::int64_t end) {
   constexpr std::int64_t kStep = std::int64_t{threads_per_row} * E;
   auto sum = KlSum<Acc<T>>::empty();
   std::int64_t first = begin + static_cast<std::int64_t>(threadIdx.x % threads_per_row) * E;
@@ -305,7 +306,7 @@ SPO_DEVICE void check_label(std::int64_t label, std::int64_t V) {
 
 // The statistics of a row's policy logits, and the log-probability of its label.
 template <class T, int E>
-SPO_DEVICE void write_logits_stats(const TokenStatsFwd& a, const Source<T, E>& z, std::int64_t row,
+SPO_DEVICE void write_logits_stats(const TokenStatsFwdArgs& a, const RowReader<T, E>& z, std::int64_t row,
                                    const RowStats<Acc<T>>& s) {
   auto* stats = static_cast<Acc<T>*>(a.stats);
   stats[row] = s.shift;
@@ -320,7 +321,7 @@ SPO_DEVICE void write_logits_stats(const TokenStatsFwd& a, const Source<T, E>& z
   static_cast<Acc<T>*>(a.logps)[row] = logp;
 }
 template <class A>
-SPO_DEVICE void write_kl_stats(const TokenStatsFwd& a, std::int64_t row, const RowStats<A>& ref, A kl) {
+SPO_DEVICE void write_kl_stats(const TokenStatsFwdArgs& a, std::int64_t row, const RowStats<A>& ref, A kl) {
   auto* stats = static_cast<A*>(a.stats);
   stats[2 * a.N + row] = ref.shift;
   stats[3 * a.N + row] = ref.logsum;
@@ -329,42 +330,42 @@ SPO_DEVICE void write_kl_stats(const TokenStatsFwd& a, std::int64_t row, const R
 
 struct Wanted {
   bool logp, kl;
-  SPO_DEVICE Wanted(const TokenStatsFwd& a, std::int64_t row)
+  SPO_DEVICE Wanted(const TokenStatsFwdArgs& a, std::int64_t row)
       : logp(a.labels && a.labels[row] != a.ignore_index), kl(a.r.data && (!a.mask || a.mask[row])) {}
 };
 
 // Rows that nobody asked for are not read; everything about them is 0.
 template <class T, int E>
-SPO_DEVICE void write_unwanted(const TokenStatsFwd& a, const Source<T, E>& z, std::int64_t row) {
+SPO_DEVICE void write_unwanted(const TokenStatsFwdArgs& a, const RowReader<T, E>& z, std::int64_t row) {
   using A = Acc<T>;
   write_logits_stats(a, z, row, RowStats<A>(0, 0));
   if (a.r.data) write_kl_stats<A>(a, row, {0, 0}, 0);
 }
 
-// Without a reference R is T and the KL part is left out. partials: [N, splits] where a row has several blocks.
+// Without a reference R is T and the KL part is left out. split_sums: [N, splits] where a row has several blocks.
 template <class T, class R, bool with_kl, int threads_per_row>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    token_stats_fwd_kernel(TokenStatsFwd a, int splits, std::int64_t split_elements, void* partials) {
+    token_stats_fwd_kernel(TokenStatsFwdArgs a, int splits, std::int64_t split_elements, void* split_sums) {
   using A = Acc<T>;
-  constexpr int E = kChunk<T>;
+  constexpr int E = kPacket<T>;
   const std::int64_t group = group_index<threads_per_row>(), row = group / splits;
   if (row >= a.N) return;
   const std::int64_t begin = group % splits * split_elements;
   const std::int64_t end = begin + split_elements < a.V ? begin + split_elements : a.V;
-  const Source<T, E> z(a.z, row, a.V);
+  const RowReader<T, E> z(a.z, row, a.V);
   const Wanted wanted(a, row);
   const bool first = threadIdx.x % threads_per_row == 0;
 
   if constexpr (with_kl) {
     if (wanted.kl) {
-      const Source<R, E> r(a.r, row, a.V);
+      const RowReader<R, E> r(a.r, row, a.V);
       const bool aligned = z.aligned_at(0) && r.aligned_at(0);
       const auto sum =
           merge_threads<threads_per_row>(aligned ? sum_rows<threads_per_row, true, Cache::stream>(z, r, begin, end)
                                                  : sum_rows<threads_per_row, false, Cache::stream>(z, r, begin, end));
       if (!first) return;
       if (splits > 1) {
-        static_cast<KlSum<A>*>(partials)[group] = sum;
+        static_cast<KlSum<A>*>(split_sums)[group] = sum;
       } else {
         write_logits_stats(a, z, row, RowStats<A>(sum.z));
         write_kl_stats<A>(a, row, RowStats<A>(sum.r), kl_of(sum));
@@ -382,9 +383,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   if (!first) return;
   if (splits > 1) {
     if constexpr (with_kl)
-      static_cast<KlSum<A>*>(partials)[group] = {sum, ExpSum<A>::empty(), 0};
+      static_cast<KlSum<A>*>(split_sums)[group] = {sum, ExpSum<A>::empty(), 0};
     else
-      static_cast<ExpSum<A>*>(partials)[group] = sum;
+      static_cast<ExpSum<A>*>(split_sums)[group] = sum;
   } else {
     write_logits_stats(a, z, row, RowStats<A>(sum));
     if constexpr (with_kl) write_kl_stats<A>(a, row, {0, 0}, 0);
@@ -394,26 +395,26 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 // The second stage where rows were split: one thread a row.
 template <class T, bool with_kl>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    merge_splits_kernel(TokenStatsFwd a, int splits, const void* partials) {
+    merge_splits_kernel(TokenStatsFwdArgs a, int splits, const void* split_sums) {
   using A = Acc<T>;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= a.N) return;
-  const Source<T, kChunk<T>> z(a.z, row, a.V);
+  const RowReader<T, kPacket<T>> z(a.z, row, a.V);
   const Wanted wanted(a, row);
   if (!wanted.logp && !wanted.kl) return write_unwanted(a, z, row);
   if constexpr (with_kl) {
-    const auto* parts = static_cast<const KlSum<A>*>(partials) + row * splits;
-    KlSum<A> sum = parts[0];
-    for (int i = 1; i < splits; ++i) sum.merge(parts[i]);
+    const auto* sums = static_cast<const KlSum<A>*>(split_sums) + row * splits;
+    KlSum<A> sum = sums[0];
+    for (int i = 1; i < splits; ++i) sum.merge(sums[i]);
     write_logits_stats(a, z, row, RowStats<A>(sum.z));
     if (wanted.kl)
       write_kl_stats<A>(a, row, RowStats<A>(sum.r), kl_of(sum));
     else
       write_kl_stats<A>(a, row, {0, 0}, 0);
   } else {
-    const auto* parts = static_cast<const ExpSum<A>*>(partials) + row * splits;
-    ExpSum<A> sum = parts[0];
-    for (int i = 1; i < splits; ++i) sum.merge(parts[i]);
+    const auto* sums = static_cast<const ExpSum<A>*>(split_sums) + row * splits;
+    ExpSum<A> sum = sums[0];
+    for (int i = 1; i < splits; ++i) sum.merge(sums[i]);
     write_logits_stats(a, z, row, RowStats<A>(sum));
   }
 }
@@ -463,17 +464,18 @@ SPO_DEVICE std::int64_t aligned_from(const T* out) {
   return misaligned ? (kVectorBytes - misaligned) / sizeof(T) : 0;
 }
 
-// Write elements [begin, end) of a row of V: whole chunks as vectors, aligned as the output is, and the elements before
-// the first chunk and behind the last one by one. begin and end are multiples of a chunk, or the row's ends.
-// load(first) reads a chunk's inputs, chunk(inputs, values) and one(v) compute. A thread reads the inputs of `batch`
-// chunks before it writes the first: memory is busy only while many loads are in flight.
-template <int threads_per_row, int E, int batch, class T, class LoadFn, class ChunkFn, class OneFn>
-SPO_DEVICE void write_row(T* out, std::int64_t begin, std::int64_t end, std::int64_t V, LoadFn load, ChunkFn chunk,
+// Write elements [begin, end) of a row of V: whole packets as vectors, aligned as the output is, and the elements
+// before the first packet and behind the last one by one. begin and end are multiples of a packet, or the row's ends.
+// load(first) reads a packet's inputs, packet(inputs, values) and one(v) compute. A thread reads the inputs of `batch`
+// packets before it writes the first: memory is busy only while many loads are in flight.
+template <int threads_per_row, int E, int batch, class T, class LoadFn, class PacketFn, class OneFn>
+SPO_DEVICE void write_row(T* out, std::int64_t begin, std::int64_t end, std::int64_t V, LoadFn load, PacketFn packet,
                           OneFn one) {
   constexpr int kPerVector = kVectorBytes / sizeof(T);
   constexpr std::int64_t kStep = std::int64_t{threads_per_row} * E;
   const int lane = threadIdx.x % threads_per_row;
-  const std::int64_t head = aligned_from(out), last = (end + head < V ? end + head : V) - E;  // where a chunk may start
+  const std::int64_t head = aligned_from(out),
+                     last = (end + head < V ? end + head : V) - E;  // where a packet may start
   for (std::int64_t v = begin + head + static_cast<std::int64_t>(lane) * E; v <= last; v += batch * kStep) {
     decltype(load(v)) inputs[batch];
 #pragma unroll
@@ -483,7 +485,7 @@ SPO_DEVICE void write_row(T* out, std::int64_t begin, std::int64_t end, std::int
     for (int b = 0; b < batch; ++b) {
       if (v + b * kStep > last) break;
       Acc<T> x[E];
-      chunk(inputs[b], x);
+      packet(inputs[b], x);
 #pragma unroll
       for (int k = 0; k < E; k += kPerVector)
         __stcs(reinterpret_cast<uint4*>(out + v + b * kStep + k), pack(x + k, static_cast<const T*>(nullptr)));
@@ -497,9 +499,9 @@ SPO_DEVICE void write_row(T* out, std::int64_t begin, std::int64_t end, std::int
   }
 }
 
-// Whether the calling thread writes element v in write_row, as part of a whole chunk.
+// Whether the calling thread writes element v in write_row, as part of a whole packet.
 template <int threads_per_row, int E, class T>
-SPO_DEVICE bool writes_in_chunk(const T* out, std::int64_t v, std::int64_t begin, std::int64_t end, std::int64_t V) {
+SPO_DEVICE bool writes_in_packet(const T* out, std::int64_t v, std::int64_t begin, std::int64_t end, std::int64_t V) {
   const std::int64_t head = aligned_from(out), at = v - (begin + head);
   const bool whole = v >= begin + head && v < end + head && head + (v - head) / E * E + E <= V;
   return whole && at / E % threads_per_row == threadIdx.x % threads_per_row;
@@ -516,28 +518,28 @@ SPO_DEVICE void write_zeros(T* out, std::int64_t begin, std::int64_t end, std::i
       [=](std::int64_t v) { from_acc(Acc<T>{0}, out[v]); });
 }
 
-// A chunk of the policy's and of the reference's logits.
+// A packet of the policy's and of the reference's logits.
 template <class Z, class R, bool with_kl>
-struct ChunkLogits {
+struct PacketLogits {
   Z z;
   R r;
 };
 template <class Z, class R>
-struct ChunkLogits<Z, R, false> {
+struct PacketLogits<Z, R, false> {
   Z z;
 };
 
 // One row's gradient, or a part of it. label is -1 where there is none. z may be what `out` overwrites: a thread reads
 // the elements that it writes, and no others, where the two are aligned alike.
 template <int threads_per_row, bool with_kl, class T, class R, int E>
-SPO_DEVICE void write_gradient(T* out, const Source<T, E>& z, const Source<R, E>& r, const Gradient<Acc<T>>& grad,
+SPO_DEVICE void write_gradient(T* out, const RowReader<T, E>& z, const RowReader<R, E>& r, const Gradient<Acc<T>>& grad,
                                std::int64_t label, std::int64_t begin, std::int64_t end) {
   using A = Acc<T>;
-  // The label's element is written a second time, by the same thread: within a chunk it would cost every element a
+  // The label's element is written a second time, by the same thread: within a packet it would cost every element a
   // comparison. What it takes is read before the first time, which may be in place.
-  const bool owns_label = label >= 0 && writes_in_chunk<threads_per_row, E>(out, label, begin, end, z.V);
+  const bool owns_label = label >= 0 && writes_in_packet<threads_per_row, E>(out, label, begin, end, z.V);
   const A z_label = owns_label ? z.at(label) : A{0}, r_label = with_kl && owns_label ? r.at(label) : A{0};
-  using Inputs = ChunkLogits<typename Source<T, E>::Raw, typename Source<R, E>::Raw, with_kl>;
+  using Inputs = PacketLogits<typename RowReader<T, E>::Raw, typename RowReader<R, E>::Raw, with_kl>;
   const auto write = [&]<bool aligned>() {
     write_row<threads_per_row, E, kBatch<with_kl, R>>(
         out, begin, end, z.V,
@@ -558,7 +560,7 @@ SPO_DEVICE void write_gradient(T* out, const Source<T, E>& z, const Source<R, E>
           from_acc(grad.template operator()<with_kl>(z.at(v), with_kl ? r.at(v) : 0, v == label), out[v]);
         });
   };
-  const std::int64_t head = aligned_from(out);  // where the first chunk starts
+  const std::int64_t head = aligned_from(out);  // where the first packet starts
   if (z.aligned_at(head) && (!with_kl || r.aligned_at(head)))
     write.template operator()<true>();
   else
@@ -573,27 +575,27 @@ SPO_DEVICE T* row_of(const Rows& rows, std::int64_t i) {
 
 // The part of a row that a group of threads_per_row threads takes in an elementwise kernel.
 template <int threads_per_row>
-struct RowPart {
+struct Share {
   std::int64_t row, begin, end;
 
-  SPO_DEVICE RowPart(std::int64_t group, std::int64_t V, unsigned parts, std::int64_t part_elements) {
+  SPO_DEVICE Share(std::int64_t group, std::int64_t V, unsigned splits, std::int64_t split_elements) {
     if constexpr (threads_per_row == kWarp) {
       row = group, begin = 0, end = V;
     } else {  // groups are blocks, of which a grid has less than 2^31
       const unsigned block = static_cast<unsigned>(group);
-      row = block / parts;
-      begin = block % parts * part_elements;
-      end = begin + part_elements < V ? begin + part_elements : V;
+      row = block / splits;
+      begin = block % splits * split_elements;
+      end = begin + split_elements < V ? begin + split_elements : V;
     }
   }
 };
 
 template <class T, class R, bool with_kl, int threads_per_row>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    token_stats_bwd_kernel(TokenStatsBwd a, unsigned parts, std::int64_t part_elements) {
+    token_stats_bwd_kernel(TokenStatsBwdArgs a, unsigned splits, std::int64_t split_elements) {
   using A = Acc<T>;
-  constexpr int E = kChunk<T>;
-  const auto [row, begin, end] = RowPart<threads_per_row>(group_index<threads_per_row>(), a.V, parts, part_elements);
+  constexpr int E = kPacket<T>;
+  const auto [row, begin, end] = Share<threads_per_row>(group_index<threads_per_row>(), a.V, splits, split_elements);
   if (row >= a.N) return;
   T* out = row_of<T>(a.dz, row);
 
@@ -610,12 +612,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   if (logp) check_label(target, a.V);
   const auto* stats = static_cast<const A*>(a.stats);
   const RowStats<A> policy(stats[row], stats[a.N + row]);
-  const Source<T, E> z(a.z, row, a.V);
+  const RowReader<T, E> z(a.z, row, a.V);
   if constexpr (with_kl) {
     if (kl) {
       const Gradient<A> grad(policy, {stats[2 * a.N + row], stats[3 * a.N + row]},
                              kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp, g_kl);
-      const Source<R, E> r(a.r, row, a.V);
+      const RowReader<R, E> r(a.r, row, a.V);
       return write_gradient<threads_per_row, true>(out, z, r, grad, label, begin, end);
     }
   }
@@ -625,9 +627,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 
 // A row's KL and, while the row is in the cache, its gradient.
 template <class T, class R, int threads_per_row>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) kl_loss_fwd_kernel(KlLossFwd a) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) kl_loss_fwd_kernel(KlLossFwdArgs a) {
   using A = Acc<T>;
-  constexpr int E = kChunk<T>;
+  constexpr int E = kPacket<T>;
   const std::int64_t row = group_index<threads_per_row>();
   if (row >= a.N) return;
   T* out = row_of<T>(a.dz, row);
@@ -637,8 +639,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) kl_loss_fwd_kernel(KlLos
     if (first) a.weighted_kl[row] = 0;
     return write_zeros<threads_per_row, E>(out, 0, a.V, a.V);
   }
-  const Source<T, E> z(a.z, row, a.V);
-  const Source<R, E> r(a.r, row, a.V);
+  const RowReader<T, E> z(a.z, row, a.V);
+  const RowReader<R, E> r(a.r, row, a.V);
   // In place the second pass overwrites what the first has read: merging waits for every thread's reads.
   const auto sum = merge_threads<threads_per_row>(z.aligned_at(0) && r.aligned_at(0)
                                                       ? sum_rows<threads_per_row, true, Cache::keep>(z, r, 0, a.V)
@@ -667,20 +669,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>) sum_kernel(const double*
 // a block for each part a factor of 1 would cost a tenth of the work.
 template <class T, int threads_per_row>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    scale_kernel(Rows rows, std::int64_t N, std::int64_t V, const Acc<T>* factor, unsigned parts,
-                 std::int64_t part_elements) {
+    scale_kernel(Rows rows, std::int64_t N, std::int64_t V, const Acc<T>* scale, unsigned splits,
+                 std::int64_t split_elements) {
   using A = Acc<T>;
-  constexpr int E = kChunk<T>;
-  const A by = *factor;
+  constexpr int E = kPacket<T>;
+  const A by = *scale;
   if (by == 1) return;
   const std::int64_t groups = static_cast<std::int64_t>(gridDim.x) * (kThreads / threads_per_row);
-  for (std::int64_t group = group_index<threads_per_row>(); group < N * parts; group += groups) {
-    const RowPart<threads_per_row> part(group, V, parts, part_elements);
-    const Source<T, E> x(rows, part.row, V);
-    T* out = row_of<T>(rows, part.row);
+  for (std::int64_t group = group_index<threads_per_row>(); group < N * splits; group += groups) {
+    const Share<threads_per_row> share(group, V, splits, split_elements);
+    const RowReader<T, E> x(rows, share.row, V);
+    T* out = row_of<T>(rows, share.row);
     write_row<threads_per_row, E, kBatch<false, T>>(
-        out, part.begin, part.end, V, [&](std::int64_t first) { return x.template raw<true, Cache::stream>(first); },
-        [&](const typename Source<T, E>::Raw& in, A(&values)[E]) {
+        out, share.begin, share.end, V, [&](std::int64_t first) { return x.template raw<true, Cache::stream>(first); },
+        [&](const typename RowReader<T, E>::Raw& in, A(&values)[E]) {
           x.values(in, values);
 #pragma unroll
           for (int k = 0; k < E; ++k) values[k] *= by;

@@ -29,27 +29,28 @@ std::int64_t workspace_bytes(const Rows& z, bool with_kl, std::int64_t N, std::i
                    [&]<class Ops>() { return Ops::workspace_bytes(with_kl, N, V, multiprocessors, deterministic); });
 }
 
-cudaError_t token_stats_fwd(const TokenStatsFwd& args, const Launch& launch) {
+cudaError_t launch_token_stats_fwd(const TokenStatsFwdArgs& args, const LaunchContext& context) {
   if (args.N == 0) return cudaSuccess;
-  return with_type(args.z.dtype, [&]<class Ops>() { return Ops::token_stats_fwd(args, launch); });
+  return with_type(args.z.dtype, [&]<class Ops>() { return Ops::launch_token_stats_fwd(args, context); });
 }
 
-cudaError_t token_stats_bwd(const TokenStatsBwd& args, const Launch& launch) {
+cudaError_t launch_token_stats_bwd(const TokenStatsBwdArgs& args, const LaunchContext& context) {
   if (args.N == 0) return cudaSuccess;
-  return with_type(args.z.dtype, [&]<class Ops>() { return Ops::token_stats_bwd(args, launch); });
+  return with_type(args.z.dtype, [&]<class Ops>() { return Ops::launch_token_stats_bwd(args, context); });
 }
 
-bool kl_loss_in_clusters(const KlLossFwd& args) {
+bool kl_loss_in_clusters(const KlLossFwdArgs& args) {
   return with_type(args.z.dtype, [&]<class Ops>() { return Ops::kl_loss_in_clusters(args); });
 }
 
-cudaError_t kl_loss_fwd(const KlLossFwd& args, void* loss, const Launch& launch) {
-  return with_type(args.z.dtype, [&]<class Ops>() { return Ops::kl_loss_fwd(args, loss, launch); });
+cudaError_t launch_kl_loss_fwd(const KlLossFwdArgs& args, void* loss, const LaunchContext& context) {
+  return with_type(args.z.dtype, [&]<class Ops>() { return Ops::launch_kl_loss_fwd(args, loss, context); });
 }
 
-cudaError_t scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* factor, const Launch& launch) {
+cudaError_t launch_scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* scale,
+                         const LaunchContext& context) {
   if (N == 0) return cudaSuccess;
-  return with_type(rows.dtype, [&]<class Ops>() { return Ops::scale(rows, N, V, factor, launch); });
+  return with_type(rows.dtype, [&]<class Ops>() { return Ops::launch_scale(rows, N, V, scale, context); });
 }
 
 }  // namespace spo::cuda

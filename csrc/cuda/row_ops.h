@@ -12,21 +12,22 @@ namespace spo::cuda {
 std::int64_t workspace_bytes(const Rows& z, bool with_kl, std::int64_t N, std::int64_t V, int multiprocessors,
                              bool deterministic);
 
-struct Launch {
+struct LaunchContext {
   cudaStream_t stream;
   int multiprocessors;
   bool deterministic = true;
   void* workspace = nullptr;  // may be null where 0 bytes are needed
 };
 
-cudaError_t token_stats_fwd(const TokenStatsFwd& args, const Launch& launch);
-cudaError_t token_stats_bwd(const TokenStatsBwd& args, const Launch& launch);
+cudaError_t launch_token_stats_fwd(const TokenStatsFwdArgs& args, const LaunchContext& context);
+cudaError_t launch_token_stats_bwd(const TokenStatsBwdArgs& args, const LaunchContext& context);
 // Whether kl_loss_fwd holds rows like these in the shared memory of clusters: it then needs no second launch for them,
 // few or many. dz counts as any other rows.
-bool kl_loss_in_clusters(const KlLossFwd& args);
+bool kl_loss_in_clusters(const KlLossFwdArgs& args);
 // loss (acc, one element) = the sum of weighted_kl. Results of a row never depend on the number of rows.
-cudaError_t kl_loss_fwd(const KlLossFwd& args, void* loss, const Launch& launch);
-// rows [N, V] *= *factor (acc); nothing is written where the factor is 1.
-cudaError_t scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* factor, const Launch& launch);
+cudaError_t launch_kl_loss_fwd(const KlLossFwdArgs& args, void* loss, const LaunchContext& context);
+// rows [N, V] *= *scale (acc); nothing is written where scale is 1.
+cudaError_t launch_scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* scale,
+                         const LaunchContext& context);
 
 }  // namespace spo::cuda

@@ -12,11 +12,12 @@ template <class T>
 struct TypedOps {
   static std::int64_t workspace_bytes(bool with_kl, std::int64_t N, std::int64_t V, int multiprocessors,
                                       bool deterministic);
-  static cudaError_t token_stats_fwd(const TokenStatsFwd& a, const Launch& at);
-  static cudaError_t token_stats_bwd(const TokenStatsBwd& a, const Launch& at);
-  static bool kl_loss_in_clusters(const KlLossFwd& a);
-  static cudaError_t kl_loss_fwd(const KlLossFwd& a, void* loss, const Launch& at);
-  static cudaError_t scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* factor, const Launch& at);
+  static cudaError_t launch_token_stats_fwd(const TokenStatsFwdArgs& a, const LaunchContext& context);
+  static cudaError_t launch_token_stats_bwd(const TokenStatsBwdArgs& a, const LaunchContext& context);
+  static bool kl_loss_in_clusters(const KlLossFwdArgs& a);
+  static cudaError_t launch_kl_loss_fwd(const KlLossFwdArgs& a, void* loss, const LaunchContext& context);
+  static cudaError_t launch_scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* scale,
+                                  const LaunchContext& context);
 };
 
 // f.template operator()<R>() with the reference's type; float64 goes with float64 alone.
@@ -56,32 +57,32 @@ std::int64_t TypedOps<T>::workspace_bytes(bool with_kl, std::int64_t N, std::int
 }
 
 template <class T>
-cudaError_t TypedOps<T>::token_stats_fwd(const TokenStatsFwd& a, const Launch& at) {
-  const ReduceConfig config = reduce_config(a.N, a.V, at.multiprocessors, at.deterministic);
+cudaError_t TypedOps<T>::launch_token_stats_fwd(const TokenStatsFwdArgs& a, const LaunchContext& context) {
+  const ReduceConfig config = reduce_config(a.N, a.V, context.multiprocessors, context.deterministic);
   unsigned grid;
   if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
   const auto run = [&]<class R, bool with_kl>() {
     const cudaError_t error = with_threads(config.threads_per_row, [&]<int threads>() {
-      return launch(token_stats_fwd_kernel<T, R, with_kl, threads>, grid, kThreads, at.stream, a, config.splits,
-                    config.split_elements, at.workspace);
+      return launch_kernel(token_stats_fwd_kernel<T, R, with_kl, threads>, grid, kThreads, context.stream, a,
+                           config.splits, config.split_elements, context.workspace);
     });
     if (error != cudaSuccess || config.splits == 1) return error;
-    return launch(merge_splits_kernel<T, with_kl>, static_cast<unsigned>(blocks_of_threads(a.N)), kThreads, at.stream,
-                  a, config.splits, static_cast<const void*>(at.workspace));
+    return launch_kernel(merge_splits_kernel<T, with_kl>, static_cast<unsigned>(blocks_of_threads(a.N)), kThreads,
+                         context.stream, a, config.splits, static_cast<const void*>(context.workspace));
   };
   if (!a.r.data) return run.template operator()<T, false>();
   return with_ref_type<T>(a.r.dtype, [&]<class R>() { return run.template operator()<R, true>(); });
 }
 
 template <class T>
-cudaError_t TypedOps<T>::token_stats_bwd(const TokenStatsBwd& a, const Launch& at) {
+cudaError_t TypedOps<T>::launch_token_stats_bwd(const TokenStatsBwdArgs& a, const LaunchContext& context) {
   const auto run = [&]<class R, bool with_kl>() {
-    const ElementwiseConfig config = elementwise_config(a.N, a.V, kBatch<with_kl, R> * kChunk<T>);
+    const ElementwiseConfig config = elementwise_config(a.N, a.V, kBatch<with_kl, R> * kPacket<T>);
     unsigned grid;
     if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
     return with_threads(config.threads_per_row, [&]<int threads>() {
-      return launch(token_stats_bwd_kernel<T, R, with_kl, threads>, grid, kThreads, at.stream, a, config.parts,
-                    config.part_elements);
+      return launch_kernel(token_stats_bwd_kernel<T, R, with_kl, threads>, grid, kThreads, context.stream, a,
+                           config.splits, config.split_elements);
     });
   };
   if (!a.r.data || !a.dkl) return run.template operator()<T, false>();
@@ -89,7 +90,7 @@ cudaError_t TypedOps<T>::token_stats_bwd(const TokenStatsBwd& a, const Launch& a
 }
 
 template <class T>
-bool TypedOps<T>::kl_loss_in_clusters(const KlLossFwd& a) {
+bool TypedOps<T>::kl_loss_in_clusters(const KlLossFwdArgs& a) {
   if constexpr (std::is_same_v<T, double>) {
     return false;
   } else {
@@ -99,35 +100,36 @@ bool TypedOps<T>::kl_loss_in_clusters(const KlLossFwd& a) {
 }
 
 template <class T>
-cudaError_t TypedOps<T>::kl_loss_fwd(const KlLossFwd& a, void* loss, const Launch& at) {
-  const ReduceConfig config = reduce_config(a.N, a.V, at.multiprocessors, true);
+cudaError_t TypedOps<T>::launch_kl_loss_fwd(const KlLossFwdArgs& a, void* loss, const LaunchContext& context) {
+  const ReduceConfig config = reduce_config(a.N, a.V, context.multiprocessors, true);
   unsigned grid;
   if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
   bool launched = a.N == 0;
   if constexpr (!std::is_same_v<T, double>) {
     if (!launched)
-      if (const cudaError_t error = kl_loss_cluster<T>(a, at.stream, launched)) return error;
+      if (const cudaError_t error = launch_kl_loss_cluster<T>(a, context.stream, launched)) return error;
   }
   if (!launched) {
     const cudaError_t error = with_ref_type<T>(a.r.dtype, [&]<class R>() {
       return with_threads(config.threads_per_row, [&]<int threads>() {
-        return launch(kl_loss_fwd_kernel<T, R, threads>, grid, kThreads, at.stream, a);
+        return launch_kernel(kl_loss_fwd_kernel<T, R, threads>, grid, kThreads, context.stream, a);
       });
     });
     if (error != cudaSuccess) return error;
   }
-  return launch(sum_kernel<Acc<T>>, 1, kThreads, at.stream, static_cast<const double*>(a.weighted_kl), a.N,
-                static_cast<Acc<T>*>(loss));
+  return launch_kernel(sum_kernel<Acc<T>>, 1, kThreads, context.stream, static_cast<const double*>(a.weighted_kl), a.N,
+                       static_cast<Acc<T>*>(loss));
 }
 
 template <class T>
-cudaError_t TypedOps<T>::scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* factor, const Launch& at) {
-  const ElementwiseConfig config = elementwise_config(N, V, kBatch<false, T> * kChunk<T>);
+cudaError_t TypedOps<T>::launch_scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* scale,
+                                      const LaunchContext& context) {
+  const ElementwiseConfig config = elementwise_config(N, V, kBatch<false, T> * kPacket<T>);
   unsigned grid;
-  if (const cudaError_t error = grid_of(looping_blocks(config.blocks, at.multiprocessors), grid)) return error;
+  if (const cudaError_t error = grid_of(looping_blocks(config.blocks, context.multiprocessors), grid)) return error;
   return with_threads(config.threads_per_row, [&]<int threads>() {
-    return launch(scale_kernel<T, threads>, grid, kThreads, at.stream, rows, N, V, static_cast<const Acc<T>*>(factor),
-                  config.parts, config.part_elements);
+    return launch_kernel(scale_kernel<T, threads>, grid, kThreads, context.stream, rows, N, V,
+                         static_cast<const Acc<T>*>(scale), config.splits, config.split_elements);
   });
 }
 

@@ -1,5 +1,5 @@
-// A chunk: the elements of a row that a thread takes at once, 16 bytes of the narrowest type. Chunks start at element 0
-// of a row however it is aligned, so that a row's result does not depend on where in memory it lies.
+// A packet: the elements of a row that a thread takes at once, 16 bytes of the narrowest type. Packets start at element
+// 0 of a row however it is aligned, so that a row's result does not depend on where in memory it lies.
 #pragma once
 
 #include "../op_args.h"
@@ -120,7 +120,7 @@ SPO_DEVICE uint4 load_vector(const void* at) {
   return cache == Cache::stream ? __ldcs(vector) : *vector;
 }
 
-// E elements in loads of 16 bytes, or in one of 8: a chunk of float32 has 4 elements, which half precision holds in
+// E elements in loads of 16 bytes, or in one of 8: a packet of float32 has 4 elements, which half precision holds in
 // that.
 template <Cache cache, class T, int E>
 SPO_DEVICE void load_elements(const T* at, Acc<T> (&x)[E]) {
@@ -139,18 +139,18 @@ SPO_DEVICE void load_elements(const T* at, Acc<T> (&x)[E]) {
   }
 }
 
-// A row of V elements, read in chunks of E. Beyond V there is -inf: probability 0.
+// A row of V elements, read in packets of E. Beyond V there is -inf: probability 0.
 template <class T, int E>
-struct Source {
+struct RowReader {
   static_assert(E * sizeof(T) % kVectorBytes == 0);
   using A = Acc<T>;
   const T* row;
   std::int64_t V;
 
-  SPO_DEVICE Source(const Rows& rows, std::int64_t i, std::int64_t V)
+  SPO_DEVICE RowReader(const Rows& rows, std::int64_t i, std::int64_t V)
       : row(static_cast<const T*>(rows.data) + row_offset(rows, i)), V(V) {}
 
-  // Whether chunks are aligned that start a whole number of chunks from element v.
+  // Whether packets are aligned that start a whole number of packets from element v.
   SPO_DEVICE bool aligned_at(std::int64_t v) const {
     return reinterpret_cast<std::uintptr_t>(row + v) % kVectorBytes == 0;
   }
@@ -162,7 +162,8 @@ struct Source {
   }
 
   // E elements from `first` on, all inside the row, as they lie in memory: half the registers of their values. Where
-  // the row is misaligned a chunk is cut out of the aligned vectors around it, unless these would reach beyond the row.
+  // the row is misaligned a packet is cut out of the aligned vectors around it, unless these would reach beyond the
+  // row.
   struct Raw {
     uint4 vectors[E * sizeof(T) / kVectorBytes];
   };
@@ -203,13 +204,13 @@ struct Source {
 };
 
 template <int E>
-struct Source<AnyType, E> {
+struct RowReader<AnyType, E> {
   using A = float;
   const void* row;
   DType dtype;
   std::int64_t V;
 
-  SPO_DEVICE Source(const Rows& rows, std::int64_t i, std::int64_t V) : dtype(rows.dtype), V(V) {
+  SPO_DEVICE RowReader(const Rows& rows, std::int64_t i, std::int64_t V) : dtype(rows.dtype), V(V) {
     row = static_cast<const char*>(rows.data) + row_offset(rows, i) * bytes();
   }
 

@@ -33,10 +33,10 @@ void for_ranges(int64_t count, int64_t item_bytes, const F& work) {
   const int64_t workers = std::min({static_cast<int64_t>(torch::stable::get_num_threads()), count, busy});
   if (workers == 1) return work(0, count);
   const int64_t fill_mib = std::max<int64_t>((int64_t{1} << 20) / std::max<int64_t>(item_bytes, 1), 1);
-  const int64_t chunk = std::clamp<int64_t>(count / (4 * workers), 1, fill_mib);
+  const int64_t range = std::clamp<int64_t>(count / (4 * workers), 1, fill_mib);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(chunk)) < count;) work(begin, std::min(begin + chunk, count));
+    for (int64_t begin; (begin = next.fetch_add(range)) < count;) work(begin, std::min(begin + range, count));
   });
 }
 
@@ -55,11 +55,11 @@ struct Division {
     return parts > 1 && threads > 1 && rows < 4 * threads;
   }
   template <class F>
-  void for_rows(const F& work) const {
+  void for_row_ranges(const F& work) const {
     for_ranges(rows, row_bytes, work);
   }
   template <class F>
-  void for_parts(const F& work) const {
+  void for_part_ranges(const F& work) const {
     for_ranges(rows * parts, row_bytes / parts, work);
   }
 };
@@ -72,10 +72,10 @@ std::tuple<Tensor, Tensor, Tensor> token_stats_fwd(const Tensor& logits, const O
   const Division division(logits, call.args.z.dtype, call.N, ref_logits ? 2 : 1);
   if (division.split()) {
     std::vector<cpu::RowPart> parts(division.rows * division.parts);
-    division.for_parts([&](int64_t b, int64_t e) { cpu::token_stats_parts(call.args, parts.data(), b, e); });
+    division.for_part_ranges([&](int64_t b, int64_t e) { cpu::token_stats_parts(call.args, parts.data(), b, e); });
     cpu::token_stats_of_parts(call.args, parts.data());
   } else {
-    division.for_rows([&](int64_t b, int64_t e) { cpu::token_stats_fwd(call.args, b, e); });
+    division.for_row_ranges([&](int64_t b, int64_t e) { cpu::token_stats_fwd(call.args, b, e); });
   }
   return {call.logps, call.kl, call.stats};
 }
@@ -86,7 +86,7 @@ void token_stats_bwd_into(const Tensor& dlogits, const OptionalTensor& dlogps, c
   const TokenStatsBwdCall call(dlogits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index);
   check_labels(call.args);
   const Division division(logits, call.args.z.dtype, call.N);
-  division.for_parts([&](int64_t b, int64_t e) { cpu::token_stats_bwd(call.args, b, e); });
+  division.for_part_ranges([&](int64_t b, int64_t e) { cpu::token_stats_bwd(call.args, b, e); });
 }
 
 Tensor token_stats_bwd(const OptionalTensor& dlogps, const OptionalTensor& dkl, const Tensor& logits,
@@ -105,18 +105,18 @@ void token_stats_bwd_(const OptionalTensor& dlogps, const OptionalTensor& dkl, c
 
 Tensor kl_loss_into(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_logits,
                     const OptionalTensor& row_weight) {
-  KlLossCall call(dlogits, logits, ref_logits, row_weight);
+  KlLossFwdCall call(dlogits, logits, ref_logits, row_weight);
   std::vector<double> weighted_kl(call.args.N);
   call.args.weighted_kl = weighted_kl.data();
   const Division division(logits, call.args.z.dtype, call.args.N, 2);
   if (division.split()) {
     std::vector<cpu::RowPart> parts(division.rows * division.parts);
     std::vector<cpu::KlStats> stats(division.rows);
-    division.for_parts([&](int64_t b, int64_t e) { cpu::kl_loss_parts(call.args, parts.data(), b, e); });
+    division.for_part_ranges([&](int64_t b, int64_t e) { cpu::kl_loss_parts(call.args, parts.data(), b, e); });
     cpu::kl_loss_of_parts(call.args, parts.data(), stats.data());
-    division.for_parts([&](int64_t b, int64_t e) { cpu::kl_loss_grad(call.args, stats.data(), b, e); });
+    division.for_part_ranges([&](int64_t b, int64_t e) { cpu::kl_loss_grad(call.args, stats.data(), b, e); });
   } else {
-    division.for_rows([&](int64_t b, int64_t e) { cpu::kl_loss_fwd(call.args, b, e); });
+    division.for_row_ranges([&](int64_t b, int64_t e) { cpu::kl_loss_fwd(call.args, b, e); });
   }
   double sum = 0;  // in row order, so that the loss does not depend on the threads
   for (const double x : weighted_kl) sum += x;
@@ -141,11 +141,11 @@ Tensor kl_loss_fwd_(const Tensor& logits, const Tensor& ref_logits, const Option
 
 void scale_(const Tensor& tensor, const Tensor& scale) {
   const Rows rows = scale_rows(tensor, scale);
-  const double factor = rows.dtype == DType::f64 ? *static_cast<const double*>(scale.const_data_ptr())
-                                                 : *static_cast<const float*>(scale.const_data_ptr());
-  if (factor == 1) return;
+  const double value = rows.dtype == DType::f64 ? *static_cast<const double*>(scale.const_data_ptr())
+                                                : *static_cast<const float*>(scale.const_data_ptr());
+  if (value == 1) return;
   const Division division(tensor, rows.dtype, row_count(tensor));
-  division.for_parts([&](int64_t b, int64_t e) { cpu::scale(rows, tensor.size(-1), factor, b, e); });
+  division.for_part_ranges([&](int64_t b, int64_t e) { cpu::scale(rows, tensor.size(-1), value, b, e); });
 }
 
 }  // namespace

@@ -30,13 +30,13 @@ namespace {
 class OnDevice {
 #if defined(SPO_CUDA_EMULATOR)
  public:
-  cuda::Launch launch{.stream = nullptr, .multiprocessors = 16};
+  cuda::LaunchContext context{.stream = nullptr, .multiprocessors = 16};
   explicit OnDevice(const Tensor&) {}
 #else
   torch::stable::accelerator::DeviceGuard guard_;
 
  public:
-  cuda::Launch launch{};
+  cuda::LaunchContext context{};
   explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
     const int32_t device = t.get_device_index();
 #if defined(SPO_STREAM_FROM_SHIM)
@@ -46,8 +46,8 @@ class OnDevice {
 #else
     void* stream = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
 #endif
-    launch.stream = static_cast<cudaStream_t>(stream);
-    const cudaError_t error = cudaDeviceGetAttribute(&launch.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    context.stream = static_cast<cudaStream_t>(stream);
+    const cudaError_t error = cudaDeviceGetAttribute(&context.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     STD_TORCH_CHECK(error == cudaSuccess, "spo_kernels: ", cudaGetErrorString(error));
   }
 #endif
@@ -64,9 +64,9 @@ void check(cudaError_t error, const char* op) {
 // Whether token_stats_fwd would share rows like these among blocks, where kl_loss_fwd would leave most of a GPU idle.
 bool kl_loss_splits_rows(const Tensor& logits, const Tensor& ref_logits, bool deterministic) {
   const OnDevice device(logits);
-  const KlLossCall call(logits, logits, ref_logits, std::nullopt);
+  const KlLossFwdCall call(logits, logits, ref_logits, std::nullopt);
   if (cuda::kl_loss_in_clusters(call.args)) return false;
-  return cuda::workspace_bytes(call.args.z, true, call.args.N, call.args.V, device.launch.multiprocessors,
+  return cuda::workspace_bytes(call.args.z, true, call.args.N, call.args.V, device.context.multiprocessors,
                                deterministic) > 0;
 }
 
@@ -75,12 +75,12 @@ std::tuple<Tensor, Tensor, Tensor> token_stats_fwd(const Tensor& logits, const O
                                                    int64_t ignore_index, bool deterministic) {
   OnDevice device(logits);
   TokenStatsFwdCall call(logits, labels, ref_logits, mask, ignore_index);
-  device.launch.deterministic = deterministic;
+  device.context.deterministic = deterministic;
   const int64_t bytes = cuda::workspace_bytes(call.args.z, call.args.r.data != nullptr, call.N, call.V,
-                                              device.launch.multiprocessors, deterministic);
+                                              device.context.multiprocessors, deterministic);
   Tensor workspace = empty(logits, {bytes}, ScalarType::Byte);
-  device.launch.workspace = workspace.mutable_data_ptr();
-  check(cuda::token_stats_fwd(call.args, device.launch), "token_stats_fwd");
+  device.context.workspace = workspace.mutable_data_ptr();
+  check(cuda::launch_token_stats_fwd(call.args, device.context), "token_stats_fwd");
   return {call.logps, call.kl, call.stats};
 }
 
@@ -89,24 +89,24 @@ void token_stats_bwd(const Tensor& dlogits, const OptionalTensor& dlogps, const 
                      const OptionalTensor& mask, const Tensor& kl, const Tensor& stats, int64_t ignore_index) {
   const OnDevice device(logits);
   const TokenStatsBwdCall call(dlogits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index);
-  check(cuda::token_stats_bwd(call.args, device.launch), "token_stats_bwd");
+  check(cuda::launch_token_stats_bwd(call.args, device.context), "token_stats_bwd");
 }
 
 Tensor kl_loss_fwd(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_logits,
                    const OptionalTensor& row_weight) {
   const OnDevice device(logits);
-  KlLossCall call(dlogits, logits, ref_logits, row_weight);
+  KlLossFwdCall call(dlogits, logits, ref_logits, row_weight);
   Tensor weighted_kl = empty(logits, {call.args.N}, ScalarType::Double);
   call.args.weighted_kl = static_cast<double*>(weighted_kl.mutable_data_ptr());
   Tensor loss = empty(logits, {}, call.acc);
-  check(cuda::kl_loss_fwd(call.args, loss.mutable_data_ptr(), device.launch), "kl_loss_fwd");
+  check(cuda::launch_kl_loss_fwd(call.args, loss.mutable_data_ptr(), device.context), "kl_loss_fwd");
   return loss;
 }
 
 void scale_(const Tensor& tensor, const Tensor& scale) {
   const OnDevice device(tensor);
   const Rows rows = scale_rows(tensor, scale);
-  check(cuda::scale(rows, row_count(tensor), tensor.size(-1), scale.const_data_ptr(), device.launch), "scale_");
+  check(cuda::launch_scale(rows, row_count(tensor), tensor.size(-1), scale.const_data_ptr(), device.context), "scale_");
 }
 
 }  // namespace

@@ -108,7 +108,7 @@ struct TokenStatsFwdCall {
   int64_t N, V;
   OptionalTensor labels, mask;
   Tensor logps, kl, stats;
-  TokenStatsFwd args;
+  TokenStatsFwdArgs args;
 
   TokenStatsFwdCall(const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
                     const OptionalTensor& mask, int64_t ignore_index)
@@ -141,7 +141,7 @@ struct TokenStatsBwdCall {
   int64_t N, V;
   OptionalTensor dlogps, dkl, labels, mask;
   Tensor kl, stats;
-  TokenStatsBwd args;
+  TokenStatsBwdArgs args;
 
   TokenStatsBwdCall(const Tensor& dlogits, const OptionalTensor& dlogps, const OptionalTensor& dkl,
                     const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
@@ -174,12 +174,12 @@ struct TokenStatsBwdCall {
 };
 
 // weighted_kl is the caller's to point at memory of the device.
-struct KlLossCall {
+struct KlLossFwdCall {
   OptionalTensor row_weight;
   ScalarType acc;
-  KlLossFwd args;
+  KlLossFwdArgs args;
 
-  KlLossCall(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& row_weight)
+  KlLossFwdCall(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& row_weight)
       : acc(acc_type(dtype_of(logits, "logits"))) {
     const int64_t N = row_count(logits);
     this->row_weight = row_values(row_weight, logits, acc, N, "row_weight");

@@ -78,11 +78,11 @@ int main() {
           require(r.splits == 1 || (!deterministic && r.threads_per_row == kThreads), "few rows alone split", N, V);
           require(r.splits == 1 || r.blocks <= 4 * multiprocessors + N, "no more blocks than wanted", N, V);
           require(!deterministic || r.split_elements == V, "a row's work independent of N", N, V);
-          for (const int chunk : {2, 4, 8}) {
-            const ElementwiseConfig e = elementwise_config(N, V, 4 * chunk);
-            require_partition(e.parts, e.part_elements, N, V);
-            require_blocks(e.threads_per_row, N * e.parts, e.blocks, N, V);
-            require(e.parts == 1 || e.part_elements % chunk == 0, "parts of whole chunks", N, V);
+          for (const int packet : {2, 4, 8}) {
+            const ElementwiseConfig e = elementwise_config(N, V, 4 * packet);
+            require_partition(e.splits, e.split_elements, N, V);
+            require_blocks(e.threads_per_row, N * e.splits, e.blocks, N, V);
+            require(e.splits == 1 || e.split_elements % packet == 0, "parts of whole packets", N, V);
             require(e.blocks <= kMaxGrid, "a legal grid", N, V);
             const std::int64_t looping = looping_blocks(e.blocks, multiprocessors);
             require(looping >= 1 && looping <= e.blocks && looping <= 64 * multiprocessors, "some blocks", N, V);

@@ -66,13 +66,14 @@ void check(DType dtype, std::int64_t V, std::int64_t pad, std::int64_t lead, int
   const bool deterministic = multiprocessors == 0;
   const std::int64_t bytes = cuda::TypedOps<T>::workspace_bytes(true, N, V, multiprocessors, deterministic);
   const std::unique_ptr<A[]> workspace(new A[bytes / sizeof(A)]);
-  const cuda::Launch at{nullptr, multiprocessors, deterministic, workspace.get()};
+  const cuda::LaunchContext context{nullptr, multiprocessors, deterministic, workspace.get()};
 
-  const TokenStatsFwd fwd{z.rows, r.rows, labels.get(), mask.get(), N, V, kIgnore, logps.get(), kl.get(), stats.get()};
-  cuda::TypedOps<T>::token_stats_fwd(fwd, at);
-  const TokenStatsBwd bwd{z.rows, r.rows,  dz.rows,      labels.get(), mask.get(), N,
-                          V,      kIgnore, dlogps.get(), dkl.get(),    kl.get(),   stats.get()};
-  cuda::TypedOps<T>::token_stats_bwd(bwd, at);
+  const TokenStatsFwdArgs fwd{z.rows, r.rows,  labels.get(), mask.get(), N,
+                              V,      kIgnore, logps.get(),  kl.get(),   stats.get()};
+  cuda::TypedOps<T>::launch_token_stats_fwd(fwd, context);
+  const TokenStatsBwdArgs bwd{z.rows, r.rows,  dz.rows,      labels.get(), mask.get(), N,
+                              V,      kIgnore, dlogps.get(), dkl.get(),    kl.get(),   stats.get()};
+  cuda::TypedOps<T>::launch_token_stats_bwd(bwd, context);
 
   const double exact = sizeof(A) == 8 ? 1e-9 : 2e-5, rounding = sizeof(T) == 2 ? 0x1p-8 : exact;
   double total = 0;
@@ -93,10 +94,11 @@ void check(DType dtype, std::int64_t V, std::int64_t pad, std::int64_t lead, int
       close("dlogits", cuda::to_acc(dz.row(i)[v]), want, 2 * rounding);
     }
   }
-  cuda::TypedOps<T>::kl_loss_fwd({z.rows, r.rows, dz.rows, dkl.get(), N, V, weighted.get()}, loss.get(), at);
+  cuda::TypedOps<T>::launch_kl_loss_fwd({z.rows, r.rows, dz.rows, dkl.get(), N, V, weighted.get()}, loss.get(),
+                                        context);
   close("loss", loss[0], total, 10 * exact);
   const double before = cuda::to_acc(dz.row(N - 1)[V - 1]);
-  cuda::TypedOps<T>::scale(dz.rows, N, V, half.get(), at);
+  cuda::TypedOps<T>::launch_scale(dz.rows, N, V, half.get(), context);
   close("scaled", cuda::to_acc(dz.row(N - 1)[V - 1]), before / 2, rounding);
 }
 
@@ -115,7 +117,7 @@ void check_clusters(DType dtype, std::int64_t V, int blocks, int threads) {
     const std::unique_ptr<A[]> weight(new A[N]{0.75, -0.5, 0, 1, 0.75, 0, 2, 1});
     const std::unique_ptr<double[]> weighted(new double[N]), weighted_alone(new double[1]);
     const cuda::ClusterConfig config = cuda::cluster_of(V, sizeof(T), blocks, threads);
-    const auto run = [&](const KlLossFwd& a) {
+    const auto run = [&](const KlLossFwdArgs& a) {
       bool launched = false;
       cuda::launch_kl_loss_cluster<T>(a, config, memory, nullptr, launched);
       close("launched", launched, 1, 0);
@@ -158,7 +160,7 @@ void check_choice(DType dtype) {
   cuda::Acc<T> loss;
   const auto clusters = [&](const Rows& z, const Rows& r, const Rows& dz, std::int64_t N, std::int64_t V) {
     const long before = emulator::clusters_run;
-    cuda::TypedOps<T>::kl_loss_fwd({z, r, dz, nullptr, N, V, weighted.get()}, &loss, {nullptr, 16});
+    cuda::TypedOps<T>::launch_kl_loss_fwd({z, r, dz, nullptr, N, V, weighted.get()}, &loss, {nullptr, 16});
     return double(emulator::clusters_run - before);
   };
   const bool can = sizeof(T) < 8;

@@ -65,12 +65,12 @@ void check(DType dtype_z, DType dtype_r, std::int64_t V, std::int64_t pad, std::
   std::vector<float> logps(N, NAN), kl(N, NAN), stats(4 * N, NAN), dlogps(N, -1.5f), dkl(N, 0.75f);
 
   const std::int64_t P = N * parts_of_row(dtype_z, V);
-  const TokenStatsFwd fwd{z.rows, r.rows, labels.data(), mask.get(), N,
-                          V,      ignore, logps.data(),  kl.data(),  stats.data()};
+  const TokenStatsFwdArgs fwd{z.rows, r.rows, labels.data(), mask.get(), N,
+                              V,      ignore, logps.data(),  kl.data(),  stats.data()};
   token_stats_fwd(fwd, 0, N);
   Block<T> dz(B, steps, V, pad, lead, dtype_z, spread);
-  TokenStatsBwd bwd{z.rows, r.rows, dz.rows,       labels.data(), mask.get(), N,
-                    V,      ignore, dlogps.data(), dkl.data(),    kl.data(),  stats.data()};
+  TokenStatsBwdArgs bwd{z.rows, r.rows, dz.rows,       labels.data(), mask.get(), N,
+                        V,      ignore, dlogps.data(), dkl.data(),    kl.data(),  stats.data()};
   token_stats_bwd(bwd, 0, P);
 
   const double half = sizeof(T) == 2 ? 0x1p-8 : 0;
@@ -93,14 +93,14 @@ void check(DType dtype_z, DType dtype_r, std::int64_t V, std::int64_t pad, std::
   }
 
   std::vector<double> weighted(N), weighted_of_parts(N);
-  KlLossFwd loss{z.rows, r.rows, dz.rows, dkl.data(), N, V, weighted.data()};
+  KlLossFwdArgs loss{z.rows, r.rows, dz.rows, dkl.data(), N, V, weighted.data()};
   kl_loss_fwd(loss, 0, N);
   scale(dz.rows, V, 0.5, 0, P);
 
   std::vector<RowPart> parts(P);
   std::vector<KlStats> kl_stats(N);
   std::vector<float> logps_of_parts(N, NAN), kl_of_parts(N, NAN), stats_of_parts(4 * N, NAN);
-  TokenStatsFwd fwd_of_parts = fwd;
+  TokenStatsFwdArgs fwd_of_parts = fwd;
   fwd_of_parts.logps = logps_of_parts.data(), fwd_of_parts.kl = kl_of_parts.data();
   fwd_of_parts.stats = stats_of_parts.data();
   for (std::int64_t u = P; u-- > 0;) token_stats_parts(fwd_of_parts, parts.data(), u, u + 1);
