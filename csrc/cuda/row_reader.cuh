@@ -9,6 +9,9 @@ namespace spo::cuda {
 
 constexpr int kVectorBytes = 16;
 
+template <class T>
+constexpr int kPacket = kVectorBytes / sizeof(T);
+
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 

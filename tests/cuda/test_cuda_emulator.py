@@ -71,13 +71,13 @@ CLUSTER, FIRST = "kl_loss_cluster.cuh", "mbarrier_wait(barriers + piece, 0)"
 # What is replaced in which file, by what, and what the program must say then.
 BUGS = {
     "missing barrier": (
-        "row_kernels.cuh",
+        "online_sums.cuh",
         "    __syncthreads();\n    sum = of_warp[0];",
         "    sum = of_warp[0];",
         "off",
     ),
     "early return": (
-        "row_kernels.cuh",
+        "online_sums.cuh",
         "    __syncthreads();\n    sum = of_warp[0];",
         "    if (threadIdx.x == 200) return sum;\n    __syncthreads();\n    sum = of_warp[0];",
         "not reached by all threads",
@@ -94,7 +94,7 @@ BUGS = {
     ),
     "blocks that have not begun": (CLUSTER, "cluster_sync();  // without", "// without", "has not begun"),
     "more bytes announced than copied": (CLUSTER, "2 * bytes", "3 * bytes", "deadlock"),
-    "shuffle mask": ("row_kernels.cuh", "0xffffffffu, s.sum", "0x0000ffffu, s.sum", "not in its mask"),
+    "shuffle mask": ("online_sums.cuh", "0xffffffffu, s.sum", "0x0000ffffu, s.sum", "not in its mask"),
     "out of bounds": ("row_reader.cuh", "(first < E || first + 2 * E > V)", "first < E", "heap-buffer-overflow"),
     "misaligned vector": (
         "row_reader.cuh",

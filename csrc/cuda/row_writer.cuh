@@ -1,0 +1,83 @@
+// Writes a row, or a block's share of it, in aligned vectors.
+#pragma once
+
+#include <type_traits>
+
+#include "row_reader.cuh"
+
+namespace spo::cuda {
+
+template <class T>
+SPO_DEVICE T* row_of(const Rows& rows, std::int64_t i) {
+  return static_cast<T*>(rows.data) + row_offset(rows, i);
+}
+
+// Packets whose loads a thread of an elementwise kernel has in flight together: four vectors, of one tensor or of two.
+// A reference of another type is held as values, which take the registers of twice as many.
+template <bool with_kl, class R>
+constexpr int kBatch = !with_kl                     ? 4
+                       : std::is_same_v<R, AnyType> ? 1
+                                                    : 2;
+
+// Where a row of an output begins to be aligned, in elements.
+template <class T>
+SPO_DEVICE std::int64_t aligned_from(const T* out) {
+  const unsigned misaligned = reinterpret_cast<std::uintptr_t>(out) % kVectorBytes;
+  return misaligned ? (kVectorBytes - misaligned) / sizeof(T) : 0;
+}
+
+// Write elements [begin, end) of a row of V: whole packets as vectors, aligned as the output is, and the elements
+// before the first packet and behind the last one by one. begin and end are multiples of a packet, or the row's ends.
+// load(first) reads a packet's inputs, packet(inputs, values) and one(v) compute. A thread reads the inputs of `batch`
+// packets before it writes the first: memory is busy only while many loads are in flight.
+template <int threads_per_row, int E, int batch, class T, class LoadFn, class PacketFn, class OneFn>
+SPO_DEVICE void write_row(T* out, std::int64_t begin, std::int64_t end, std::int64_t V, LoadFn load, PacketFn packet,
+                          OneFn one) {
+  constexpr int kPerVector = kVectorBytes / sizeof(T);
+  constexpr std::int64_t kStep = std::int64_t{threads_per_row} * E;
+  const int lane = threadIdx.x % threads_per_row;
+  const std::int64_t head = aligned_from(out),
+                     last = (end + head < V ? end + head : V) - E;  // where a packet may start
+  for (std::int64_t v = begin + head + static_cast<std::int64_t>(lane) * E; v <= last; v += batch * kStep) {
+    decltype(load(v)) inputs[batch];
+#pragma unroll
+    for (int b = 0; b < batch; ++b)
+      if (v + b * kStep <= last) inputs[b] = load(v + b * kStep);
+#pragma unroll
+    for (int b = 0; b < batch; ++b) {
+      if (v + b * kStep > last) break;
+      Acc<T> x[E];
+      packet(inputs[b], x);
+#pragma unroll
+      for (int k = 0; k < E; k += kPerVector)
+        __stcs(reinterpret_cast<uint4*>(out + v + b * kStep + k), pack(x + k, static_cast<const T*>(nullptr)));
+    }
+  }
+  if (begin == 0 && lane < head && lane < V) one(lane);
+  if (end == V) {
+    const std::int64_t whole = V > head ? (V - head) / E * E : 0;
+    const std::int64_t v = head + whole + lane;
+    if (lane < E && v < V) one(v);
+  }
+}
+
+// Whether the calling thread writes element v in write_row, as part of a whole packet.
+template <int threads_per_row, int E, class T>
+SPO_DEVICE bool writes_in_packet(const T* out, std::int64_t v, std::int64_t begin, std::int64_t end, std::int64_t V) {
+  const std::int64_t head = aligned_from(out), at = v - (begin + head);
+  const bool whole = v >= begin + head && v < end + head && head + (v - head) / E * E + E <= V;
+  return whole && at / E % threads_per_row == threadIdx.x % threads_per_row;
+}
+
+template <int threads_per_row, int E, class T>
+SPO_DEVICE void write_zeros(T* out, std::int64_t begin, std::int64_t end, std::int64_t V) {
+  write_row<threads_per_row, E, 1>(
+      out, begin, end, V, [](std::int64_t) { return 0; },
+      [](int, Acc<T>(&x)[E]) {
+#pragma unroll
+        for (int k = 0; k < E; ++k) x[k] = 0;
+      },
+      [=](std::int64_t v) { from_acc(Acc<T>{0}, out[v]); });
+}
+
+}  // namespace spo::cuda
