@@ -1,4 +1,4 @@
-// Arguments of the row ops, the same for every compiled backend: plain pointers and strides, no torch.
+// Arguments of the row ops, shared by the compiled backends: plain pointers and strides, free of torch.
 #pragma once
 
 #include <cstdint>
@@ -7,23 +7,25 @@ namespace spo {
 
 enum class DType { f32, bf16, f16, f64 };
 
-// Label of a row whose token lies in another part of the vocabulary: the row counts as any other, its log-prob is -inf
-// and its gradient has no 1. A number that no mistake makes: the least is what a NaN becomes as an integer.
+// Label of a row whose token lies in another shard of the vocabulary. The row's statistics are as usual, its log-prob
+// is -inf, and its gradient lacks the label's term. No mistake produces this number. (The smallest int64 is no
+// candidate: NaN becomes that as an integer.)
 constexpr std::int64_t kLabelElsewhere = -(std::int64_t{1} << 62) - 1;
 
-// Rows [N, V] of a tensor [B, T, V] with unit stride along V; strides in elements. T = 1 for [N, V] and wherever the
-// rows are evenly spaced.
+// Rows [N, V] of a tensor [B, T, V] with unit stride along V. Strides are in elements. T is 1 for a tensor [N, V] and
+// for all evenly spaced rows.
 struct Rows {
   void* data = nullptr;
   DType dtype = DType::f32;
   std::int64_t T = 1, stride_b = 0, stride_t = 0;
 };
 
-// Accumulation dtype ("acc"): double for f64 logits, float otherwise. Policy and reference are both f64 or neither.
+// z: policy logits, r: reference logits; both are f64 or neither is. "acc" is the accumulation dtype: double for f64
+// logits, float otherwise.
 struct TokenStatsFwdArgs {
   Rows z, r;                   // r.data may be null: no KL
   const std::int64_t* labels;  // [N] or null: no log-probs
-  const bool* mask;            // [N] or null: KL of every row
+  const bool* mask;            // [N] or null: the KL of every row
   std::int64_t N, V, ignore_index;
   void *logps, *kl, *stats;  // acc [N], [N], [2 or 4, N]
 };

@@ -1,6 +1,6 @@
-"""The build: architectures of the CUDA kernels, paths with a space, what the libraries and the sdist hold, the version.
+"""The build: architectures of the CUDA kernels, paths with a space, contents of libraries and sdist, the version.
 
-setup.py is imported, not run: no test here needs nvcc or builds a whole library.
+Tests import setup.py and do not run it, so that they need no nvcc.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def test_architectures_are_those_that_torch_reads(setup: Any, value: str, monkey
         ("7.5", "7.5"),
         ("75", "75"),
         ("7.5+PTX", "7.5+PTX"),
-        ("5.2 6.0 7.0 7.5 8.0 9.0+PTX", "5.2"),  # as images of NVIDIA and of clusters export it
+        ("5.2 6.0 7.0 7.5 8.0 9.0+PTX", "5.2"),  # exported by images of NVIDIA and of computing clusters
         ("8.0;7.5", "7.5"),
         ("Hopper,Turing", "Turing"),
         ("Volta+Tegra", "Volta+Tegra"),
@@ -137,7 +137,7 @@ def test_native_architectures(
 
 @pytest.mark.slow
 def test_errors_are_whole_where_the_compiler_links_its_library_statically(tmp_path: Path) -> None:
-    """As some images' compilers do. The loader must not mix that copy of libstdc++ with the one that torch loaded."""
+    """Some images' compilers do. The loader must not mix that copy of libstdc++ with the copy that torch loads."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("csrc", "spo_kernels", "python"):
@@ -162,7 +162,7 @@ def test_errors_are_whole_where_the_compiler_links_its_library_statically(tmp_pa
 
 @pytest.fixture
 def spaced_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The ninja file of a build in which every path has spaces, with a CUDA toolkit that is none."""
+    """The ninja file of a build in which every path has spaces, with a fake CUDA toolkit."""
     root, build, toolkit = (tmp_path / name for name in ("a tree b", "a build b", "a toolkit b"))
     shutil.copytree(ROOT / "csrc", root / "csrc")
     shutil.copy(ROOT / "setup.py", root)

@@ -1,4 +1,4 @@
-"""The compiled library itself: what it links against, and its kernels under the sanitizers."""
+"""The compiled library: its undefined symbols and dependencies, and its kernels under the sanitizers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spo_kernels.backends import cpu, cuda
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc/cpu"
 
-# torch only through its stable C interface; the rest is what every Linux with a C++ runtime has.
+# torch's stable C interface, and symbols that every Linux with a C++ runtime has.
 ALLOWED_SYMBOLS = re.compile(
     r"aoti_torch_\w+|torch_\w+"  # torch's stable shim
     r"|_Z(NK?[RO]?S|S|T[ISV]|nwm|dlPv|na|da)\w*|_ZTVN10__cxxabiv1\w+|__cxa_\w+|__gxx_personality_v0"  # libstdc++
@@ -57,14 +57,14 @@ def test_the_cuda_library_brings_the_library_with_the_stream() -> None:
     assert {"libtorch.so", "libtorch_cpu.so"} <= set(re.findall(r"NEEDED.*\[(.+)\]", listing))
 
 
-# torch's headers are the same on every platform. .ci/run names a folder with the oldest supported torch's.
+# torch's headers are the same on every platform. .ci/run names a folder with the headers of the oldest supported torch.
 HEADERS = {"installed": Path(torch.__file__).parent / "include", "oldest": os.environ.get("SPO_OLDEST_TORCH_HEADERS")}
 
 
 @pytest.mark.parametrize("source", ["ops_cpu.cpp", "ops_cuda.cpp"])
 @pytest.mark.parametrize("torch_version", HEADERS)
 def test_sources_are_legal_with_the_headers_of_torch(torch_version: str, source: str) -> None:
-    """With 2.10 to 2.12 an undefined version once chose code that only 2.13 has."""
+    """Headers before 2.13 lack TORCH_VERSION_2_13_0, which must not choose code that only 2.13 has."""
     headers, cuda_headers = HEADERS[torch_version], emulated.cuda_include()
     if headers is None:
         pytest.skip("SPO_OLDEST_TORCH_HEADERS is not set")
@@ -76,7 +76,7 @@ def test_sources_are_legal_with_the_headers_of_torch(torch_version: str, source:
 
 
 def setup_constant(name: str) -> dict[str, str]:
-    """A literal of setup.py, so that the flags stand in one place."""
+    """The value of a constant of setup.py, which stays the one place for flags."""
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
             return ast.literal_eval(node.value)
@@ -105,7 +105,8 @@ def sanitized_levels(out: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_simd_objects_share_no_code(sanitized_levels: list[str]) -> None:
-    # A weak function outside a level's own namespace is one copy for all levels, compiled for whichever the linker met.
+    # The linker keeps one copy of a weak function. Outside a level's namespace, all levels would share that copy, which
+    # may use instructions that this CPU lacks.
     for path in sanitized_levels:
         level = Path(path).stem
         listing = subprocess.run(["nm", "-C", "--defined-only", path], check=True, capture_output=True, text=True)

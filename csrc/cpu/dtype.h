@@ -1,7 +1,7 @@
-// Element types of logits, and scalar conversions (the vector ones are in simd.h).
+// Element types of logits, and their scalar conversions. simd_*.h has the vector conversions.
 //
-// The functions are static, here and in row_scalar.h: each SIMD level's object is compiled for its own instruction set,
-// and a copy shared between objects could be the one this CPU cannot run.
+// Functions here and in row_scalar.h are static. Each SIMD level's object is compiled for its own instruction set, so a
+// copy shared between objects could be one that this CPU cannot run.
 #pragma once
 
 #include <cstdint>
@@ -57,14 +57,14 @@ static inline void from_double(double x, f16& out) {
     half = 0x7e00;
   else if (magnitude >= 143u << 23)
     half = 0x7c00;
-  else if (magnitude < 113u << 23)  // subnormal: adding 1/2 aligns the bits, rounding included
+  else if (magnitude < 113u << 23)  // subnormal: adding 1/2 aligns and rounds the bits
     half = float_bits(bit_float(magnitude) + 0.5f) - float_bits(0.5f);
   else
     half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
   out.bits = static_cast<std::uint16_t>(half | sign);
 }
 
-// -inf of each type, as padding that adds nothing to a sum of exponentials.
+// -inf pads a row: it adds nothing to a sum of exponentials.
 static inline void set_minus_infinity(float& x) { x = bit_float(0xff800000); }
 static inline void set_minus_infinity(bf16& x) { x.bits = 0xff80; }
 static inline void set_minus_infinity(f16& x) { x.bits = 0xfc00; }

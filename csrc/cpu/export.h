@@ -1,4 +1,4 @@
-// Everything is hidden but what the control module calls across the library's boundary.
+// The library hides its symbols, except the functions that the control module calls.
 #pragma once
 
 #define SPO_EXPORT __attribute__((visibility("default")))

@@ -1,5 +1,5 @@
-// What happens to one row of logits. Equations: spo_kernels/reference.py. Every pointer is to V (or n) contiguous
-// elements, with no alignment beyond that of the element; outputs may be the logits themselves.
+// The kernels of one row of logits, or of one part of it. spo_kernels/reference.py has the equations. A pointer to
+// logits means V (or n) contiguous elements, aligned as one element is. A gradient may overwrite its logits.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace spo::cpu {
 
-// log-sum-exp in two parts, lse = shift + logsum: shift is some value near the maximum and exact in the logits'
-// accumulation type. Their float32 sum would lose 5e-4 of every probability at 1e4.
+// lse = shift + logsum, where shift is near the row's maximum and exact in the accumulation dtype. The two stay apart:
+// for logits near 1e4 their float32 sum would change every probability by a factor of up to 1 + 5e-4.
 struct RowStats {
   double shift, logsum;
 };
@@ -19,20 +19,19 @@ struct KlStats {
   double kl;
 };
 
-// Elements of a row that are summed by themselves. Fixed, so that a row's result is the same, bit for bit, whether one
-// thread sums all its parts or several share them. A multiple of every level's step.
+// Elements of a part. Each part of a row is summed by itself, so a row has the same bits whether one thread sums all of
+// its parts or several threads share them. A multiple of every level's kGroup.
 constexpr std::int64_t kPart = 16384;
 static inline std::int64_t count_parts(std::int64_t V) { return (V + kPart - 1) / kPart; }
 
-// Sums over a part of a row, with zs and rs the logits less the part's shifts.
+// Sums over a part, where zs and rs are the logits less the part's shifts.
 struct PartSums {
-  double p, q, gap;  // of exp(zs), exp(rs), exp(zs) (zs - rs)
+  double p, q, gap;  // sums of exp(zs), exp(rs), exp(zs) (zs - rs)
 };
 struct RowPart {
   double shift_z, shift_r;
   PartSums sums;
-  // The stretch that holds most of the part's probability, and the shifts it was summed with: older than the part's
-  // where those were raised after it.
+  // The block with the most probability, and the shifts it was summed with. The part's final shifts may be larger.
   struct {
     std::int64_t begin, size;
     PartSums sums;
@@ -40,26 +39,25 @@ struct RowPart {
   } heaviest;
 };
 
-// Upstream gradients of one row. label is -1 where the row has none here; g_logp is 0 where logp is not wanted.
+// Upstream gradients of one row. g_logp is 0 if no log-prob is wanted; label is -1 if the row or part has no label.
 struct RowGrad {
   double g_logp, g_kl;
   std::int64_t label;
 };
 
-// One part, of n elements; of the policy alone only shift_z and sums.p are set.
+// Sums of one part of n elements. LogitsPartFn sets shift_z and sums.p alone.
 template <class T>
 using LogitsPartFn = RowPart (*)(const T* z, std::int64_t n);
 template <class T, class R>
 using KlPartFn = RowPart (*)(const T* z, const R* r, std::int64_t n);
-// The row of all its parts.
+// Statistics of a row from the sums of all its parts.
 template <class T>
 using LogitsStatsFn = RowStats (*)(const T* z, std::int64_t V, const RowPart* parts);
 template <class T, class R>
 using KlStatsFn = KlStats (*)(const T* z, const R* r, std::int64_t V, const RowPart* parts);
-// dz = g_logp (1[v = label] - p)
+// Gradient of a row or part without a KL, and with one.
 template <class T>
 using GradLogpFn = void (*)(const T* z, T* dz, std::int64_t V, const RowStats& stats, const RowGrad& grad);
-// dz = g_logp (1[v = label] - p) + g_kl p (log p - log q - kl)
 template <class T, class R>
 using GradKlFn = void (*)(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats, const RowGrad& grad);
 template <class T>
@@ -67,7 +65,7 @@ using ScaleFn = void (*)(T* x, std::int64_t n, double scale);
 
 template <class T, class R>
 struct RowKernels {
-  LogitsPartFn<T> logits_part;  // null, as kl_part, where rows are not taken in parts
+  LogitsPartFn<T> logits_part;  // null, like kl_part, if rows are not summed by parts
   KlPartFn<T, R> kl_part;
   LogitsStatsFn<T> logits_stats;
   KlStatsFn<T, R> kl_stats;
@@ -76,7 +74,7 @@ struct RowKernels {
   ScaleFn<T> scale;
 };
 
-// One namespace and one object a SIMD level; kernels<T, R>() for T, R in {float, bf16, f16}.
+// Each SIMD level has a namespace and an object of its own, with kernels<T, R>() for T, R in {float, bf16, f16}.
 namespace avx512 {
 template <class T, class R>
 RowKernels<T, R> kernels();

@@ -1,24 +1,16 @@
-// The row kernels over F32 vectors. Included once by each SIMD level's source file, which names the level.
+// The row kernels over F32 vectors. Each SIMD level's source file includes this header once and names the level.
 //
-// What made them fast, measured (two cores, AVX-512, rows beyond cache):
-// - A single sweep: the shift is the maximum of the first 512 logits, and a block is redone with a larger one only when
-//   its partial sum says that the shift is far below a logit (no overflow yet, but the exponent's rounding grows with
-//   it). Block maxima first cost a second read from L1; online rescaling per lane costs a second exponential an
-//   element. Rows of a wide spread redo blocks most: 1.6 of a part's four at randn x 40. They take shorter ones, which
-//   brings the log-prob forward of randn x 40 from 1.4 to 1.2 times that of randn, and the KL's from 1.25 to 1.15
-//   (bfloat16). Short blocks for every row cost 5 to 10 % of the log-prob and 10 to 14 % of the KL.
-// - Four vectors a step, stage by stage (see horner). On Zen 4 a vector takes 12 half-rate operations, six on each pair
-//   of pipes (multiply-add; add, vreduceps and vscalefps): 6 cycles for 16 elements at best, 7.1 to 7.6 seen. A table
-//   of 32 powers with a polynomial of degree 2 moves work between the pipes but saves none: 7.8.
-// - Software prefetch, of float32 into L2, 4.5 KB ahead. Against L1 and 2 KB, where misses hold the few fill buffers of
-//   L1, at [4096, 32000]: log-prob forward 14 % less time, backward 11, KL forward 6, backward 16, kl_loss 9; within L3
-//   as much or more. 3.5 to 6.5 KB are alike, the first lines of each page alone as bad as none. In 16-bit types
-//   arithmetic is the limit: theirs is into L1, 2 KB ahead; the other way their gradients and KL lose 15 to 20 %.
-// - Flush-to-zero while a kernel runs (see row_ops.cpp): probabilities below 1e-38 otherwise take a microcode assist,
-//   15 to 28 times slower on rows with a wide spread.
-// - Tried in kl_loss, whose limit is what it reads and writes back: the next row into L2 while the gradient finds
-//   its own there (float32: 54.5 to 51.0 ms at [4096, 32000], nothing at 151936; bfloat16: 3 to 9 % slower), into L1
-//   (slower everywhere), and the gradient from the row's end to its beginning (no difference).
+// What decides the speed of rows beyond the cache (docs/lab.md has the measurements):
+// - One sweep a row. The shift is the maximum of the first 512 logits. A block is summed again with a larger shift only
+//   if its sum shows that the shift is far below some logit: nothing has overflowed yet, but the rounding error of the
+//   exponent grows with the difference. Rows of a wide spread repeat blocks most, so their blocks are a quarter as
+//   long.
+// - Four vectors a step, stage by stage (see horner).
+// - Software prefetch: float32 4.5 KB ahead into L2, since misses to L1 hold its few fill buffers; 16-bit types 2 KB
+//   ahead into L1, since arithmetic limits them.
+// - Subnormals are flushed to zero while a kernel runs (row_ops.cpp). A probability below 1e-38 takes a microcode
+// assist
+//   otherwise, which makes rows of a wide spread 15 to 28 times slower.
 #pragma once
 
 #include <cfloat>
@@ -32,15 +24,15 @@
 namespace spo::cpu::SPO_SIMD_LEVEL {
 namespace {
 
-constexpr int kGroup = 4 * F32::size;  // elements a step of the inner loops takes: four independent chains
-// Elements between overflow checks, where double takes over: a lane adds 64 terms by then.
+constexpr int kGroup = 4 * F32::size;  // elements that a step of the inner loops takes: four independent chains
+// A block: elements between two overflow checks. A lane adds 64 terms in float32, then the block's sum joins a double.
 constexpr std::int64_t kBlock = 64 * kGroup;
-constexpr std::int64_t kKlBlock = kBlock / 2;  // of two chains a sum
-constexpr std::int64_t kFirst = 512;           // elements whose maximum is the first shift
-constexpr float kWide = 64.f;                  // where those differ by more, blocks are a quarter as long
-constexpr float kTooLarge = 8192.f;            // a block sum beyond this: redo with a higher shift
+constexpr std::int64_t kKlBlock = kBlock / 2;  // the KL has two chains a sum
+constexpr std::int64_t kFirst = 512;           // the first shift is the maximum of so many elements
+constexpr float kWide = 64.f;                  // if these differ by more, blocks are a quarter as long
+constexpr float kTooLarge = 8192.f;            // a block with a larger sum is summed again with a larger shift
 
-// The exponential of gradients: as precise as their type can show.
+// The exponential of gradients, as precise as their type shows.
 template <class T>
 struct GradExpOf {
   using type = Exp<5>;
@@ -56,17 +48,17 @@ struct GradExpOf<bf16> {
 template <class T>
 using GradExp = typename GradExpOf<T>::type;
 
+// The address is computed as an integer: it may lie beyond the logits, where a pointer would be undefined.
 template <class T>
-SPO_INLINE void prefetch(
-    const T* p) {  // as an integer: the address may lie beyond the logits, which is fine to prefetch
-  constexpr bool kOfMemory = sizeof(T) >= sizeof(float);
+SPO_INLINE void prefetch(const T* p) {
+  constexpr bool kOfMemory = sizeof(T) >= sizeof(float);  // memory limits the loop
   const std::uintptr_t ahead = reinterpret_cast<std::uintptr_t>(p) + (kOfMemory ? 4608 : 2048);
 #pragma GCC unroll 8
   for (std::uintptr_t byte = 0; byte < kGroup * sizeof(T); byte += 64)
     __builtin_prefetch(reinterpret_cast<const void*>(ahead + byte), 0, kOfMemory ? 2 : 3);
 }
 
-// A group of elements as four vectors, in the fastest order for their type.
+// A group as four vectors, in the fastest order for its type.
 template <class T>
 SPO_INLINE void load_group(const T* p, F32 (&x)[4]) {
   load2_any(p, x[0], x[1]);
@@ -77,7 +69,7 @@ SPO_INLINE void store_group(T* p, const F32 (&x)[4]) {
   store2_any(p, x[0], x[1]);
   store2_any(p + 2 * F32::size, x[2], x[3]);
 }
-// Two vectors of a loop over T and R, in an order that is the same for both.
+// Half a group of T and of R, in the same order for both.
 template <class T, class R>
 SPO_INLINE void load_half(const T* z, const R* r, F32& z0, F32& z1, F32& r0, F32& r1) {
   if constexpr (std::is_same_v<T, R>) {
@@ -89,7 +81,7 @@ SPO_INLINE void load_half(const T* z, const R* r, F32& z0, F32& z1, F32& r0, F32
   }
 }
 
-// The last V % kGroup elements of a row, padded to a group with -inf: probability 0, adding nothing anywhere.
+// The last n < kGroup elements of a row, padded to a group with -inf, which adds nothing to any sum.
 template <class T>
 struct Tail {
   T data[kGroup];
@@ -99,7 +91,7 @@ struct Tail {
   }
 };
 
-// f(elements, groups) over a row, a block at a time, the padded tail last.
+// Calls f(elements, groups) for each block of a row, then for the padded tail.
 template <class T, class F>
 SPO_INLINE void for_blocks(const T* z, std::int64_t V, std::int64_t block, F f) {
   const std::int64_t whole = V / kGroup * kGroup;
@@ -113,7 +105,7 @@ SPO_INLINE void for_blocks(const T* z, const R* r, std::int64_t V, std::int64_t 
   if (whole < V) f(Tail<T>(z + whole, V - whole).data, Tail<R>(r + whole, V - whole).data, 1);
 }
 
-// The maximum, or with kNegated that of -z.
+// The maximum of z, or of -z with kNegated.
 template <bool kNegated = false, class T>
 float block_max(const T* z, std::int64_t groups) {
   F32 m[4] = {F32(-INFINITY), F32(-INFINITY), F32(-INFINITY), F32(-INFINITY)}, x[4];
@@ -124,10 +116,10 @@ float block_max(const T* z, std::int64_t groups) {
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// A sum of exponentials of one part in the making: sum of exp(z - shift).
+// The running sum of exp(z - shift) over one part.
 struct ExpSum {
   float shift;
-  bool wide = false;  // a larger logit than the first ones' largest is likely to be far larger
+  bool wide = false;  // the spread is wide: a logit above the shift is likely to be far above it
   double sum = 0;
 
   template <class T>
@@ -137,7 +129,7 @@ struct ExpSum {
     shift = first > -FLT_MAX ? first : -FLT_MAX;
     if (n == kFirst) wide = shift + block_max<true>(z, n / kGroup) > kWide;
   }
-  // Raise the shift to m if it is larger; returns by how much.
+  // Raises the shift to m if m is larger, and returns by how much.
   double raise(float m) {
     if (!(m > shift)) return 0;
     const double by = static_cast<double>(m) - shift;
@@ -188,7 +180,7 @@ RowStats logits_stats(const T* z, std::int64_t V, const RowPart* parts) {
   return {shift, std::log(sum)};
 }
 
-// Partial sums of a block, with zs and rs the logits less their shifts: of exp(zs), exp(rs) and exp(zs) (zs - rs).
+// PartSums of one block, in float32.
 struct KlBlock {
   float p, q, gap;
 };
@@ -213,7 +205,8 @@ SPO_INLINE KlBlock sum_kl(const T* z, const R* r, std::int64_t groups, float shi
       for (int k = 0; k < 2; ++k) {
         p[k] = p[k] + e[k];
         q[k] = q[k] + e[k + 2];
-        // Where p is 0 the gap may be infinite or NaN (-inf - -inf): no term. Where it is not and r = -inf, +inf.
+        // If p is 0, the difference may be infinite or NaN (-inf - -inf), and adds nothing. If p > 0 and r = -inf, the
+        // gap becomes +inf.
         gap[k] = add_weighed(e[k], diff[k], gap[k]);
       }
     }
@@ -221,7 +214,7 @@ SPO_INLINE KlBlock sum_kl(const T* z, const R* r, std::int64_t groups, float shi
   return {reduce_add(p[0] + p[1]), reduce_add(q[0] + q[1]), reduce_add(gap[0] + gap[1])};
 }
 
-// The sums after the shifts were raised by dz and dr, which lowers zs and rs.
+// Moves the sums to shifts that are larger by dz and dr: zs and rs become smaller by these.
 SPO_INLINE void raise(PartSums& sums, double dz, double dr) {
   const double scale = std::exp(-dz);
   sums.gap = sums.p == 0 || scale == 0 ? 0 : (sums.gap + sums.p * (dr - dz)) * scale;
@@ -263,7 +256,7 @@ KlStats kl_stats(const T* z, const R* r, std::int64_t V, const RowPart* parts) {
     shift_r = std::fmax(shift_r, parts[i].shift_r);
   }
   PartSums row{}, heaviest{};
-  std::int64_t at = 0;  // the part of the heaviest stretch
+  std::int64_t at = 0;  // the part that holds the heaviest block
   for (std::int64_t i = 0; i < count_parts(V); ++i) {
     PartSums sums = parts[i].sums, block = parts[i].heaviest.sums;
     const double dz = shift_z - parts[i].shift_z, dr = shift_r - parts[i].shift_r;
@@ -277,9 +270,10 @@ KlStats kl_stats(const T* z, const R* r, std::int64_t V, const RowPart* parts) {
   const auto& block = parts[at].heaviest;
   if ((block.shift_z != shift_z || block.shift_r != shift_r) && heaviest.p > row.p / 4 &&
       std::fabs(row.gap) < INFINITY) {
-    // The gradient of a token with p near 1 is the difference of its zs - rs and the row's mean of them: both must have
-    // been rounded alike, with the row's shifts. Where no stretch has a quarter of the probability, there is no such
-    // token, and summing one again, which most rows of several parts would, is saved.
+    // A token with p near 1 has the difference of its zs - rs and the row's mean of zs - rs as its gradient. Both must
+    // be rounded alike, so the block that holds this token is summed again with the row's shifts. If no block has a
+    // quarter of the probability, no token has p near 1, and this is left out: most rows of several parts would do it
+    // in vain.
     const std::int64_t v = at * kPart + block.begin, n = block.size;
     const float sz = static_cast<float>(shift_z), sr = static_cast<float>(shift_r);
     const KlBlock b = n < kGroup ? sum_kl(Tail<T>(z + v, n).data, Tail<R>(r + v, n).data, 1, sz, sr)
@@ -293,10 +287,10 @@ KlStats kl_stats(const T* z, const R* r, std::int64_t V, const RowPart* parts) {
   return {p, q, row.gap / row.p - p.logsum + q.logsum};
 }
 
-// Otherwise the row was not finite, or belongs to `scalar` in the forward too.
+// False for a row without finite statistics, and for one whose forward ran in `scalar`.
 SPO_INLINE bool in_range(const RowStats& s) { return std::fabs(s.shift) <= FLT_MAX && std::fabs(s.logsum) < 40; }
 
-// f(in, out, groups) over a row; the tail passes through a padded buffer.
+// Calls f(in, out, groups) for the whole groups of a row, then for its tail in a padded buffer.
 template <class T, class F>
 SPO_INLINE void for_grad_blocks(const T* z, T* dz, std::int64_t V, F f) {
   const std::int64_t whole = V / kGroup * kGroup;
@@ -311,7 +305,7 @@ SPO_INLINE void for_grad_blocks(const T* z, T* dz, std::int64_t V, F f) {
 template <class T>
 void grad_logp(const T* z, T* dz, std::int64_t V, const RowStats& stats, const RowGrad& grad) {
   if (__builtin_expect(!in_range(stats), 0)) return scalar::grad_logp(z, dz, V, stats, grad);
-  // Before dz, which may be z, is written.
+  // This comes first, since dz may be z.
   const double at_label = grad.label >= 0 ? scalar::label_grad_logp(z, stats, grad) : 0;
   // -g_logp p = exp(z - shift) (-g_logp exp(-logsum))
   const GradExp<T> exp(static_cast<float>(-grad.g_logp * std::exp(-stats.logsum)));
@@ -334,9 +328,9 @@ void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats
   if (__builtin_expect(!(in_range(stats.policy) && in_range(stats.ref)), 0))
     return scalar::grad_kl(z, r, dz, V, stats, grad);
   const double at_label = grad.label >= 0 ? scalar::label_grad_kl(z, r, stats, grad) : 0;
-  // With zs and rs the logits less their shifts, and mean the row's mean of zs - rs:
+  // zs and rs are the logits less their shifts, mean is the row's mean of zs - rs:
   // p (g_kl (log p - log q - kl) - g_logp) = exp(zs) ((zs - rs - mean) slope + rest)
-  // A token with p near 1 has zs - rs near the mean. Their difference is exact; rest makes up for the mean's rounding.
+  // A token with p near 1 has zs - rs near the mean, so their difference is exact. rest corrects the mean's rounding.
   const double scale = std::exp(-stats.policy.logsum);
   const double exact_mean = stats.kl + stats.policy.logsum - stats.ref.logsum;
   const F32 mean(static_cast<float>(exact_mean));

@@ -17,7 +17,7 @@
 namespace spo::cpu {
 namespace {
 
-// Flush subnormals to zero while a kernel runs on this thread, and leave the thread as it was.
+// Flushes subnormals to zero while a kernel runs on this thread. The destructor restores the thread's mode.
 class FlushToZero {
 #if defined(__x86_64__)
   unsigned saved_ = _mm_getcsr();
@@ -61,8 +61,8 @@ T* row(const Rows& rows, std::int64_t i) {
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// f.template operator()<T, R>(kernels, flush) with the element types of policy and reference logits. float64 runs in
-// scalar double arithmetic, in which subnormals count.
+// Calls f.template operator()<T, R>(kernels) with the element types of policy and reference logits, and counts `rows`
+// for the SIMD level. float64 runs in scalar double arithmetic, which keeps subnormals.
 template <class F>
 void dispatch(DType z, DType r, std::int64_t rows, F f) {
   if (z == DType::f64) return f.template operator()<double, double>(scalar::kernels());
@@ -83,7 +83,7 @@ void dispatch(DType z, DType r, std::int64_t rows, F f) {
   count_rows(level, rows);
 }
 
-// An infinite KL has no gradient: NaN, for every element with a probability.
+// An infinite KL has no gradient. NaN here makes the gradient of every element with p > 0 NaN.
 double kl_for_grad(double kl) { return std::isinf(kl) ? std::numeric_limits<double>::quiet_NaN() : kl; }
 
 template <class T>
@@ -96,7 +96,7 @@ void zero(T* dz, std::int64_t n) {
   std::memset(static_cast<void*>(dz), 0, n * sizeof(T));
 }
 
-// f(row, first element, number of elements) of the parts [begin, end).
+// Calls f(row, first element, number of elements) for each of the parts [begin, end).
 template <class F>
 void for_each_part(DType dtype, std::int64_t V, std::int64_t begin, std::int64_t end, F f) {
   const std::int64_t parts = parts_of_row(dtype, V);
@@ -199,7 +199,7 @@ void token_stats_bwd(const TokenStatsBwdArgs& a, std::int64_t begin, std::int64_
     const auto* dlogps = static_cast<const Acc<T>*>(a.dlogps);
     const auto* dkl = static_cast<const Acc<T>*>(a.dkl);
     for_each_part(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
-      // A row with an upstream gradient of 0 is not read: its logits may be NaN.
+      // The logits of a row with upstream gradients of 0 may be NaN, so they are not read.
       const bool with_logp = dlogps && a.labels && a.labels[i] != a.ignore_index && dlogps[i] != 0;
       const bool with_kl = dkl && a.r.data && (!a.mask || a.mask[i]) && dkl[i] != 0;
       const T* z = row<T>(a.z, i) + first;

@@ -1,9 +1,9 @@
-// The ops over ranges of rows, or of parts of rows (kPart): plain pointers and strides in, no torch. The caller spreads
-// the ranges over threads; a row's result depends on nothing but that row.
+// The ops over ranges [begin, end) of rows, or of parts of rows (kPart): plain pointers and strides, free of torch. The
+// caller spreads the ranges over threads. A row's result depends on that row alone.
 //
-// A forward needs all of a row before it knows anything: it takes whole rows, or, where these are too few for the
-// threads, first the parts of all rows and then the rows of these parts, to the same bits. Part u is part u % P of row
-// u / P, with P = parts_of_row.
+// A forward runs in one of two ways, with bitwise equal results. Many rows: one thread a row. Few rows: threads share
+// the parts of all rows (`*_parts`), then each row is assembled from its parts (`*_of_parts`). Part u is part u % P of
+// row u / P, where P = parts_of_row.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ void kl_loss_grad(const KlLossFwdArgs& args, const KlStats* stats, std::int64_t 
 
 void scale(const Rows& rows, std::int64_t V, double scale, std::int64_t begin, std::int64_t end);  // parts
 
-// Index of the first label that is neither in [0, V) nor ignore_index nor kLabelElsewhere; -1 if all are legal.
+// Index of the first illegal label; -1 if each is in [0, V), ignore_index or kLabelElsewhere.
 std::int64_t first_bad_label(const std::int64_t* labels, std::int64_t N, std::int64_t V, std::int64_t ignore_index);
 
 }  // namespace spo::cpu

@@ -1,5 +1,4 @@
-// The row kernels in plain double arithmetic: for float64 logits, and for rows that have no finite logit
-// or no finite log-sum-exp.
+// The row kernels in plain double arithmetic, for float64 logits and for rows without a finite logit or log-sum-exp.
 #pragma once
 
 #include <cmath>
@@ -13,7 +12,7 @@ template <class T>
 static RowStats logits_stats(const T* z, std::int64_t V) {
   double shift = -INFINITY;
   for (std::int64_t v = 0; v < V; ++v) shift = std::fmax(shift, to_double(z[v]));
-  if (shift == -INFINITY) shift = 0;  // as the reference: a row of only -inf has logsum -inf
+  if (shift == -INFINITY) shift = 0;  // as in the oracle: a row of only -inf has logsum -inf
   double sum = 0;
   for (std::int64_t v = 0; v < V; ++v) sum += std::exp(to_double(z[v]) - shift);
   return {shift, std::log(sum)};

@@ -1,8 +1,9 @@
-// A thin vector layer: one class F32 of `size` float lanes per instruction set, with just the operations the row
-// kernels need. Each SIMD level compiles this header in an object of its own, in a namespace of its own
-// (SPO_SIMD_LEVEL), with its own compiler flags; nothing here may be called from another level's object.
+// A thin vector layer: for each instruction set a class F32 of `size` float lanes, with the operations that the row
+// kernels need. Each SIMD level compiles this header into an object of its own, in a namespace of its own
+// (SPO_SIMD_LEVEL), with compiler flags of its own. No other object may call what is defined here.
 //
-// 16-bit types convert to float on load and round to nearest even on store, two vectors at a time, in memory order.
+// load2 and store2 move two vectors in memory order. 16-bit types become float on load, and round to nearest even on
+// store.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +17,10 @@ namespace spo::cpu::SPO_SIMD_LEVEL {
 
 constexpr float kLog2e = 1.44269504088896340736f;
 
-// Polynomials of least relative error among those that are 1 at 0, so that the largest logit of a row counts exactly 1.
-// Error in float32 arithmetic: 4th degree 3.0e-6, 5th 1.7e-7, 6th 1.0e-7. The 4th is enough for gradients that are
-// rounded to bfloat16. Sums take the 5th: the 4th left 3e-6 on log-probabilities of rows with few likely tokens, where
-// eager torch is exact. float32 gradients take the 6th.
+// Polynomials of least relative error among those that are 1 at 0, so that a row's largest logit counts exactly 1.
+// Error in float32 arithmetic: 3.0e-6 for the 4th degree, 1.7e-7 for the 5th, 1.0e-7 for the 6th. Gradients that are
+// rounded to bfloat16 use the 4th, float32 gradients the 6th, everything else the 5th: with the 4th, log-probs of rows
+// with few likely tokens were off by 3e-6, where eager torch is exact.
 template <int degree>
 struct Exp2Poly;  // 2^f, f in [0, 1)
 template <>
@@ -51,8 +52,8 @@ struct ExpPoly<6> {
       1.f, 1.f, 0.4999999404f, 0.1666643173f, 0.04166800156f, 0.008374155499f, 0.001384365489f};
 };
 
-// x[k] = c[0] + c[1] f[k] + ... The exponentials below take several vectors stage by stage: left to itself the compiler
-// emits one after the other, further apart than out-of-order execution looks (Zen 4: 11 % of the loop's time).
+// x[k] = c[0] + c[1] f[k] + ... The exponentials take several vectors stage by stage. Left alone, the compiler emits
+// one vector after the other, too far apart for out-of-order execution (11 % of the loop's time on Zen 4).
 template <class V, int size, int n>
 SPO_INLINE void horner(const V (&c)[size], const V (&f)[n], V (&x)[n]) {
 #pragma GCC unroll 8
@@ -76,8 +77,8 @@ SPO_INLINE void horner(const V (&c)[size], const V (&f)[n], V (&x)[n]) {
 
 namespace spo::cpu::SPO_SIMD_LEVEL {
 
-// The same pair in whatever order is fastest, one order a type, for loops that do not mix types. bfloat16 as even and
-// odd elements takes a shift and a mask to load: 1.1 to 1.2 times as fast as in order with AVX2, 1.2 to 1.4 portably.
+// load2 and store2 in the fastest order for the type, for loops over one type. The levels define them for bfloat16 as
+// even and odd elements, which a shift and a mask load.
 template <class T>
 SPO_INLINE void load2_any(const T* p, F32& a, F32& b) {
   load2(p, a, b);
@@ -87,7 +88,7 @@ SPO_INLINE void store2_any(T* p, F32 a, F32 b) {
   store2(p, a, b);
 }
 
-#if !defined(SPO_SIMD_AVX512)  // whose instructions do the following
+#if !defined(SPO_SIMD_AVX512)  // simd_avx512.h has instructions for all of the following
 
 SPO_INLINE float reduce_add(F32 a) {
   float lane[F32::size];
@@ -107,9 +108,9 @@ SPO_INLINE float reduce_max(F32 a) {
 SPO_INLINE F32 weigh(F32 w, F32 x) { return w * where_nonzero(w, x); }
 SPO_INLINE F32 add_weighed(F32 w, F32 x, F32 sum) { return fma(w, where_nonzero(w, x), sum); }
 
-// x[k] = e^x[k] * scale without a scaling instruction: adding 1.5 * 2^23 rounds x log2(e) to an integer n, which then
-// stands in the low bits and, biased, is the exponent. What is left of x, in two steps since n ln(2) does not fit one
-// float, goes to the polynomial. Clamped to exponents of -127 (0) and 128 (inf).
+// x[k] = e^x[k] * scale. Adding 1.5 * 2^23 rounds x log2(e) to an integer n; the low bits of the sum are n, which the
+// bias makes an exponent. The polynomial takes x - n ln(2), subtracted in two steps since ln(2) does not fit one float.
+// x is clamped to exponents from -127 (result 0) to 128 (inf).
 template <int degree, bool exact = true>
 struct Exp {
   static constexpr float kRound = 12582912.f + 127.f;

@@ -17,7 +17,7 @@ SPO_INLINE F32 operator+(F32 a, F32 b) { return _mm256_add_ps(a.v, b.v); }
 SPO_INLINE F32 operator-(F32 a, F32 b) { return _mm256_sub_ps(a.v, b.v); }
 SPO_INLINE F32 operator*(F32 a, F32 b) { return _mm256_mul_ps(a.v, b.v); }
 SPO_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
-// Of a NaN in b the result is NaN: min and max return their second operand then.
+// NaN in b gives NaN: _mm256_min_ps and _mm256_max_ps return the second operand.
 SPO_INLINE F32 max(F32 a, F32 b) { return _mm256_max_ps(a.v, b.v); }
 SPO_INLINE F32 min(F32 a, F32 b) { return _mm256_min_ps(a.v, b.v); }
 SPO_INLINE F32 where_nonzero(F32 w, F32 x) {
@@ -40,7 +40,8 @@ SPO_INLINE void load2(const bf16* p, F32& a, F32& b) {
   a = widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   b = widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
 }
-SPO_INLINE __m256i round_high_half(__m256 x) {  // to nearest even, moved to the lower 16 bits
+// Rounded to nearest even, in the lower 16 bits.
+SPO_INLINE __m256i round_high_half(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff))), 16);

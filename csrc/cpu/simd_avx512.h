@@ -21,7 +21,7 @@ SPO_INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a.v, b.v); }
 SPO_INLINE float reduce_add(F32 a) { return _mm512_reduce_add_ps(a.v); }
 SPO_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 SPO_INLINE __mmask16 nonzero(F32 w) { return _mm512_cmp_ps_mask(w.v, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
-// w x, and w x + sum, that take 0 x as 0 whatever x is. A NaN in w stays.
+// w x and w x + sum, where 0 x is 0 even if x is infinite or NaN. NaN in w gives NaN.
 SPO_INLINE F32 weigh(F32 w, F32 x) { return _mm512_maskz_mul_ps(nonzero(w), w.v, x.v); }
 SPO_INLINE F32 add_weighed(F32 w, F32 x, F32 sum) { return _mm512_mask3_fmadd_ps(w.v, x.v, sum.v, nonzero(w)); }
 
@@ -40,8 +40,8 @@ SPO_INLINE void load2(const bf16* p, F32& a, F32& b) {
   a = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   b = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
 }
-SPO_INLINE __m512i
-round_high_half(__m512 x) {  // to nearest even, in the upper 16 bits; NaN stays NaN (quiet, no payload)
+// Rounded to nearest even in the upper 16 bits. A NaN of the exponential, quiet and without payload, stays NaN.
+SPO_INLINE __m512i round_high_half(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   return _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
@@ -60,7 +60,7 @@ SPO_INLINE void load2_any(const bf16* p, F32& even, F32& odd) {
 }
 SPO_INLINE void store2_any(bf16* p, F32 even, F32 odd) {
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  constexpr int kSelect = 0xca;  // a ? b : c, bit by bit
+  constexpr int kSelect = 0xca;  // a ? b : c for each bit
   _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(high, round_high_half(odd.v),
                                                    _mm512_srli_epi32(round_high_half(even.v), 16), kSelect));
 }
@@ -73,11 +73,11 @@ SPO_INLINE void store2(f16* p, F32 a, F32 b) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm512_cvtps_ph(b.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// x[k] = e^x[k] * scale, the scale folded into the coefficients: x log2(e) = n + f, then poly(f) 2^n. scalef handles
-// every exponent, overflow to inf and -inf included.
+// x[k] = e^x[k] * scale, with scale in the coefficients: x log2(e) = n + f, then poly(f) 2^n. scalef handles every
+// exponent, and overflow to inf and x = -inf too.
 //
-// exact: take f from x itself, not from the rounded product. One instruction more; without it the relative error of a
-// small result is 1e-7 |log2 result|, which a sum does not notice but a float32 gradient shows.
+// exact: f comes from x itself, not from the rounded product, for one more instruction. Without it the relative error
+// of a small result is 1e-7 |log2 result|: invisible in a sum, visible in a float32 gradient.
 template <int degree, bool exact = false>
 struct Exp {
   F32 c[degree + 1];
@@ -90,7 +90,7 @@ struct Exp {
     F32 u[n], f[n];
 #pragma GCC unroll 8
     for (int k = 0; k < n; ++k) {
-      if constexpr (exact) x[k] = max(F32(-1000.f), x[k]);  // far below, what the rounding took away would not fit f
+      if constexpr (exact) x[k] = max(F32(-1000.f), x[k]);  // far below, the rounding error exceeds the range of f
       u[k] = x[k] * F32(kLog2e);
     }
 #pragma GCC unroll 8

@@ -22,7 +22,7 @@ std::atomic<std::int64_t> executed[kSimdLevels];
 
 bool simd_level_supported(SimdLevel level) {
 #if defined(__x86_64__)
-  // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+  // __builtin_cpu_supports also checks that the operating system saves the wide registers.
   if (level == SimdLevel::avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

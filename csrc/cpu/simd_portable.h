@@ -20,7 +20,7 @@ SPO_INLINE F32 operator+(F32 a, F32 b) { return a.v + b.v; }
 SPO_INLINE F32 operator-(F32 a, F32 b) { return a.v - b.v; }
 SPO_INLINE F32 operator*(F32 a, F32 b) { return a.v * b.v; }
 SPO_INLINE F32 fma(F32 a, F32 b, F32 c) { return a.v * b.v + c.v; }
-// Of a NaN in b the result is NaN.
+// NaN in b gives NaN.
 SPO_INLINE F32 max(F32 a, F32 b) { return a.v > b.v ? a.v : b.v; }
 SPO_INLINE F32 min(F32 a, F32 b) { return a.v < b.v ? a.v : b.v; }
 SPO_INLINE F32 where_nonzero(F32 w, F32 x) { return F32(x.bits() & reinterpret_cast<F32::words>(w.v != 0.f)); }
@@ -40,19 +40,20 @@ SPO_INLINE F32 widen(const bf16* p) { return F32(load_halves(p) << 16); }
 SPO_INLINE F32 widen(const f16* p) {
   const F32::words bits = load_halves(p), shifted = (bits & 0x7fff) << 13, exponent = shifted & (0x1f << 23);
   const F32::words normal = shifted + ((127 - 15) << 23), special = normal + ((128 - 16) << 23);  // inf and NaN
-  // Subnormal: one exponent step up, then the implicit bit is taken off again, all in normal numbers.
+  // Subnormal: with the exponent raised by one the number is normal, and the subtraction removes the implicit bit.
   const F32 subnormal = F32(normal + (1 << 23)) - F32(splat(113 << 23));
   const F32::words finite = exponent == 0 ? subnormal.bits() : normal;
   return F32((exponent == (0x1f << 23) ? special : finite) | (bits & 0x8000) << 16);
 }
-SPO_INLINE F32::words rounded_high_half(F32 x) {  // to nearest even, moved to the lower 16 bits
+// Rounded to nearest even, in the lower 16 bits.
+SPO_INLINE F32::words rounded_high_half(F32 x) {
   const F32::words bits = x.bits();
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 SPO_INLINE void narrow(F32 x, bf16* p) { store_halves(rounded_high_half(x), p); }
 SPO_INLINE void narrow(F32 x, f16* p) {
   const F32::words sign = (x.bits() >> 16) & 0x8000, bits = x.bits() & 0x7fffffff;
-  const F32 half_ulp(0.5f);  // adding it aligns a subnormal's bits, rounding included
+  const F32 half_ulp(0.5f);  // adding it aligns and rounds a subnormal's bits
   const F32::words subnormal = (F32(bits) + half_ulp).bits() - half_ulp.bits();
   const F32::words normal = (bits - (112 << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
   const F32::words special = bits > 0x7f800000 ? splat(0x7e00) : splat(0x7c00);

@@ -1,15 +1,15 @@
-// kl_loss with the row in the shared memory of a cluster of blocks: logits and reference are read from memory once,
-// where kl_loss_fwd_kernel reads rows twice that have outgrown the cache. For devices with enough shared memory (sm_90,
-// sm_10x), policy and reference of one type, and rows that begin and end at a multiple of 16 bytes.
+// kl_loss with the row in the shared memory of a cluster of blocks: it reads policy and reference logits from memory
+// once, where kl_loss_fwd_kernel reads a row that exceeds the cache twice. It needs a device with enough shared memory
+// (sm_90, sm_10x), policy and reference of one type, and rows that begin and end at a multiple of 16 bytes.
 //
-// A cluster takes one row after another. Each of its blocks holds a share of the row, and each warp of the block every
+// A cluster takes one row after another. Each block holds a share of the row, and each warp of the block takes every
 // eighth (or sixteenth) piece of the share. A warp starts the copies of its pieces and waits for them. When it has
 // written a piece's gradient, it starts the copy of the same piece of the next row, which keeps the memory busy. Blocks
-// meet only where they merge their sums, once a row.
+// wait for each other once a row, to merge their sums.
 //
-// Which lane adds up which elements depends on the row's length and the device alone (cluster_config), so that a row's
-// result does not depend on other rows or their number. It may differ in the last bits from that of a row that
-// begins at an odd address, which kl_loss_fwd_kernel takes.
+// The row's length and the device alone decide which lane sums which elements (cluster_config), so a row's result does
+// not depend on other rows or their number. kl_loss_fwd_kernel takes a row that does not begin at a multiple of 16
+// bytes; its result may differ in the last bits.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +21,8 @@
 
 namespace spo::cuda {
 
-// The sums of `count` neighbouring lanes merged, the same for each of them: each sum moves to the common tops once, and
-// then they only add up.
+// Merges the sums of `count` neighbouring lanes; each lane gets the result. Each sum moves to the common tops once, so
+// that the rest is additions.
 template <int count, class A>
 SPO_DEVICE KlSum<A> merge_lanes(KlSum<A> sum) {
   constexpr unsigned kAll = 0xffffffffu;
@@ -44,13 +44,13 @@ SPO_DEVICE KlSum<A> merge_lanes(KlSum<A> sum) {
 
 SPO_DEVICE bool is_finite(float x) { return fabsf(x) <= -kLowest<float>; }
 
-// Gradient's operator() without a label, where the gap is finite even if p = 0.
+// Gradient's operator() without a label, for a gap that is finite even if p = 0.
 SPO_DEVICE float kl_gradient(const Gradient<float>& grad, float z, float r) {
   const float zs = z - grad.policy.shift, p = grad.probability(zs);
   return grad.g_kl * p * (((zs - (r - grad.ref.shift)) - grad.mean) + grad.rounding);
 }
 
-// row_of() for tensors that share T, with one division, and of 32 bits: a launch has fewer rows than that.
+// row_of() for tensors with the same T, with one division. 32 bits suffice: a launch has fewer rows.
 struct Place {
   unsigned b, t;
   SPO_DEVICE Place(unsigned row, const Rows& rows)
@@ -61,16 +61,16 @@ struct Place {
   }
 };
 
-// A block's share of rows, piece by piece, in its shared memory, and the sums that it exchanges.
+// A block's shared memory: its share of a row, in pieces, and the sums that blocks exchange.
 template <class T, int threads>
 struct ClusterShare {
   static constexpr int E = kPacket<T>, kWarps = threads / kWarp;
   uint4 *z, *r;
-  float4* block_sums;  // [2, kMaxCluster], without their gaps, which follow
+  float4* block_sums;  // [2, kMaxCluster], without the gaps
   float* block_gaps;
-  std::uint64_t *barriers, *sums_barriers;  // of the pieces; [2]
+  std::uint64_t *barriers, *sums_barriers;  // one for each piece; [2]
   KlSum<float>* warp_sums;
-  int begin, vectors;  // the first vector in the row, and how many
+  int begin, vectors;  // index of the share's first vector in the row, and the number of vectors
   int warp, lane;
 
   SPO_DEVICE ClusterShare(const ClusterConfig& config, unsigned rank, std::int64_t V)
@@ -88,7 +88,7 @@ struct ClusterShare {
     vectors = left < 0 ? 0 : left < config.vectors ? left : config.vectors;
   }
 
-  // f(piece, first, end) for the warp's pieces: vectors [first, end) of the share.
+  // Calls f(piece, first, end) for the warp's pieces: vectors [first, end) of the share.
   template <class F>
   SPO_DEVICE void for_pieces(F f) const {
     for (int piece = warp; piece * kPieceVectors < vectors; piece += kWarps) {
@@ -97,7 +97,7 @@ struct ClusterShare {
     }
   }
 
-  // Starts the copies of a piece of two rows. One lane calls it, after the warp has read what was there.
+  // Starts the copies of a piece of both tensors. One lane calls it, after the warp has read the piece's old content.
   SPO_DEVICE void copy(int piece, int first, int end, const T* z_row, const T* r_row) const {
     const auto bytes = static_cast<std::uint32_t>(end - first) * kVectorBytes;
     const std::int64_t at = static_cast<std::int64_t>(begin + first) * E;
@@ -111,7 +111,7 @@ struct ClusterShare {
     unpack(r[v], static_cast<const T*>(nullptr), y);
   }
 
-  // The lane's sum over its pieces, when they have arrived. infinite: an element of them is.
+  // The lane's sum over its pieces, after their copies have arrived. infinite: a logit of them is infinite.
   SPO_DEVICE KlSum<float> sum(unsigned parity, bool& infinite) const {
     auto sum = KlSum<float>::empty();
     infinite = false;
@@ -124,7 +124,7 @@ struct ClusterShare {
         infinite |= !is_finite(sum.gap);
       }
     });
-    if (!is_finite(sum.gap)) {  // once more, with care, as in sum_rows
+    if (!is_finite(sum.gap)) {  // again with gap_of_positive, as in sum_rows
       sum.gap = 0;
       for_pieces([&](int, int first, int end) {
 #pragma unroll 1
@@ -138,9 +138,9 @@ struct ClusterShare {
     return sum;
   }
 
-  // The sum over the whole row, from every thread's. Blocks send their sums to each other, to two places in turns: a
-  // block that has all sums may send its next one while another still reads. It does not get further than that: for
-  // the sums after those it needs the next one of the other, which all threads of that block have waited for.
+  // The sum over the whole row from the sums of all threads. Blocks send their sums to each other, to two places in
+  // turns: a block may send its next sum while another block still reads the sums of this row. It gets no further,
+  // since it then waits for the other block's next sum, which that block sends after all of its threads have read.
   SPO_DEVICE KlSum<float> merge(KlSum<float> sum, unsigned turn, unsigned rank, int blocks) const {
     sum = merge_lanes<kWarp>(sum);
     if (lane == 0) warp_sums[warp] = sum;
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(threads, threads == kThreads ? 3 : 2)
     const auto weight_of = [&](unsigned row) {
       return a.row_weight && row < N ? static_cast<const float*>(a.row_weight)[row] : 1.f;
     };
-    // From `row` on, the cluster's first row that has a weight. The rows before it get their zeros.
+    // The cluster's first row from `row` on with a weight. Writes the zeros of the rows before it.
     const auto skip = [&](unsigned row, float& weight) {
       for (; row < N && weight == 0; row += clusters, weight = weight_of(row)) {
         if (first_of_row) a.weighted_kl[row] = 0;
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(threads, threads == kThreads ? 3 : 2)
       share.for_pieces([&](int piece, int first, int end) { share.copy(piece, first, end, z, r); });
     }
     __syncwarp();
-    cluster_sync();  // without it a block could send its sum to one that has not begun
+    cluster_sync();  // without it a block could send its sum to a block that has not begun
 
     for (unsigned turn = 0; row < N; ++turn) {
       float next_weight = weight_of(row + clusters);
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(threads, threads == kThreads ? 3 : 2)
       const float kl = kl_of(sum);
       if (first_of_row) a.weighted_kl[row] = static_cast<double>(weight) * kl;
       const Gradient<float> grad(RowStats<float>(sum.z), RowStats<float>(sum.r), kl_for_grad(kl), 0, weight);
-      // Sums of numbers up to 1e30 stay far from infinity.
+      // Sums of numbers below 1e30 are finite.
       const bool careful =
           infinite || !(fmaxf(fabsf(grad.policy.shift), fabsf(grad.ref.shift)) < 1e30f && fabsf(grad.mean) < 1e30f);
 
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(threads, threads == kThreads ? 3 : 2)
           share.read(v, x, y);
 #pragma unroll
           for (int k = 0; k < E; ++k) x[k] = kl_gradient(grad, x[k], y[k]);
-          if (careful) {  // once more: a choice for p = 0 in every element would cost an eighth of the instructions
+          if (careful) {  // again: a choice for p = 0 in every element would cost an eighth of the instructions
             float z[E];
             share.read(v, z, y);
 #pragma unroll
@@ -251,11 +251,11 @@ __global__ void __launch_bounds__(threads, threads == kThreads ? 3 : 2)
       place = next_place;
       weight = next_weight;
     }
-    // No block waits here: each has all sums that others sent to it, so that none of them stores in it any more.
+    // No block waits here: each has received all sums, so no other block stores in its shared memory any more.
   }
 }
 
-// Rows as [B, T, V] with a T that all three tensors have: evenly spaced rows fit any. False where there is none.
+// Gives all three tensors the same T, to which evenly spaced rows can be adapted. False if there is no such T.
 inline bool with_same_steps(const KlLossFwdArgs& a, KlLossFwdArgs* out) {
   const std::int64_t T = std::max({a.z.T, a.r.T, a.dz.T});
   KlLossFwdArgs same = a;
@@ -268,9 +268,9 @@ inline bool with_same_steps(const KlLossFwdArgs& a, KlLossFwdArgs* out) {
   return true;
 }
 
-// The cluster for rows like these; none where kl_loss_fwd_kernel takes them. Length and strides decide, of one row as
-// of many. A gradient that is not written in place is contiguous, and rows of whole vectors are aligned there too: the
-// kernel is the same in place and out of place.
+// The cluster for rows like these; 0 blocks if kl_loss_fwd_kernel takes them. Length, alignment and strides decide, for
+// one row as for many. A gradient out of place is contiguous, so rows of whole vectors are aligned there: a row goes to
+// the same kernel in place and out of place.
 inline ClusterConfig cluster_config_of(const KlLossFwdArgs& a, int element_bytes, const SharedMemory& memory) {
   const auto aligned = [&](const Rows& rows) {
     const std::int64_t begin = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(rows.data));
@@ -281,7 +281,7 @@ inline ClusterConfig cluster_config_of(const KlLossFwdArgs& a, int element_bytes
   return cluster_config(a.V, element_bytes, memory);
 }
 
-// Asked of the current device once. In the emulator, of the device that it plays now.
+// Shared memory of the current device, which is asked once. The emulator asks each time: tests change its device.
 inline cudaError_t shared_memory_of_device(SharedMemory& memory) {
 #if defined(SPO_CUDA_EMULATOR)
   return shared_memory(0, memory);
@@ -303,7 +303,7 @@ inline cudaError_t shared_memory_of_device(SharedMemory& memory) {
 #endif
 }
 
-// Launches the kernel in such clusters. Where the device holds none, `launched` is false.
+// Launches the kernel in clusters of this configuration. `launched` is false if the device cannot hold one.
 template <class T>
 cudaError_t launch_kl_loss_cluster(const KlLossFwdArgs& a, const ClusterConfig& config, const SharedMemory& memory,
                                    cudaStream_t stream, bool& launched) {
@@ -334,7 +334,7 @@ cudaError_t launch_kl_loss_cluster(const KlLossFwdArgs& a, const ClusterConfig& 
   return launch_cluster_kernel(kernel, static_cast<unsigned>(clusters), config, stream, a, config);
 }
 
-// The launch for rows that suit the kernel, on a device that does.
+// Launches the kernel if rows and device suit it; else `launched` is false.
 template <class T>
 cudaError_t launch_kl_loss_cluster(const KlLossFwdArgs& a, cudaStream_t stream, bool& launched) {
   launched = false;

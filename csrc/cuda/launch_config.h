@@ -1,5 +1,4 @@
-// How many threads and blocks take how much of the rows. Plain arithmetic, apart from the kernels so that tests can
-// try every shape without a GPU.
+// How many threads and blocks take how much of the rows. Plain arithmetic, so that tests try every shape without a GPU.
 #pragma once
 
 #include <algorithm>
@@ -9,16 +8,16 @@
 namespace spo::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kThreads = 256;                     // of every block
-constexpr std::int64_t kMaxGrid = 0x7fffffff;     // blocks along x
-constexpr std::int64_t kWarpRow = 2048;           // elements: a row up to this long is one warp's, eight to a block
-constexpr std::int64_t kSplitElements = 1 << 13;  // a block's least share of a row that is split
+constexpr int kThreads = 256;                  // of every block
+constexpr std::int64_t kMaxGrid = 0x7fffffff;  // blocks along x
+constexpr std::int64_t kWarpRow = 2048;  // elements; a row up to this long belongs to one warp, of eight in a block
+constexpr std::int64_t kSplitElements = 1 << 13;  // a split has at least so many elements
 constexpr int kMaxSplits = 64;
 
 // A reduction over rows.
 struct ReduceConfig {
   int threads_per_row;          // kWarp or kThreads
-  int splits;                   // blocks a row: 1 unless rows are too few to fill the GPU
+  unsigned splits;              // blocks for a row: 1 unless rows are too few to fill the GPU
   std::int64_t split_elements;  // elements of all splits but the last; a multiple of 16 unless splits is 1
   std::int64_t blocks;
 };
@@ -35,18 +34,18 @@ inline ReduceConfig reduce_config(std::int64_t N, std::int64_t V, int multiproce
     splits = std::min<std::int64_t>({wanted / N, V / kSplitElements, kMaxSplits});
   if (splits <= 1) return {kThreads, 1, V, N};
   const std::int64_t share = (V + splits - 1) / splits, elements = (share + 15) / 16 * 16;
-  splits = (V + elements - 1) / elements;  // rounding up may leave the last one nothing
-  return {kThreads, static_cast<int>(splits), elements, N * splits};
+  splits = (V + elements - 1) / elements;  // rounding up may have left the last one empty
+  return {kThreads, static_cast<unsigned>(splits), elements, N * splits};
 }
 
-// Blocks of a launch whose blocks take one part of the work after another: few enough that blocks without work cost
-// microseconds, and several times what the GPU holds, so that all multiprocessors end at the same time.
+// Blocks of a launch in which each block takes one share of the work after another: few enough that idle blocks cost
+// only microseconds, and several times what the GPU holds, so that all multiprocessors end at about the same time.
 inline std::int64_t looping_blocks(std::int64_t blocks, int multiprocessors) {
   constexpr std::int64_t kEach = 64;
   return std::min(blocks, kEach * std::max(multiprocessors, 1));
 }
 
-// An elementwise kernel over rows: threads_per_row threads take block_elements of one row.
+// An elementwise kernel over rows: threads_per_row threads take split_elements of one row.
 struct ElementwiseConfig {
   int threads_per_row;
   unsigned splits;  // of a row
@@ -54,7 +53,7 @@ struct ElementwiseConfig {
   std::int64_t blocks;
 };
 
-// per_thread: elements that a thread of a block takes, whole packets.
+// per_thread: elements that a thread takes if a block takes the row, a multiple of a packet.
 inline ElementwiseConfig elementwise_config(std::int64_t N, std::int64_t V, int per_thread) {
   if (V <= kWarpRow) {
     constexpr int kRows = kThreads / kWarp;
@@ -64,35 +63,35 @@ inline ElementwiseConfig elementwise_config(std::int64_t N, std::int64_t V, int 
   return {kThreads, static_cast<unsigned>(splits), elements, N * splits};
 }
 
-// Shared memory that a device offers to a block of a cluster, in bytes: 0 where its kernels run without clusters.
+// Bytes of shared memory that a device offers to a block of a cluster: 0 if its kernels run without clusters.
 struct SharedMemory {
   std::int64_t block;
 };
 
-// A kernel that holds a row of two tensors in the shared memory of a cluster.
+// A launch that holds a row of two tensors in the shared memory of a cluster.
 struct ClusterConfig {
-  int blocks;        // of a cluster; 0: the row does not suit the kernel
+  int blocks;        // of a cluster; 0 if the kernel does not suit the row
   int threads;       // of a block: 256 or 512
   int vectors;       // of 16 bytes that a block holds of each tensor; the last blocks may hold fewer
   int shared_bytes;  // of a block
   int rounds = 1;    // the grid has this many times the clusters that the device holds at once
 };
 
-constexpr int kMaxCluster = 8;                      // blocks: every device with clusters takes so many
-constexpr int kPieceVectors = 128;                  // a warp copies and computes a block's share in such pieces
-constexpr std::int64_t kClusterRowBytes = 1 << 14;  // of one tensor: a shorter row leaves a block too little work
-constexpr std::int64_t kWideShareBytes = 1 << 16;   // of both: from here on a block has 512 threads
+constexpr int kMaxCluster = 8;                      // blocks; every device with clusters allows so many
+constexpr int kPieceVectors = 128;                  // a warp copies and computes a block's share in pieces of this size
+constexpr std::int64_t kClusterRowBytes = 1 << 14;  // of one tensor; a shorter row leaves a block too little work
+constexpr std::int64_t kWideShareBytes = 1 << 16;   // of both tensors; from here on a block has 512 threads
 constexpr int kSumBytes = 20;                       // of the partial sums of a thread, warp or block
 
-// Shared memory: the shares of both tensors, a barrier for each piece and two for the sums of blocks, and sums: one of
-// each warp, two of each block.
+// Shared memory of a block: its share of both tensors, a barrier for each piece, two barriers for the blocks' sums, and
+// the sums: one for each warp, two for each block of the largest cluster.
 constexpr int cluster_shared_bytes(int vectors, int threads) {
   const int pieces = (vectors + kPieceVectors - 1) / kPieceVectors;
   return 32 * vectors + 8 * (pieces + 2) + kSumBytes * (threads / kWarp + 2 * kMaxCluster);
 }
 
-// A row of V elements, a whole number of vectors, in a cluster of so many blocks. Tests and benchmarks may try sizes
-// that cluster_config() does not choose.
+// A row of V elements, which fill a whole number of vectors, in a cluster of `blocks` blocks. Tests and benchmarks may
+// try sizes that cluster_config() does not choose.
 inline ClusterConfig cluster_of(std::int64_t V, int element_bytes, int blocks, int threads) {
   const std::int64_t share = (V * element_bytes / 16 + blocks - 1) / blocks;
   const std::int64_t vectors = (share + 7) / 8 * 8;  // whole lines of the cache
@@ -100,9 +99,9 @@ inline ClusterConfig cluster_of(std::int64_t V, int element_bytes, int blocks, i
   return {blocks, threads, static_cast<int>(vectors), cluster_shared_bytes(static_cast<int>(vectors), threads)};
 }
 
-// Depends on the row's length and the device alone: a row's result must not depend on the number of rows. The fewest
-// blocks that hold the row are best on an H100: they meet once a row, and each block refills its pieces while others
-// wait. Sizes of five to seven leave multiprocessors of a cluster's neighbourhood idle.
+// The choice depends on the row's length and the device alone, so that a row's result does not depend on the number of
+// rows. On an H100 the fewest blocks that hold the row are best: they meet once a row, and each block refills its
+// pieces while others wait. Clusters of five to seven blocks leave some multiprocessors idle.
 inline ClusterConfig cluster_config(std::int64_t V, int element_bytes, const SharedMemory& memory) {
   if (memory.block == 0 || V * element_bytes % 16 != 0 || V * element_bytes < kClusterRowBytes) return {};
   for (const int blocks : {1, 2, 3, 4, kMaxCluster}) {

@@ -1,5 +1,5 @@
-// Exponentials, and sums of them that move to a new maximum as it comes: how a thread takes its packets of a row, how
-// threads merge their sums, and what the statistics of the row are.
+// Sums of exponentials relative to a running maximum: of a thread's packets, of all threads of a row, and the row's
+// statistics from them.
 #pragma once
 
 #include <cfloat>
@@ -25,10 +25,10 @@ SPO_DEVICE double2 add2(double2 a, double2 b) { return {a.x + b.x, a.y + b.y}; }
 SPO_DEVICE double2 mul2(double2 a, double2 b) { return {a.x * b.x, a.y * b.y}; }
 SPO_DEVICE double2 fma2(double2 a, double2 b, double2 c) { return {fma(a.x, b.x, c.x), fma(a.y, b.y, c.y)}; }
 
-// 2^x for -inf <= x <= 0 without the special function unit, which is the bottleneck: x = n + f, a polynomial of least
-// relative error (1.7e-7) that is 1 at 0, and n put into the exponent. Below 2^-126 it stays there.
+// 2^x for -inf <= x <= 0 without the special function unit, which is the bottleneck. x = n + f; a polynomial takes f
+// (its relative error is 1.7e-7, and it is 1 at 0), and n becomes the exponent. Results below 2^-126 become 2^-126.
 SPO_DEVICE float2 exp2_polynomial(float2 x) {
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which then is in the low bits
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const float2 clamped{fmaxf(x.x, -126.f), fmaxf(x.y, -126.f)};
   const float2 z = add2(clamped, {kRound, kRound}), n = add2(z, {-kRound, -kRound});
   const float2 f = fma2(n, {-1.f, -1.f}, clamped);
@@ -40,7 +40,7 @@ SPO_DEVICE float2 exp2_polynomial(float2 x) {
                   __uint_as_float((__float_as_uint(z.y) << 23) + 0x3f800000u)});
 }
 
-// e^x of logits less their maximum. `pair` is the position in the tile.
+// e^x of a pair of logits less their maximum. `pair` is its position among the pairs that are summed together.
 SPO_DEVICE float2 weights(float2 x, int pair) {
   const float2 scaled = mul2(x, {kLog2e, kLog2e});
   if (SPO_POLYNOMIAL_EXP && pair % 4 == 3) return exp2_polynomial(scaled);
@@ -48,7 +48,7 @@ SPO_DEVICE float2 weights(float2 x, int pair) {
 }
 SPO_DEVICE double2 weights(double2 x, int) { return {exp(x.x), exp(x.y)}; }
 
-// e^x where it is needed once: for the merging of partial sums, and where a weight must be exactly 0 if x is -inf.
+// e^x that is exactly 0 if x is -inf, for merging sums and for padding.
 SPO_DEVICE float weight(float x) { return exp2_approx(x * kLog2e); }
 SPO_DEVICE double weight(double x) { return exp(x); }
 
@@ -68,8 +68,8 @@ SPO_DEVICE A highest(const A (&x)[n]) {
   return high;
 }
 
-// Sum of exp(z - top) over part of a row. `top` starts at the lowest finite number: a difference with -inf is then
-// -inf, never NaN.
+// Sum of exp(z - top) over some elements of a row. `top` starts at the lowest finite number, so z - top is -inf, not
+// NaN, if z is -inf.
 template <class A>
 struct ExpSum {
   A top, sum;
@@ -98,12 +98,13 @@ struct ExpSum {
     top = high;
   }
 
-  // The sum over a whole row, which is at least 1 if anything in it is finite. Otherwise only what the polynomial's
-  // clamping leaves of -inf was added.
+  // The sum over a whole row: at least 1 if some element is finite. A smaller sum is what the polynomial's clamping
+  // makes of -inf.
   SPO_DEVICE A total() const { return sum < A(0.5) ? A(0) : sum; }
 };
 
-// The same of policy and reference, and the sum of exp(zs) (zs - rs), where zs and rs are the logits less their tops.
+// ExpSum of policy and reference, and gap: the sum of exp(zs) (zs - rs), where zs and rs are the logits less their
+// tops.
 template <class A>
 struct KlSum {
   ExpSum<A> z, r;
@@ -111,7 +112,7 @@ struct KlSum {
 
   static SPO_DEVICE KlSum empty() { return {ExpSum<A>::empty(), ExpSum<A>::empty(), 0}; }
 
-  // A weight that has vanished counts nothing even where the move of its top was infinite.
+  // A sum that vanishes has no gap, even if its top moves by infinity.
   SPO_DEVICE void move(A z_top, A r_top) {
     const A dz = z_top - z.top, dr = r_top - r.top, keep = weight(-dz);
     gap = z.sum * keep == 0 ? 0 : keep * (gap + z.sum * (dr - dz));
@@ -119,7 +120,7 @@ struct KlSum {
     r = {r_top, r.sum * weight(-dr)};
   }
 
-  // What is infinite makes the gap infinite or NaN: see gap_of_positive. padded: the tile ends in -inf of both.
+  // An infinite logit makes the gap infinite or NaN; sum_rows then uses gap_of_positive. padded: both end in -inf.
   template <bool padded, int n>
   SPO_DEVICE void add(const A (&zx)[n], const A (&rx)[n]) {
     const A z_high = highest(zx), r_high = highest(rx);
@@ -144,7 +145,7 @@ struct KlSum {
     gap += gaps.x + gaps.y;
   }
 
-  // The gap that one element adds: none where p = 0, +inf where r = -inf and p > 0.
+  // The gap that one element adds: 0 if p = 0, +inf if r = -inf and p > 0.
   SPO_DEVICE A gap_of_positive(A zx, A rx) const {
     const A zs = zx - z.top, p = weight(zs);
     return p == 0 ? A(0) : p * (zs - (rx - r.top));
@@ -169,7 +170,7 @@ SPO_DEVICE KlSum<A> shuffle_xor(const KlSum<A>& s, int lanes) {
   return {shuffle_xor(s.z, lanes), shuffle_xor(s.r, lanes), __shfl_xor_sync(0xffffffffu, s.gap, lanes)};
 }
 
-// The threads' sums merged, the same for every thread of the row. Once a block for threads_per_row = kThreads.
+// Merges the sums of a row's threads; every thread gets the result. With kThreads a row, a kernel may call it once.
 template <int threads_per_row, class Sum>
 SPO_DEVICE Sum merge_threads(Sum sum) {
 #pragma unroll
@@ -185,7 +186,7 @@ SPO_DEVICE Sum merge_threads(Sum sum) {
   return sum;
 }
 
-// log-sum-exp in two parts, as in the CPU's row_kernels.h.
+// lse = shift + logsum, as in csrc/cpu/row_kernels.h.
 template <class A>
 struct RowStats {
   A shift, logsum;
@@ -198,8 +199,8 @@ struct RowStats {
   SPO_DEVICE A log_prob(A z) const { return (z - shift) - logsum; }
 };
 
-// One logarithm of the quotient: those of the two sums are rounded, and their difference may be all there is. What the
-// division rounds off joins it, so that a large KL is rounded once.
+// One logarithm of the quotient replaces the difference of two rounded ones, which may be all of a small KL. The
+// rounding error of gap / p is added too, so that a large KL is rounded once.
 template <class A>
 SPO_DEVICE A kl_of(const KlSum<A>& s) {
   const A p = s.z.total(), gap = p == 0 ? A(0) : s.gap, mean = gap / p, logs = log_of(s.r.total() / p);
@@ -207,9 +208,9 @@ SPO_DEVICE A kl_of(const KlSum<A>& s) {
   return mean + (fabs(mean) <= -kLowest<A> ? logs + remainder : logs);
 }
 
-// Add the elements [begin, end) of a row, a thread's share of them, to a sum: tiles of two packets, then what is left.
-// begin is a multiple of two packets. add(first, number of packets, full) takes packets at `first` and, of two, one row
-// of threads further.
+// Calls add<packets, full>(first) for the calling thread's packets of elements [begin, end): two packets at a time,
+// then one, then the incomplete last one (full is false). The second packet of two is threads_per_row packets after the
+// first. begin is a multiple of two packets.
 template <int threads_per_row, int E, class Add>
 SPO_DEVICE void for_packets(std::int64_t begin, std::int64_t end, Add add) {
   constexpr std::int64_t kStep = std::int64_t{threads_per_row} * E;
@@ -255,7 +256,7 @@ SPO_DEVICE KlSum<Acc<T>> sum_rows(const RowReader<T, E>& z, const RowReader<R, E
     r.edge(first, y);
     sum.template add<true>(x, y);
   }
-  if (!(fabs(sum.gap) <= -kLowest<Acc<T>>)) {  // once more, with care: the loop above has no instruction to spare
+  if (!(fabs(sum.gap) <= -kLowest<Acc<T>>)) {  // again with gap_of_positive, for which the loop above has no time
     sum.gap = 0;
     for (first = begin + static_cast<std::int64_t>(threadIdx.x % threads_per_row) * E; first < end; first += kStep)
       for (int k = 0; k < E && first + k < end; ++k) sum.gap += sum.gap_of_positive(z.at(first + k), r.at(first + k));

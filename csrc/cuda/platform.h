@@ -1,5 +1,5 @@
-// CUDA, or its emulation on the CPU for tests (SPO_CUDA_EMULATOR: tests/cuda/cuda_emulator.h): the launch, and the
-// few instructions that have no portable spelling. Everything else in this folder is the same source for both.
+// CUDA, or its emulation on the CPU for tests (SPO_CUDA_EMULATOR, tests/cuda/cuda_emulator.h): launches, and the few
+// instructions without a portable spelling. All other source in this folder is the same for both.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,7 +19,7 @@
 
 namespace spo::cuda {
 
-// kernel<<<grid, block, 0, stream>>>(args...), with the error of the launch itself.
+// kernel<<<grid, block, 0, stream>>>(args...); returns the error of the launch.
 template <class... Params, class... Args>
 cudaError_t launch_kernel(void (*kernel)(Params...), unsigned grid, unsigned block, cudaStream_t stream,
                           const Args&... args) {
@@ -36,7 +36,7 @@ cudaError_t launch_kernel(void (*kernel)(Params...), unsigned grid, unsigned blo
 #endif
 }
 
-// The same in clusters of config.blocks blocks.
+// launch_kernel in clusters of config.blocks blocks.
 template <class... Params, class... Args>
 cudaError_t launch_cluster_kernel(void (*kernel)(Params...), unsigned clusters, const ClusterConfig& config,
                                   cudaStream_t stream, const Args&... args) {
@@ -60,8 +60,7 @@ cudaError_t launch_cluster_kernel(void (*kernel)(Params...), unsigned clusters, 
 #endif
 }
 
-// What the device offers to clusters: nothing before sm_90, nor on sm_12x, which has clusters, but a share of shared
-// memory too small for rows.
+// What the device offers to clusters: nothing before sm_90. sm_12x has clusters, but too little shared memory for rows.
 inline cudaError_t shared_memory(int device, SharedMemory& memory) {
 #if defined(SPO_CUDA_EMULATOR)
   (void)device;
@@ -77,8 +76,8 @@ inline cudaError_t shared_memory(int device, SharedMemory& memory) {
 #endif
 }
 
-// Lets a kernel take all shared memory of the current device, and asks how many of its clusters run at once: 0 where
-// the kernel was not compiled for a device with clusters.
+// Lets a kernel use all shared memory of the current device. resident: how many of its clusters run at once, 0 if the
+// kernel was not compiled for a device with clusters.
 template <class... Params>
 cudaError_t prepare_clusters(void (*kernel)(Params...), const ClusterConfig& config, const SharedMemory& memory,
                              int& resident) {
@@ -90,7 +89,7 @@ cudaError_t prepare_clusters(void (*kernel)(Params...), const ClusterConfig& con
   resident = 0;
   cudaFuncAttributes attributes{};
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess || attributes.ptxVersion < 90) return error;  // compute_80, compiled when it was loaded
+  if (error != cudaSuccess || attributes.ptxVersion < 90) return error;  // PTX of compute_80, compiled at load time
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory.block));
   if (error == cudaSuccess)
     error =
@@ -109,8 +108,8 @@ cudaError_t prepare_clusters(void (*kernel)(Params...), const ClusterConfig& con
 #endif
 }
 
-// 2^x with an error of at most 2 ulp, subnormal results flushed to 0: one instruction. The emulator is off by 1 ulp
-// either way, but for whole x. With 2 ulp every float32 case stays within its budget too.
+// 2^x in one instruction: its error is at most 2 ulp, and subnormal results become 0. The emulator's result is off by
+// up to 1 ulp unless x is whole. (With 2 ulp all float32 tests stay within their error budgets, too.)
 SPO_DEVICE float exp2_approx(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -120,11 +119,11 @@ SPO_DEVICE float exp2_approx(float x) {
   const float exact = exp2f(x), y = x == floorf(x) ? exact : emulator::off_by(exact, 1);
   return y < 1.17549435e-38f ? 0.f : y;  // NaN stays
 #else
-  return x;  // nvcc compiles this for the host as well, where nothing calls it
+  return x;  // nvcc compiles this for the host, where nothing calls it
 #endif
 }
 
-// The larger one, NaN if either is.
+// The larger one; NaN if either is NaN.
 SPO_DEVICE float max_nan(float a, float b) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -135,15 +134,15 @@ SPO_DEVICE float max_nan(float a, float b) {
 #endif
 }
 
-// Two operations in one instruction where the hardware has it (sm_100 and later): half the issue slots.
+// sm_100 and later have two float operations in one instruction, which halves the issue slots.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define SPO_PACKED_FLOAT 1
 #else
 #define SPO_PACKED_FLOAT 0
 #endif
 
-// Where a polynomial takes a share of the exponentials: where memory outruns the special function unit, which is also
-// where packed operations make a polynomial cheap. The emulator's builds test both.
+// A polynomial computes some of the exponentials where memory outruns the special function unit. These are the devices
+// with packed operations, which make a polynomial cheap. The emulator's builds test both.
 #if !defined(SPO_POLYNOMIAL_EXP)
 #define SPO_POLYNOMIAL_EXP SPO_PACKED_FLOAT
 #endif
@@ -170,7 +169,7 @@ SPO_DEVICE float2 fma2(float2 a, float2 b, float2 c) {
 #endif
 }
 
-// Whether code with clusters is compiled for this architecture; shared_memory() says which devices run it.
+// Whether this architecture compiles code with clusters. shared_memory() says which devices run it.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1100)
 #define SPO_CLUSTERS 0
 #else
@@ -196,7 +195,7 @@ SPO_DEVICE char* dynamic_shared() {
 SPO_DEVICE std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
-// The address in another block of the cluster of what is at `own` in this one.
+// The address in block `block` of the cluster that corresponds to `own` in this block.
 SPO_DEVICE std::uint32_t address_in_block(const void* own, std::uint32_t block) {
   std::uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(block));
@@ -204,8 +203,8 @@ SPO_DEVICE std::uint32_t address_in_block(const void* own, std::uint32_t block) 
 }
 #endif
 
-// A barrier in shared memory, for one arrival (mbarrier_expect) and the bytes announced with it. The bytes may come
-// before they are announced.
+// A barrier in shared memory. Its phase ends after one arrival (mbarrier_expect) and the bytes announced with it, which
+// may arrive before they are announced.
 SPO_DEVICE void mbarrier_init(std::uint64_t* barrier) {
 #if SPO_CLUSTER_PTX
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
@@ -214,7 +213,7 @@ SPO_DEVICE void mbarrier_init(std::uint64_t* barrier) {
 #endif
 }
 
-// Makes the thread's barriers visible to the copies that it starts next.
+// Makes the thread's new barriers visible to the copies that it starts next.
 SPO_DEVICE void mbarrier_init_fence() {
 #if SPO_CLUSTER_PTX
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -222,7 +221,7 @@ SPO_DEVICE void mbarrier_init_fence() {
 #endif
 }
 
-// Arrives, and lets the barrier wait for so many bytes.
+// Arrives at the barrier, and announces bytes for it to wait for.
 SPO_DEVICE void mbarrier_expect(std::uint64_t* barrier, std::uint32_t bytes) {
 #if SPO_CLUSTER_PTX
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
@@ -232,8 +231,8 @@ SPO_DEVICE void mbarrier_expect(std::uint64_t* barrier, std::uint32_t bytes) {
 #endif
 }
 
-// Waits for the end of the barrier's phase of this parity: 0 for the first, 1 for the second, 0 again. from_cluster:
-// for what other blocks of the cluster store.
+// Waits until the barrier's phase of this parity has ended. The first phase has parity 0, the second 1, the third 0.
+// from_cluster: the bytes come from other blocks of the cluster.
 template <bool from_cluster = false>
 SPO_DEVICE void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
 #if SPO_CLUSTER_PTX
@@ -261,8 +260,8 @@ SPO_DEVICE void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
 #endif
 }
 
-// Starts a copy to the block's shared memory. Both ends are aligned to 16 bytes, and so is the size. The bytes may be
-// read after a wait for the barrier.
+// Starts a copy to the block's shared memory. Both addresses and the size are multiples of 16 bytes. A thread may read
+// the bytes after a wait for the barrier.
 SPO_DEVICE void copy_bulk(void* shared, const void* global, std::uint32_t bytes, std::uint64_t* barrier) {
 #if SPO_CLUSTER_PTX
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -274,7 +273,7 @@ SPO_DEVICE void copy_bulk(void* shared, const void* global, std::uint32_t bytes,
 #endif
 }
 
-// Waits for all threads of the cluster, and for what they stored. Costly: it waits for stores in global memory as well.
+// Waits for all threads of the cluster and their stores. Costly, since this includes stores in global memory.
 SPO_DEVICE void cluster_sync() {
 #if SPO_CLUSTER_PTX
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -284,8 +283,8 @@ SPO_DEVICE void cluster_sync() {
 #endif
 }
 
-// Stores values in the shared memory of a block of the cluster, where `own` is in the calling block's. They may be read
-// after a wait for that block's barrier, which counts their bytes.
+// Stores values in the shared memory of a block of the cluster, at the place that `own` has in the calling block. That
+// block may read them after a wait for its barrier, which counts their bytes.
 SPO_DEVICE void store_async(float4* own, std::uint32_t block, const float4& x, std::uint64_t* barrier) {
 #if SPO_CLUSTER_PTX
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(

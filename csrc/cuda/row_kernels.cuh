@@ -1,16 +1,17 @@
-// The row kernels on a GPU: what spo_kernels/reference.py computes, in one pass over the logits.
+// The row kernels on a GPU: the equations of spo_kernels/reference.py in one pass over the logits.
 //
-// A row belongs to one warp (short rows), one block, or several blocks (long rows, too few to fill the GPU otherwise).
-// Each thread keeps a running maximum and sums relative to it over the packets it reads, and the partial results of the
-// threads are merged in a fixed order.
+// A short row belongs to one warp, a longer one to one block. If rows are long and too few to fill the GPU, several
+// blocks split each of them. Each thread keeps a running maximum and sums relative to it over its packets; threads
+// merge their sums in a fixed order.
 //
-// What decides the speed, by the instruction counts of tests/cuda/test_machine_code.py, for bfloat16:
-// - one exponential an element, 1/16 more for moving to a new maximum, which is looked for once a tile;
-// - on an H100 the special function unit, 50 % of the time that the memory needs, and the instructions issued, 42 %;
-// - on a B200, with more than twice the bytes a cycle, the special function unit alone would need 97 %: a polynomial
-//   takes a quarter of the exponentials, with two operations an instruction, and 74 % remain;
-// - what one element in a row may need (the label's gradient, infinite gaps) stands outside the loops: a branch never
-//   taken cost the KL a third of its instructions.
+// What decides the speed for bfloat16, by the instruction counts of tests/cuda/test_machine_code.py:
+// - An element costs one exponential, and 1/16 of one for new maxima, which a thread looks for once in two packets.
+// - On an H100 the special function unit takes 50 % of the memory's time, and the issue of instructions 42 %.
+// - A B200 moves more than twice the bytes a cycle: the special function unit alone would take 97 %. A polynomial
+// computes
+//   a quarter of the exponentials, with two operations an instruction, which leaves 74 %.
+// - The loops leave out what at most one element of a row needs (the label's gradient, infinite gaps): a branch that is
+//   never taken cost the KL a third of its instructions.
 #pragma once
 
 #include <cassert>
@@ -22,18 +23,35 @@
 
 namespace spo::cuda {
 
-// Blocks a multiprocessor must hold, which leaves a thread 80 registers, of double 128. Without a number ptxas 13.0
+// Blocks that a multiprocessor must hold: a thread has 80 registers then, 128 for double. Without this bound ptxas 13.0
 // aims at more blocks and spills.
 template <class T>
 constexpr int kBlocks = std::is_same_v<T, double> ? 2 : 3;
 
-constexpr float kLog2eLow = 1.9259629911266175e-08f;  // what is left of log2(e) after rounding to float
+constexpr float kLog2eLow = 1.9259629911266175e-08f;  // log2(e) less kLog2e
 
-// A row's place among threads and blocks: `part` of its parts, one thread group of threads_per_row for each.
+// Index of the calling thread's group of threads_per_row threads: a warp, or a block of kThreads.
 template <int threads_per_row>
 SPO_DEVICE std::int64_t group_index() {
   return static_cast<std::int64_t>(blockIdx.x) * (kThreads / threads_per_row) + threadIdx.x / threads_per_row;
 }
+
+// The elements [begin, end) of a row that a group takes: all of the row, or one split of it.
+template <int threads_per_row>
+struct Share {
+  std::int64_t row, begin, end;
+
+  SPO_DEVICE Share(std::int64_t group, std::int64_t V, unsigned splits, std::int64_t split_elements) {
+    if constexpr (threads_per_row == kWarp) {
+      row = group, begin = 0, end = V;
+    } else {  // a group is a block, of which a grid has fewer than 2^31
+      const unsigned block = static_cast<unsigned>(group);
+      row = block / splits;
+      begin = block % splits * split_elements;
+      end = begin + split_elements < V ? begin + split_elements : V;
+    }
+  }
+};
 
 SPO_DEVICE void check_label(std::int64_t label, std::int64_t V) {
   assert((label == kLabelElsewhere || (label >= 0 && label < V)) &&
@@ -70,7 +88,7 @@ struct Wanted {
       : logp(a.labels && a.labels[row] != a.ignore_index), kl(a.r.data && (!a.mask || a.mask[row])) {}
 };
 
-// Rows that nobody asked for are not read; everything about them is 0.
+// An ignored and masked row is not read. Its outputs are 0.
 template <class T, int E>
 SPO_DEVICE void write_unwanted(const TokenStatsFwdArgs& a, const RowReader<T, E>& z, std::int64_t row) {
   using A = Acc<T>;
@@ -78,16 +96,15 @@ SPO_DEVICE void write_unwanted(const TokenStatsFwdArgs& a, const RowReader<T, E>
   if (a.r.data) write_kl_stats<A>(a, row, {0, 0}, 0);
 }
 
-// Without a reference R is T and the KL part is left out. split_sums: [N, splits] where a row has several blocks.
+// Without a reference, R is T and with_kl is false. split_sums [N, splits] receives the sums of rows that are split.
 template <class T, class R, bool with_kl, int threads_per_row>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    token_stats_fwd_kernel(TokenStatsFwdArgs a, int splits, std::int64_t split_elements, void* split_sums) {
+    token_stats_fwd_kernel(TokenStatsFwdArgs a, unsigned splits, std::int64_t split_elements, void* split_sums) {
   using A = Acc<T>;
   constexpr int E = kPacket<T>;
-  const std::int64_t group = group_index<threads_per_row>(), row = group / splits;
+  const std::int64_t group = group_index<threads_per_row>();
+  const auto [row, begin, end] = Share<threads_per_row>(group, a.V, splits, split_elements);
   if (row >= a.N) return;
-  const std::int64_t begin = group % splits * split_elements;
-  const std::int64_t end = begin + split_elements < a.V ? begin + split_elements : a.V;
   const RowReader<T, E> z(a.z, row, a.V);
   const Wanted wanted(a, row);
   const bool first = threadIdx.x % threads_per_row == 0;
@@ -128,10 +145,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   }
 }
 
-// The second stage where rows were split: one thread a row.
+// Merges the sums of rows that were split, one thread a row.
 template <class T, bool with_kl>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    merge_splits_kernel(TokenStatsFwdArgs a, int splits, const void* split_sums) {
+    merge_splits_kernel(TokenStatsFwdArgs a, unsigned splits, const void* split_sums) {
   using A = Acc<T>;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= a.N) return;
@@ -141,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   if constexpr (with_kl) {
     const auto* sums = static_cast<const KlSum<A>*>(split_sums) + row * splits;
     KlSum<A> sum = sums[0];
-    for (int i = 1; i < splits; ++i) sum.merge(sums[i]);
+    for (unsigned i = 1; i < splits; ++i) sum.merge(sums[i]);
     write_logits_stats(a, z, row, RowStats<A>(sum.z));
     if (wanted.kl)
       write_kl_stats<A>(a, row, RowStats<A>(sum.r), kl_of(sum));
@@ -150,17 +167,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   } else {
     const auto* sums = static_cast<const ExpSum<A>*>(split_sums) + row * splits;
     ExpSum<A> sum = sums[0];
-    for (int i = 1; i < splits; ++i) sum.merge(sums[i]);
+    for (unsigned i = 1; i < splits; ++i) sum.merge(sums[i]);
     write_logits_stats(a, z, row, RowStats<A>(sum));
   }
 }
 
-// The gradient of one row, element by element.
+// The gradient of an element of one row.
 template <class A>
 struct Gradient {
   RowStats<A> policy, ref;
   A g_logp, g_kl;
-  A mean, rounding;  // of the gap (z - shift) - (r - ref.shift) under p, and what rounding added to it
+  A mean, rounding;  // the mean under p of the gap (z - policy.shift) - (r - ref.shift), and its rounding error
 
   SPO_DEVICE Gradient(const RowStats<A>& policy, const RowStats<A>& ref, A kl, A g_logp, A g_kl)
       : policy(policy), ref(ref), g_logp(g_logp), g_kl(g_kl) {
@@ -171,7 +188,7 @@ struct Gradient {
   }
 
   SPO_DEVICE float probability(float zs) const {
-    // log2(e) in two parts: in one, small probabilities would be off by 1e-8 |zs| of themselves.
+    // log2(e) is kLog2e + kLog2eLow: with kLog2e alone, p would be off by 1e-8 |zs| p.
     return exp2_approx(fmaf(zs, kLog2e, fmaf(zs, kLog2eLow, -policy.logsum * kLog2e)));
   }
   SPO_DEVICE double probability(double zs) const { return exp(zs - policy.logsum); }
@@ -181,19 +198,19 @@ struct Gradient {
     const A zs = z - policy.shift, p = probability(zs);
     const A grad = g_logp * ((at_label ? 1 : 0) - p);
     if constexpr (!with_kl) return grad;
-    // A token with p near 1 has its gap near the mean: their difference is exact, so it comes first.
+    // A token with p near 1 has its gap near the mean, so their difference is exact. It comes first for that reason.
     const A gap = p == 0 ? 0 : ((zs - (r - ref.shift)) - mean) + rounding;
     return fma(g_kl * p, gap, grad);
   }
 };
 
-// An infinite KL has no gradient: NaN, for every element with a probability.
+// An infinite KL has no gradient. NaN here makes the gradient of every element with p > 0 NaN.
 template <class A>
 SPO_DEVICE A kl_for_grad(A kl) {
   return kl - kl == 0 ? kl : kl - kl;
 }
 
-// A packet of the policy's and of the reference's logits.
+// A packet of policy logits, and of reference logits with_kl.
 template <class Z, class R, bool with_kl>
 struct PacketLogits {
   Z z;
@@ -204,14 +221,14 @@ struct PacketLogits<Z, R, false> {
   Z z;
 };
 
-// One row's gradient, or a part of it. label is -1 where there is none. z may be what `out` overwrites: a thread reads
-// the elements that it writes, and no others, where the two are aligned alike.
+// The gradient of elements [begin, end) of a row. label is -1 for a row without one. `out` may be z: a thread reads
+// just the elements that it writes if the two are aligned alike.
 template <int threads_per_row, bool with_kl, class T, class R, int E>
 SPO_DEVICE void write_gradient(T* out, const RowReader<T, E>& z, const RowReader<R, E>& r, const Gradient<Acc<T>>& grad,
                                std::int64_t label, std::int64_t begin, std::int64_t end) {
   using A = Acc<T>;
-  // The label's element is written a second time, by the same thread: within a packet it would cost every element a
-  // comparison. What it takes is read before the first time, which may be in place.
+  // The thread that writes the label's element writes it twice: inside the packet, every element would need a
+  // comparison. Its logits are read before the first write, which may be in place.
   const bool owns_label = label >= 0 && writes_in_packet<threads_per_row, E>(out, label, begin, end, z.V);
   const A z_label = owns_label ? z.at(label) : A{0}, r_label = with_kl && owns_label ? r.at(label) : A{0};
   using Inputs = PacketLogits<typename RowReader<T, E>::Raw, typename RowReader<R, E>::Raw, with_kl>;
@@ -235,30 +252,13 @@ SPO_DEVICE void write_gradient(T* out, const RowReader<T, E>& z, const RowReader
           from_acc(grad.template operator()<with_kl>(z.at(v), with_kl ? r.at(v) : 0, v == label), out[v]);
         });
   };
-  const std::int64_t head = aligned_from(out);  // where the first packet starts
+  const std::int64_t head = aligned_from(out);  // the first packet starts here
   if (z.aligned_at(head) && (!with_kl || r.aligned_at(head)))
     write.template operator()<true>();
   else
     write.template operator()<false>();
   if (owns_label) from_acc(grad.template operator()<with_kl>(z_label, r_label, true), out[label]);
 }
-
-// The part of a row that a group of threads_per_row threads takes in an elementwise kernel.
-template <int threads_per_row>
-struct Share {
-  std::int64_t row, begin, end;
-
-  SPO_DEVICE Share(std::int64_t group, std::int64_t V, unsigned splits, std::int64_t split_elements) {
-    if constexpr (threads_per_row == kWarp) {
-      row = group, begin = 0, end = V;
-    } else {  // groups are blocks, of which a grid has less than 2^31
-      const unsigned block = static_cast<unsigned>(group);
-      row = block / splits;
-      begin = block % splits * split_elements;
-      end = begin + split_elements < V ? begin + split_elements : V;
-    }
-  }
-};
 
 template <class T, class R, bool with_kl, int threads_per_row>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
@@ -269,8 +269,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   if (row >= a.N) return;
   T* out = row_of<T>(a.dz, row);
 
-  // The block's first logits wait for these, so they are read once and together. A row with an upstream gradient of 0
-  // is not read: its logits may be NaN.
+  // The block's first logits wait for these loads, so they are issued together. The logits of a row with upstream
+  // gradients of 0 may be NaN, so they are not read.
   const std::int64_t target = a.dlogps && a.labels ? a.labels[row] : a.ignore_index;
   const A dlogp = a.dlogps ? static_cast<const A*>(a.dlogps)[row] : A{0};
   const A g_logp = target == a.ignore_index ? A{0} : dlogp;
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   write_gradient<threads_per_row, false>(out, z, z, grad, label, begin, end);
 }
 
-// A row's KL and, while the row is in the cache, its gradient.
+// A row's KL and then its gradient, while the row is in the cache.
 template <class T, class R, int threads_per_row>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) kl_loss_fwd_kernel(KlLossFwdArgs a) {
   using A = Acc<T>;
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) kl_loss_fwd_kernel(KlLos
   }
   const RowReader<T, E> z(a.z, row, a.V);
   const RowReader<R, E> r(a.r, row, a.V);
-  // In place the second pass overwrites what the first has read: merging waits for every thread's reads.
+  // merge_threads is the barrier between the sweeps: in place, the second overwrites what the first reads.
   const auto sum = merge_threads<threads_per_row>(z.aligned_at(0) && r.aligned_at(0)
                                                       ? sum_rows<threads_per_row, true, Cache::keep>(z, r, 0, a.V)
                                                       : sum_rows<threads_per_row, false, Cache::keep>(z, r, 0, a.V));
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) kl_loss_fwd_kernel(KlLos
   write_gradient<threads_per_row, true>(out, z, r, grad, -1, 0, a.V);
 }
 
-// loss = the sum of N values, always in the same order. One block.
+// loss = the sum of N values in a fixed order. One block.
 template <class A>
 __global__ void __launch_bounds__(kThreads, kBlocks<A>) sum_kernel(const double* values, std::int64_t N, A* loss) {
   __shared__ double of_thread[kThreads];
@@ -335,8 +335,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>) sum_kernel(const double*
   if (threadIdx.x == 0) *loss = static_cast<A>(of_thread[0]);
 }
 
-// rows *= *factor; a factor of 1 leaves the memory untouched. Each group of threads takes one part after another: with
-// a block for each part a factor of 1 would cost a tenth of the work.
+// rows *= *scale, where a scale of 1 leaves the memory untouched. Each group takes one split after another: with a
+// block for each split, a scale of 1 would still cost a tenth of the work.
 template <class T, int threads_per_row>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     scale_kernel(Rows rows, std::int64_t N, std::int64_t V, const Acc<T>* scale, unsigned splits,

@@ -10,7 +10,7 @@ extern template struct TypedOps<double>;
 
 namespace {
 
-// f.template operator()<TypedOps<T>>() for logits of this type.
+// Calls f.template operator()<TypedOps<T>>() for logits of type z.
 template <class F>
 auto with_type(DType z, F f) {
   switch (z) {

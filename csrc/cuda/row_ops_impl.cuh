@@ -1,5 +1,5 @@
-// The launches for policy logits of one type T. Each type's source file instantiates TypedOps for it, so that they
-// compile side by side.
+// Launches for policy logits of one type T. A source file for each type instantiates TypedOps, so that types compile in
+// parallel.
 #pragma once
 
 #include "kl_loss_cluster.cuh"
@@ -20,7 +20,7 @@ struct TypedOps {
                                   const LaunchContext& context);
 };
 
-// f.template operator()<R>() with the reference's type; float64 goes with float64 alone.
+// Calls f.template operator()<R>() with the reference's type. The reference of double is double.
 template <class T, class F>
 cudaError_t with_ref_type(DType r, F f) {
   constexpr DType own = std::is_same_v<T, double> ? DType::f64
@@ -34,7 +34,7 @@ cudaError_t with_ref_type(DType r, F f) {
   }
 }
 
-// f.template operator()<threads>() with the threads of a row as a constant.
+// Calls f.template operator()<threads>() with the threads of a row as a constant.
 template <class F>
 cudaError_t with_threads(int threads_per_row, F f) {
   return threads_per_row == kWarp ? f.template operator()<kWarp>() : f.template operator()<kThreads>();

@@ -1,5 +1,5 @@
-// A packet: the elements of a row that a thread takes at once, 16 bytes of the narrowest type. Packets start at element
-// 0 of a row however it is aligned, so that a row's result does not depend on where in memory it lies.
+// Reads a row in packets. A packet is the elements that a thread takes at once: 16 bytes of policy logits. Packets
+// start at element 0 of a row, aligned or not, so that a row's result does not depend on its place in memory.
 #pragma once
 
 #include "../op_args.h"
@@ -15,7 +15,7 @@ constexpr int kPacket = kVectorBytes / sizeof(T);
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
-// Logits whose type is known at run time alone: the reference's, where it differs from the policy's.
+// Stands for a reference type that differs from the policy's and is known only at run time.
 struct AnyType {};
 
 template <class T>
@@ -39,7 +39,7 @@ SPO_DEVICE void from_acc(double x, double& out) { out = x; }
 SPO_DEVICE void from_acc(float x, bf16& out) { out = __float2bfloat16(x); }
 SPO_DEVICE void from_acc(float x, f16& out) { out = __float2half(x); }
 
-// The elements of four words, in order.
+// The elements of a vector in order.
 SPO_DEVICE void unpack(const uint4& w, const bf16*, float* x) {
   const std::uint32_t words[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
@@ -94,7 +94,7 @@ SPO_DEVICE uint4 pack(const double* x, const double*) {
           static_cast<unsigned>(__double2loint(x[1])), static_cast<unsigned>(__double2hiint(x[1]))};
 }
 
-// Bytes [shift, shift + 16) of two neighbouring vectors; shift is the same for a whole row.
+// Bytes [shift, shift + 16) of two neighbouring vectors. shift is the same for a whole row.
 SPO_DEVICE uint4 shifted(const uint4& low, const uint4& high, unsigned shift) {
   std::uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
   if (shift & 8) {
@@ -115,7 +115,7 @@ SPO_DEVICE std::int64_t row_offset(const Rows& rows, std::int64_t i) {
   return rows.T == 1 ? i * rows.stride_b : i / rows.T * rows.stride_b + i % rows.T * rows.stride_t;
 }
 
-enum class Cache { stream, keep };  // data is touched once, or will be read again soon
+enum class Cache { stream, keep };  // stream: data is read once; keep: it is read again soon
 
 template <Cache cache>
 SPO_DEVICE uint4 load_vector(const void* at) {
@@ -123,8 +123,8 @@ SPO_DEVICE uint4 load_vector(const void* at) {
   return cache == Cache::stream ? __ldcs(vector) : *vector;
 }
 
-// E elements in loads of 16 bytes, or in one of 8: a packet of float32 has 4 elements, which half precision holds in
-// that.
+// E elements in loads of 16 bytes, or in one load of 8 bytes: a packet of float32 has 4 elements, 8 bytes of half
+// precision.
 template <Cache cache, class T, int E>
 SPO_DEVICE void load_elements(const T* at, Acc<T> (&x)[E]) {
   constexpr int kPerVector = kVectorBytes / sizeof(T);
@@ -142,7 +142,7 @@ SPO_DEVICE void load_elements(const T* at, Acc<T> (&x)[E]) {
   }
 }
 
-// A row of V elements, read in packets of E. Beyond V there is -inf: probability 0.
+// A row of V elements, read in packets of E. Elements from V on read as -inf.
 template <class T, int E>
 struct RowReader {
   static_assert(E * sizeof(T) % kVectorBytes == 0);
@@ -153,7 +153,7 @@ struct RowReader {
   SPO_DEVICE RowReader(const Rows& rows, std::int64_t i, std::int64_t V)
       : row(static_cast<const T*>(rows.data) + row_offset(rows, i)), V(V) {}
 
-  // Whether packets are aligned that start a whole number of packets from element v.
+  // Whether packets that start a multiple of E from element v are aligned.
   SPO_DEVICE bool aligned_at(std::int64_t v) const {
     return reinterpret_cast<std::uintptr_t>(row + v) % kVectorBytes == 0;
   }
@@ -164,9 +164,8 @@ struct RowReader {
     for (int k = 0; k < E; ++k) x[k] = first + k < V ? to_acc(row[first + k]) : -INFINITY;
   }
 
-  // E elements from `first` on, all inside the row, as they lie in memory: half the registers of their values. Where
-  // the row is misaligned a packet is cut out of the aligned vectors around it, unless these would reach beyond the
-  // row.
+  // A packet inside the row as it lies in memory, in half the registers of its values. In a misaligned row the packet
+  // is cut out of the aligned vectors around it, unless these reach beyond the row.
   struct Raw {
     uint4 vectors[E * sizeof(T) / kVectorBytes];
   };

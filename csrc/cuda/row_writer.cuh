@@ -1,4 +1,4 @@
-// Writes a row, or a block's share of it, in aligned vectors.
+// Writes a row, or a split of it, in aligned vectors.
 #pragma once
 
 #include <type_traits>
@@ -12,24 +12,24 @@ SPO_DEVICE T* row_of(const Rows& rows, std::int64_t i) {
   return static_cast<T*>(rows.data) + row_offset(rows, i);
 }
 
-// Packets whose loads a thread of an elementwise kernel has in flight together: four vectors, of one tensor or of two.
-// A reference of another type is held as values, which take the registers of twice as many.
+// Packets that a thread of an elementwise kernel loads before it writes the first: four vectors, of one tensor or of
+// two. A reference of another type waits as float32 values, in twice the registers.
 template <bool with_kl, class R>
 constexpr int kBatch = !with_kl                     ? 4
                        : std::is_same_v<R, AnyType> ? 1
                                                     : 2;
 
-// Where a row of an output begins to be aligned, in elements.
+// Index of the first aligned element of a row of an output.
 template <class T>
 SPO_DEVICE std::int64_t aligned_from(const T* out) {
   const unsigned misaligned = reinterpret_cast<std::uintptr_t>(out) % kVectorBytes;
   return misaligned ? (kVectorBytes - misaligned) / sizeof(T) : 0;
 }
 
-// Write elements [begin, end) of a row of V: whole packets as vectors, aligned as the output is, and the elements
-// before the first packet and behind the last one by one. begin and end are multiples of a packet, or the row's ends.
-// load(first) reads a packet's inputs, packet(inputs, values) and one(v) compute. A thread reads the inputs of `batch`
-// packets before it writes the first: memory is busy only while many loads are in flight.
+// Writes elements [begin, end) of a row of V: packets as vectors that are aligned in the output, and single elements
+// before the first packet and after the last. begin and end are multiples of a packet, or the row's ends. load(first)
+// reads the inputs of a packet, packet(inputs, values) computes its values, and one(v) computes and writes an element.
+// A thread loads `batch` packets before it writes the first: memory is busy only while many loads are in flight.
 template <int threads_per_row, int E, int batch, class T, class LoadFn, class PacketFn, class OneFn>
 SPO_DEVICE void write_row(T* out, std::int64_t begin, std::int64_t end, std::int64_t V, LoadFn load, PacketFn packet,
                           OneFn one) {
@@ -37,7 +37,7 @@ SPO_DEVICE void write_row(T* out, std::int64_t begin, std::int64_t end, std::int
   constexpr std::int64_t kStep = std::int64_t{threads_per_row} * E;
   const int lane = threadIdx.x % threads_per_row;
   const std::int64_t head = aligned_from(out),
-                     last = (end + head < V ? end + head : V) - E;  // where a packet may start
+                     last = (end + head < V ? end + head : V) - E;  // the last packet starts here at most
   for (std::int64_t v = begin + head + static_cast<std::int64_t>(lane) * E; v <= last; v += batch * kStep) {
     decltype(load(v)) inputs[batch];
 #pragma unroll
@@ -61,7 +61,7 @@ SPO_DEVICE void write_row(T* out, std::int64_t begin, std::int64_t end, std::int
   }
 }
 
-// Whether the calling thread writes element v in write_row, as part of a whole packet.
+// Whether write_row writes element v in a packet of the calling thread.
 template <int threads_per_row, int E, class T>
 SPO_DEVICE bool writes_in_packet(const T* out, std::int64_t v, std::int64_t begin, std::int64_t end, std::int64_t V) {
   const std::int64_t head = aligned_from(out), at = v - (begin + head);

@@ -60,13 +60,14 @@ PYBIND11_MODULE(_control, m) {
                                                   {"torch_target", SPO_TORCH_TARGET},
                                                   {"cuda", SPO_CUDA_FACT}};
       },
-      "Compiler, the torch whose headers were used, the oldest torch the build runs with, and what the CUDA kernels "
-      "were built with and for.");
-  m.def("simd_levels", &simd_levels, "SIMD levels this CPU can run, best first.");
+      "The compiler, the torch whose headers were used, the oldest torch that the build runs with, and the compiler "
+      "and "
+      "architectures of the CUDA kernels.");
+  m.def("simd_levels", &simd_levels, "SIMD levels that this CPU can run, best first.");
   m.def(
       "simd_level", [] { return spo::cpu::kSimdLevelNames[static_cast<int>(spo::cpu::simd_level())]; },
       "The SIMD level in use.");
-  m.def("set_simd_level", &set_simd_level, py::arg("name"), "Use this SIMD level; ValueError if the CPU lacks it.");
+  m.def("set_simd_level", &set_simd_level, py::arg("name"), "Use this SIMD level. ValueError if the CPU lacks it.");
   m.def(
       "rows_executed",
       [] {
@@ -75,8 +76,8 @@ PYBIND11_MODULE(_control, m) {
           rows[spo::cpu::kSimdLevelNames[i]] = spo::cpu::rows_executed(static_cast<SimdLevel>(i));
         return rows;
       },
-      "Rows each SIMD level has executed, counted where the kernels run.");
-  m.def("reset_rows_executed", &spo::cpu::reset_rows_executed);
+      "Rows that each SIMD level has executed, counted where the kernels run.");
+  m.def("reset_rows_executed", &spo::cpu::reset_rows_executed, "Set the counts of rows_executed to 0.");
   m.def("seconds_to_read", &seconds_to_read, py::arg("array"), py::arg("threads"),
         "Seconds to read a float32 array once: the fastest of several loops.");
   m.def("seconds_to_update", &seconds_to_update, py::arg("array").noconvert(), py::arg("threads"),

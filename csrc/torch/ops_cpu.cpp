@@ -1,5 +1,5 @@
-// The ops on CPU tensors: checks, outputs, threads. Schemas and gradients are in spo_kernels/ops.py; the arithmetic is
-// in csrc/cpu, free of torch. torch's stable ABI only, so that one build serves every torch from 2.10 on.
+// The ops on CPU tensors: checks, outputs, threads. Python has the schemas and gradients of the public ops, csrc/cpu
+// the arithmetic. This file uses torch's stable ABI alone, so that one build serves every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -22,10 +22,10 @@ void check_labels(const Args& args) {
                   args.labels[bad], " in row ", bad);
 }
 
-constexpr int64_t kGrainBytes = int64_t{64} << 10;  // a thread with less to do costs more than it saves
+constexpr int64_t kGrainBytes = int64_t{64} << 10;  // a thread with less work costs more than it saves
 
-// work(begin, end) over all items, rows or parts of rows. Workers draw small ranges from a common counter instead of
-// getting one large range each: ignored rows cost nothing, and they come in runs (prompts, padding).
+// Calls work(begin, end) for ranges of all items, which are rows or parts of rows. Workers draw small ranges from a
+// common counter instead of one large range each, since ignored rows cost nothing and come in runs (prompts, padding).
 template <class F>
 void for_ranges(int64_t count, int64_t item_bytes, const F& work) {
   if (count == 0) return;
@@ -40,7 +40,7 @@ void for_ranges(int64_t count, int64_t item_bytes, const F& work) {
   });
 }
 
-// How a call's rows divide: bytes of policy (and reference) logits in a row, and parts.
+// How a call's rows divide. row_bytes: bytes of policy and reference logits in a row.
 struct Division {
   int64_t rows, row_bytes, parts;
 
@@ -49,8 +49,8 @@ struct Division {
         row_bytes(tensors * logits.size(-1) * static_cast<int64_t>(logits.element_size())),
         parts(cpu::parts_of_row(dtype, logits.size(-1))) {}
 
-  // Whether a forward takes parts of rows: too few rows to keep the threads equally busy.
-  bool split() const {
+  // Whether threads share the parts of rows in a forward: there are too few rows to keep the threads equally busy.
+  bool shares_parts() const {
     const int64_t threads = torch::stable::get_num_threads();
     return parts > 1 && threads > 1 && rows < 4 * threads;
   }
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> token_stats_fwd(const Tensor& logits, const O
   TokenStatsFwdCall call(logits, labels, ref_logits, mask, ignore_index);
   check_labels(call.args);
   const Division division(logits, call.args.z.dtype, call.N, ref_logits ? 2 : 1);
-  if (division.split()) {
+  if (division.shares_parts()) {
     std::vector<cpu::RowPart> parts(division.rows * division.parts);
     division.for_part_ranges([&](int64_t b, int64_t e) { cpu::token_stats_parts(call.args, parts.data(), b, e); });
     cpu::token_stats_of_parts(call.args, parts.data());
@@ -109,7 +109,7 @@ Tensor kl_loss_into(const Tensor& dlogits, const Tensor& logits, const Tensor& r
   std::vector<double> weighted_kl(call.args.N);
   call.args.weighted_kl = weighted_kl.data();
   const Division division(logits, call.args.z.dtype, call.args.N, 2);
-  if (division.split()) {
+  if (division.shares_parts()) {
     std::vector<cpu::RowPart> parts(division.rows * division.parts);
     std::vector<cpu::KlStats> stats(division.rows);
     division.for_part_ranges([&](int64_t b, int64_t e) { cpu::kl_loss_parts(call.args, parts.data(), b, e); });
@@ -118,7 +118,7 @@ Tensor kl_loss_into(const Tensor& dlogits, const Tensor& logits, const Tensor& r
   } else {
     division.for_row_ranges([&](int64_t b, int64_t e) { cpu::kl_loss_fwd(call.args, b, e); });
   }
-  double sum = 0;  // in row order, so that the loss does not depend on the threads
+  double sum = 0;  // in row order, so that the loss does not depend on the number of threads
   for (const double x : weighted_kl) sum += x;
   Tensor loss = empty(logits, {}, call.acc);
   if (call.acc == ScalarType::Double)

@@ -1,5 +1,5 @@
-// The ops on CUDA tensors: checks, outputs, streams. Schemas are in spo_kernels/backends/cuda.py; the kernels are in
-// csrc/cuda, free of torch. torch's stable ABI only. Nothing here waits for the device.
+// The ops on CUDA tensors: checks, outputs, streams. spo_kernels/backends/cuda.py has the schemas, csrc/cuda the
+// kernels. This file uses torch's stable ABI alone. Nothing here waits for the device.
 //
 // With SPO_CUDA_EMULATOR the same ops run on CPU tensors, in a namespace of their own, for tests.
 #include <cuda_runtime_api.h>
@@ -12,21 +12,21 @@
 #include "../cuda/row_ops.h"
 #include "tensor_args.h"
 
-// torch's stable ABI gives the current stream from 2.13 on; before that it comes from a shim function of CUDA builds.
-// Headers before 2.13 do not define TORCH_VERSION_2_13_0, and an undefined name counts as 0 in #if.
+// torch's stable ABI has the current stream from 2.13 on. Before that, a shim function of CUDA builds has it. Headers
+// before 2.13 do not define TORCH_VERSION_2_13_0, and #if takes an undefined name as 0.
 #if !defined(TORCH_VERSION_2_13_0) || TORCH_FEATURE_VERSION < TORCH_VERSION_2_13_0
 #define SPO_STREAM_FROM_SHIM
 #endif
 
 #if !defined(SPO_CUDA_EMULATOR) && defined(SPO_STREAM_FROM_SHIM)
-// Part of every CUDA build of torch, and of no other: weak, so that the library loads without one.
+// Every CUDA build of torch has this function, and no other build has it. It is weak, so that the library loads anyway.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 namespace spo {
 namespace {
 
-// The device of a tensor made current, its current stream, and its size.
+// Makes a tensor's device current, and gives its current stream and its number of multiprocessors.
 class OnDevice {
 #if defined(SPO_CUDA_EMULATOR)
  public:
@@ -61,7 +61,7 @@ void check(cudaError_t error, const char* op) {
 #endif
 }
 
-// Whether token_stats_fwd would share rows like these among blocks, where kl_loss_fwd would leave most of a GPU idle.
+// Whether token_stats_fwd would split rows like these, for which kl_loss_fwd would leave most of a GPU idle.
 bool kl_loss_splits_rows(const Tensor& logits, const Tensor& ref_logits, bool deterministic) {
   const OnDevice device(logits);
   const KlLossFwdCall call(logits, logits, ref_logits, std::nullopt);

@@ -1,5 +1,5 @@
-// From tensors to the arguments of the row ops: what every compiled backend checks, and how it allocates. Each *Call
-// below owns the tensors that its arguments point into.
+// From tensors to the arguments of the row ops, for every compiled backend: checks, and outputs. Each *Call owns the
+// tensors that its args point into.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -42,7 +42,7 @@ inline Rows rows_of(const Tensor& t, const char* name, bool writable) {
   rows.stride_b = t.stride(0);
   if (t.dim() == 2) return rows;
   const int64_t T = t.size(1), stride_t = t.stride(1);
-  if (t.stride(0) == T * stride_t) {  // evenly spaced: no division a row
+  if (t.stride(0) == T * stride_t) {  // evenly spaced rows need no division
     rows.stride_b = stride_t;
   } else {
     rows.T = std::max<int64_t>(T, 1);
@@ -53,13 +53,13 @@ inline Rows rows_of(const Tensor& t, const char* name, bool writable) {
 
 inline int64_t row_count(const Tensor& t) { return t.dim() == 3 ? t.size(0) * t.size(1) : t.size(0); }
 
-// A kernel must not read a pointer of another device: on a GPU that costs the process its context.
+// A GPU kernel that reads a pointer of another device destroys the process's CUDA context.
 inline void require_device(const Tensor& t, const Tensor& like, const char* name, const char* like_name = "logits") {
   STD_TORCH_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name,
                   " must be on the device of ", like_name);
 }
 
-// A contiguous vector of one value for each row of logits, or null. The tensor returned keeps the data alive.
+// A contiguous tensor with one value for each row of logits. The caller keeps it while kernels read its data.
 inline Tensor row_values(const Tensor& t, const Tensor& logits, ScalarType dtype, int64_t N, const char* name) {
   require_device(t, logits, name);
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype");
@@ -104,25 +104,35 @@ inline Tensor empty_contiguous_like(const Tensor& t) {
   return empty(t, shape, t.scalar_type());
 }
 
-struct TokenStatsFwdCall {
+// What the ops over logits and a reference share.
+struct RowInputs {
   int64_t N, V;
+  Rows z, r;
+  ScalarType acc;
+
+  RowInputs(const Tensor& logits, const OptionalTensor& ref_logits)
+      : N(row_count(logits)),
+        V(logits.size(-1)),
+        z(rows_of(logits, "logits", false)),
+        r(ref_rows(ref_logits, logits)),
+        acc(acc_type(z.dtype)) {}
+};
+
+struct TokenStatsFwdCall : RowInputs {
   OptionalTensor labels, mask;
   Tensor logps, kl, stats;
   TokenStatsFwdArgs args;
 
   TokenStatsFwdCall(const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
                     const OptionalTensor& mask, int64_t ignore_index)
-      : N(row_count(logits)),
-        V(logits.size(-1)),
+      : RowInputs(logits, ref_logits),
         labels(row_values(labels, logits, ScalarType::Long, N, "labels")),
         mask(row_values(mask, logits, ScalarType::Bool, N, "mask")) {
-    const Rows z = rows_of(logits, "logits", false), r = ref_rows(ref_logits, logits);
-    const ScalarType acc = acc_type(z.dtype);
-    const std::vector<int64_t> rows = row_shape(logits);
+    const std::vector<int64_t> rows = row_shape(logits), none{0};
     std::vector<int64_t> stats_shape{r.data ? 4 : 2};
     stats_shape.insert(stats_shape.end(), rows.begin(), rows.end());
-    logps = empty(logits, labels ? rows : std::vector<int64_t>{0}, acc);
-    kl = empty(logits, ref_logits ? rows : std::vector<int64_t>{0}, acc);
+    logps = empty(logits, labels ? rows : none, acc);
+    kl = empty(logits, ref_logits ? rows : none, acc);
     stats = empty(logits, stats_shape, acc);
     args = {.z = z,
             .r = r,
@@ -137,8 +147,7 @@ struct TokenStatsFwdCall {
   }
 };
 
-struct TokenStatsBwdCall {
-  int64_t N, V;
+struct TokenStatsBwdCall : RowInputs {
   OptionalTensor dlogps, dkl, labels, mask;
   Tensor kl, stats;
   TokenStatsBwdArgs args;
@@ -146,16 +155,13 @@ struct TokenStatsBwdCall {
   TokenStatsBwdCall(const Tensor& dlogits, const OptionalTensor& dlogps, const OptionalTensor& dkl,
                     const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
                     const OptionalTensor& mask, const Tensor& kl, const Tensor& stats, int64_t ignore_index)
-      : N(row_count(logits)),
-        V(logits.size(-1)),
+      : RowInputs(logits, ref_logits),
+        dlogps(row_values(dlogps, logits, acc, N, "dlogps")),
+        dkl(row_values(dkl, logits, acc, N, "dkl")),
         labels(row_values(labels, logits, ScalarType::Long, N, "labels")),
-        mask(row_values(mask, logits, ScalarType::Bool, N, "mask")) {
-    const Rows z = rows_of(logits, "logits", false), r = ref_rows(ref_logits, logits);
-    const ScalarType acc = acc_type(z.dtype);
-    this->dlogps = row_values(dlogps, logits, acc, N, "dlogps");
-    this->dkl = row_values(dkl, logits, acc, N, "dkl");
-    this->kl = row_values(kl, logits, acc, r.data ? N : 0, "kl");
-    this->stats = row_values(stats, logits, acc, (r.data ? 4 : 2) * N, "stats");
+        mask(row_values(mask, logits, ScalarType::Bool, N, "mask")),
+        kl(row_values(kl, logits, acc, r.data ? N : 0, "kl")),
+        stats(row_values(stats, logits, acc, (r.data ? 4 : 2) * N, "stats")) {
     STD_TORCH_CHECK(!dlogps || labels, "dlogps needs labels");
     STD_TORCH_CHECK(!dkl || ref_logits, "dkl needs ref_logits");
     args = {.z = z,
@@ -173,27 +179,24 @@ struct TokenStatsBwdCall {
   }
 };
 
-// weighted_kl is the caller's to point at memory of the device.
-struct KlLossFwdCall {
+// The caller sets args.weighted_kl to memory of the device.
+struct KlLossFwdCall : RowInputs {
   OptionalTensor row_weight;
-  ScalarType acc;
   KlLossFwdArgs args;
 
   KlLossFwdCall(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& row_weight)
-      : acc(acc_type(dtype_of(logits, "logits"))) {
-    const int64_t N = row_count(logits);
-    this->row_weight = row_values(row_weight, logits, acc, N, "row_weight");
-    args = {.z = rows_of(logits, "logits", false),
-            .r = ref_rows(ref_logits, logits),
+      : RowInputs(logits, ref_logits), row_weight(row_values(row_weight, logits, acc, N, "row_weight")) {
+    args = {.z = z,
+            .r = r,
             .dz = rows_of(dlogits, "dlogits", true),
             .row_weight = data_or_null<void>(this->row_weight),
             .N = N,
-            .V = logits.size(-1),
+            .V = V,
             .weighted_kl = nullptr};
   }
 };
 
-// The rows to scale, after checking that scale is one value of their accumulation dtype.
+// Checks the arguments of scale_, and gives the rows to scale.
 inline Rows scale_rows(const Tensor& tensor, const Tensor& scale) {
   require_device(scale, tensor, "scale", "tensor");
   STD_TORCH_CHECK(scale.numel() == 1, "scale must have one element, got ", scale.numel());

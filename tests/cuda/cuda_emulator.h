@@ -1,19 +1,20 @@
-// Runs CUDA kernels on the CPU, one fiber a CUDA thread, one cluster of blocks at a time: for tests of csrc/cuda
-// without a GPU.
+// Runs CUDA kernels on the CPU, for tests of csrc/cuda without a GPU: one fiber for each CUDA thread, one cluster of
+// blocks at a time.
 //
-// It models blocks, warps, barriers, shuffles, shared memory and vector loads. A thread runs until it waits for others;
-// warps take turns only then, forwards in even blocks and backwards in odd ones, so that a result that needs a barrier
-// that is not there comes out wrong in one order or the other. It stops the program at what a GPU may answer with a
-// hang or garbage: a barrier that some threads never reach, a shuffle of lanes that are not there, a misaligned vector.
+// It models blocks, warps, barriers, shuffles, shared memory and vector loads. A thread runs until it waits for others.
+// Then the next warp has its turn: warps run in ascending order in even blocks and in descending order in odd ones, so
+// a missing barrier gives a wrong result in one of the orders. The program stops where a GPU may hang or compute
+// garbage: a barrier that some threads never reach, a shuffle of lanes that have exited, a misaligned vector.
 //
-// Blocks of a cluster take turns likewise, each when the others wait: for the cluster's barrier, or for bytes. Each has
-// its dynamic shared memory, which starts as NaN; kernels of clusters must not have static shared memory. A bulk copy
-// happens when it is started in even clusters, and in odd ones when a thread waits for its barrier: what is read too
-// early is then NaN or an older row. The program stops at a copy that nobody waits for, and at a store in the shared
-// memory of a block that has not begun or has returned. What one block stores in another comes as late as a copy.
+// Blocks of a cluster take turns in the same way: a block runs until it waits for the cluster's barrier or for bytes.
+// Each block has dynamic shared memory, which starts as NaN; a kernel of clusters must not have static shared memory. A
+// bulk copy happens at once in even clusters, and in odd ones when a thread waits for its barrier. A thread that reads
+// too early then sees NaN or an older row. A store in another block's shared memory arrives at the same time as a bulk
+// copy would. The program stops at a copy that nobody waits for, and at a store in a block that has not begun or has
+// returned.
 //
-// It does not model data races within those turns, or anything that takes time. Approximate instructions go
-// through off_by(): up or down by a hash of the result, always the same for the same result.
+// It does not model data races within a turn, nor time. The results of approximate instructions go through off_by(),
+// which moves them by a hash of the result: equal results move equally.
 //
 // Build with -std=c++20 -fno-strict-aliasing: vectors and their elements alias, as nvcc lets them.
 #pragma once
@@ -40,7 +41,7 @@
 #endif
 
 #undef __shared__
-#define __shared__ static thread_local  // one block at a time on a thread, but for clusters
+#define __shared__ static thread_local  // except in clusters, a CPU thread runs one block at a time
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
@@ -49,10 +50,10 @@ namespace emulator {
 constexpr int kWarp = 32;
 constexpr std::size_t kStack = 128 * 1024;
 
-inline int capability = 90;    // of the device that is played, times ten: 90 has clusters, 80 has not
+inline int capability = 90;    // compute capability of the emulated device, times ten: 90 has clusters, 80 has none
 inline long clusters_run = 0;  // of kernels with dynamic shared memory
 
-// A stack and where execution left it.
+// A stack, and the place where execution left it.
 #if defined(__x86_64__)
 struct Context {
   void* stack_pointer = nullptr;
@@ -72,9 +73,9 @@ spo_emulator_switch:
 )");
 inline void switch_context(Context& from, Context& to) { spo_emulator_switch(&from.stack_pointer, to.stack_pointer); }
 inline void make_context(Context& context, char* stack, void (*entry)()) {
-  constexpr int kSaved = 6;  // the registers that the switch restores before it returns to `entry`
+  constexpr int kSaved = 6;  // registers that the switch restores before it returns to `entry`
   auto** top = reinterpret_cast<void**>(stack + kStack - 64);
-  *--top = nullptr;  // so that the stack is aligned as after a call
+  *--top = nullptr;  // aligns the stack as after a call
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < kSaved; ++i) *--top = nullptr;
   context.stack_pointer = top;
@@ -102,7 +103,7 @@ struct Copy {
   float values[4] = {};
 };
 
-// One arrival ends a phase, together with the bytes that it announces.
+// A phase ends after one arrival and the bytes that it announces.
 struct Mbarrier {
   unsigned phase = 0;
   bool arrived = false;
@@ -119,7 +120,7 @@ struct Mbarrier {
     missing -= static_cast<std::int64_t>(copy.bytes);
     advance();
   }
-  bool passed(unsigned parity) {  // asked by a thread that waits
+  bool passed(unsigned parity) {  // called for a thread that waits
     if (phase % 2 != parity % 2) return true;
     std::vector<Copy> copies;
     copies.swap(waiting);
@@ -132,9 +133,9 @@ struct Thread {
   uint3 index;
   int lane = 0, warp = 0;
   State state = State::ready;
-  std::uint32_t mask = 0;              // of the collective it waits at
-  std::uint64_t given = 0, taken[32];  // to the collective, and what every lane gave
-  Mbarrier* awaited = nullptr;         // the phase of this parity
+  std::uint32_t mask = 0;              // of the collective at which it waits
+  std::uint64_t given = 0, taken[32];  // its value for the collective, and the values of all lanes
+  Mbarrier* awaited = nullptr;         // it waits for the phase of this parity
   unsigned parity = 0;
   Context context;
   char* stack = nullptr;
@@ -170,7 +171,7 @@ inline thread_local std::size_t scheduler_stack_size = 0;
   std::abort();
 }
 
-// From a thread to the scheduler, until the thread is ready again.
+// Switches from a thread to the scheduler. Returns when the scheduler resumes the thread.
 inline void yield() {
   Thread& me = *self;
 #if defined(__SANITIZE_ADDRESS__)
@@ -206,7 +207,7 @@ inline void enter() {
   std::abort();
 }
 
-// Every lane of a mask has arrived at a collective: give each what the others gave.
+// If every lane of a mask has arrived at a collective, gives each lane the values of the others.
 inline bool release_collective(Thread* warp, int lanes) {
   for (int i = 0; i < lanes; ++i) {
     if (warp[i].state != State::at_collective) continue;
@@ -233,7 +234,7 @@ inline bool can_run(Thread& t) {
   return t.state == State::ready || (t.state == State::at_mbarrier && t.awaited->passed(t.parity));
 }
 
-// Until every thread waits for other blocks or for bytes, or has returned. False if none of them could run.
+// Runs a block until each thread waits for other blocks or for bytes, or has returned. False if no thread could run.
 inline bool run_block(Block& current, bool backwards) {
   block = &current;
   auto& threads = current.threads;
@@ -346,7 +347,7 @@ void launch(void (*kernel)(Params...), unsigned grid, unsigned threads, const Ar
 
 inline char* dynamic_shared() { return block->shared.get(); }
 
-// Where `bytes` at p begin in the block's dynamic shared memory.
+// Offset of p in the block's dynamic shared memory, which must hold `bytes` from there on.
 inline std::size_t shared_offset(const void* p, std::size_t bytes) {
   const auto begin = reinterpret_cast<std::uintptr_t>(block->shared.get()), at = reinterpret_cast<std::uintptr_t>(p);
   if (at < begin || at + bytes > begin + block->shared_bytes) stop("an address outside the block's shared memory");

@@ -1,5 +1,5 @@
-// Every launch of a large grid of shapes is legal and covers each element exactly once; clusters have the sizes that
-// the code says are best. Prints "ok" and how many.
+// Checks that every launch in a large grid of shapes is legal and covers each element exactly once, and that clusters
+// have the sizes that launch_config.h calls best. Prints "ok" and the number of launches.
 #include "cuda/launch_config.h"
 
 #include <cstdio>
@@ -15,9 +15,9 @@ void require(bool holds, const char* what, std::int64_t N, std::int64_t V) {
   std::exit(1);
 }
 
-// `parts` of `each` elements, the last one shorter, are the row and no more.
-void require_partition(std::int64_t parts, std::int64_t each, std::int64_t N, std::int64_t V) {
-  require(parts >= 1 && (parts - 1) * each < V && parts * each >= V, "a partition of the row", N, V);
+// `splits` of `each` elements, of which the last may be shorter, cover the row exactly.
+void require_partition(std::int64_t splits, std::int64_t each, std::int64_t N, std::int64_t V) {
+  require(splits >= 1 && (splits - 1) * each < V && splits * each >= V, "a partition of the row", N, V);
 }
 
 void require_blocks(int threads_per_row, std::int64_t groups, std::int64_t blocks, std::int64_t N, std::int64_t V) {
@@ -26,7 +26,7 @@ void require_blocks(int threads_per_row, std::int64_t groups, std::int64_t block
   require(blocks * in_block >= groups && (blocks - 1) * in_block < groups, "enough blocks and none idle", N, V);
 }
 
-constexpr SharedMemory kH100{232448}, kNone{0};  // also a B200's
+constexpr SharedMemory kH100{232448}, kNone{0};  // a B200 has as much
 
 void require_cluster(std::int64_t V, int element_bytes) {
   const ClusterConfig c = cluster_config(V, element_bytes, kH100);
@@ -82,7 +82,7 @@ int main() {
             const ElementwiseConfig e = elementwise_config(N, V, 4 * packet);
             require_partition(e.splits, e.split_elements, N, V);
             require_blocks(e.threads_per_row, N * e.splits, e.blocks, N, V);
-            require(e.splits == 1 || e.split_elements % packet == 0, "parts of whole packets", N, V);
+            require(e.splits == 1 || e.split_elements % packet == 0, "splits of whole packets", N, V);
             require(e.blocks <= kMaxGrid, "a legal grid", N, V);
             const std::int64_t looping = looping_blocks(e.blocks, multiprocessors);
             require(looping >= 1 && looping <= e.blocks && looping <= 64 * multiprocessors, "some blocks", N, V);

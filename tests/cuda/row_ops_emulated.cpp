@@ -1,6 +1,6 @@
-// The CUDA row ops, emulated, against plain double arithmetic: on aligned, misaligned, offset and sliced rows in
-// buffers without an element to spare. For the sanitizers, and for planted bugs; what is right to the last digit is
-// tested through torch. Prints "ok" or what is wrong.
+// Compares the emulated CUDA row ops with plain double arithmetic, on aligned, misaligned, offset and sliced rows in
+// buffers without a spare element. The sanitizers and planted bugs use this program; tests through torch check
+// accuracy. Prints "ok" or the first wrong value.
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -27,7 +27,7 @@ void close(const char* what, double got, double want, double tolerance) {
   std::abort();
 }
 
-// Rows [B * T, V] in one allocation that ends with the last of them; `lead` elements before the first.
+// Rows [B * T, V] in one allocation, with `lead` elements before the first row and none after the last.
 template <class T>
 struct Block {
   std::unique_ptr<T[]> data;
@@ -102,8 +102,8 @@ void check(DType dtype, std::int64_t V, std::int64_t pad, std::int64_t lead, int
   close("scaled", cuda::to_acc(dz.row(N - 1)[V - 1]), before / 2, rounding);
 }
 
-// kl_loss by clusters, of several rows each: every KL and gradient, rows of weight 0, each row alone and in place, and
-// the KL of equal rows.
+// kl_loss in clusters that take several rows each. Checks every KL and gradient, rows of weight 0, each row alone and
+// in place, and the KL of equal rows.
 template <class T>
 void check_clusters(DType dtype, std::int64_t V, int blocks, int threads) {
   using A = cuda::Acc<T>;
@@ -150,7 +150,7 @@ void check_clusters(DType dtype, std::int64_t V, int blocks, int threads) {
   }
 }
 
-// Which rows go to clusters: on a device that has them, long ones at whole vectors, however many there are.
+// On a device with clusters, every long row of whole aligned vectors goes to one, whatever the number of rows.
 template <class T>
 void check_choice(DType dtype) {
   constexpr std::int64_t V = 16384 / sizeof(T), N = 3;
@@ -192,7 +192,7 @@ int main() {
         SPO_TYPES
 #undef SPO_TYPE
       }
-  // A piece of a block's share for every warp or for some; two for some warps; a block with less than the others.
+  // Shares in which each warp has a piece, some warps have one, some have two, and the last block has less than others.
 #define SPO_TYPE(T, name)                                                 \
   check_choice<T>(DType::name);                                           \
   check_clusters<T>(DType::name, 16 / sizeof(T) * 300, 1, 256);           \

@@ -1,6 +1,6 @@
-"""The CUDA kernels' source, emulated: under the sanitizers, with planted bugs, and what stops the program.
+"""The emulated CUDA kernels: under the sanitizers, with planted bugs, and the errors that stop the program.
 
-Their results are tested with the other backends', through the ``emulated_cuda`` parameter of the fixture ``backend``.
+tests/test_ops.py checks their results, through the ``emulated_cuda`` parameter of the fixture ``backend``.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def test_kernels_under_sanitizers(
 
 
 CLUSTER, FIRST = "kl_loss_cluster.cuh", "mbarrier_wait(barriers + piece, 0)"
-# What is replaced in which file, by what, and what the program must say then.
+# File, text to replace, replacement, and a part of the message with which the program must then fail.
 BUGS = {
     "missing barrier": (
         "online_sums.cuh",
@@ -167,7 +167,7 @@ def test_splitting_rows_is_left_out_where_results_must_be_deterministic(emulated
         torch.use_deterministic_algorithms(False)
     assert alone[0] == among[0]
     torch.testing.assert_close(split, alone, rtol=0, atol=4e-6)
-    odd = torch.randn(3, 40_001)  # not whole vectors: such rows are not held in clusters
+    odd = torch.randn(3, 40_001)  # not whole vectors, so these rows do not go to clusters
     assert torch.ops.spo_kernels_emulated.kl_loss_splits_rows(odd, odd, False)
     assert not torch.ops.spo_kernels_emulated.kl_loss_splits_rows(odd, odd, True)
     assert not torch.ops.spo_kernels_emulated.kl_loss_splits_rows(logits, logits, False)

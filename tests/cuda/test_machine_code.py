@@ -19,14 +19,14 @@ pytestmark = pytest.mark.skipif(LIBRARY is None, reason="built without CUDA")
 
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "sm_120"}
 KERNELS = ["kl_loss_fwd", "kl_loss_cluster", "token_stats_fwd", "token_stats_bwd", "merge_splits", "scale", "sum"]
-REGISTERS = {False: 80, True: 128}  # of float64 kernels: three blocks a multiprocessor, two
-SHARED_BYTES = 4096  # a block, of which the system takes 1024 from sm_90 on: far too few to limit the blocks
+REGISTERS = {False: 80, True: 128}  # float64 kernels: True. 80 leave three blocks a multiprocessor, 128 two
+SHARED_BYTES = 4096  # of a block, 1024 for the system from sm_90 on; far too few to limit the number of blocks
 
-# The busiest pipe's share of the memory's time, at most. The KL's forward on a B200 was to stay below 0.8 as well; it
-# issues 8.7 instructions an element where that would allow 7.
+# The busiest pipe's share of the memory's time, at most. The KL's forward on a B200 issues 8.7 instructions an element,
+# and 0.8 would allow 7.
 H100_SHARE, B200_SHARE, B200_KL_FORWARD_SHARE = 0.6, 0.8, 1.02
-# Of both loops of kl_loss in clusters: sums and gradient in three vectors of traffic, where kl_loss_fwd has five. On a
-# B200 the instructions alone take longer than the memory.
+# Both loops of kl_loss in clusters, sums and gradient, move three vectors where kl_loss_fwd moves five. On a B200 the
+# instructions alone take longer than the memory.
 CLUSTER_SHARE = {"H100": 0.8, "B200": 1.4}
 
 
@@ -78,7 +78,7 @@ def test_loops_leave_the_h100_bound_by_memory() -> None:
 
 def test_loops_leave_the_b200_bound_by_memory_but_for_the_kl_forward() -> None:
     def is_kl_forward(loop: Loop) -> bool:
-        """It moves to new maxima of two tensors, where log-probs have one: more exponentials in as many bytes."""
+        """The KL finds new maxima of two tensors, log-probs of one, so it has more exponentials for the same bytes."""
         return loop.stores == 0 and loop.cycles["special"] > 26
 
     loops = hot_loops("B200")
@@ -97,7 +97,7 @@ def test_the_kernel_of_clusters_is_compiled_for_devices_that_have_them(gpu: str)
 
 
 def test_kernels_of_clusters_are_empty_elsewhere(resources: list[Resources]) -> None:
-    """No device that would load these runs them."""
+    """The devices of sm_80 and sm_120 load these kernels and never run them."""
     registers = {(r.arch, r.registers > 16) for r in resources if r.kernel.startswith("kl_loss_cluster")}
     assert registers == {("sm_80", False), ("sm_90", True), ("sm_100", True), ("sm_120", False)}
 

@@ -1,5 +1,5 @@
-// The row ops under ASan and UBSan: every allocation ends where the logits end, rows start at odd offsets, and results
-// are compared with plain double loops. Prints "ok <level>" for each SIMD level this CPU has; exits 1 at the first
+// The row ops under ASan and UBSan. Every allocation ends where the logits end, and rows start at odd offsets. Results
+// are compared with plain double loops. Prints "ok <level>" for each SIMD level of this CPU, or exits 1 at the first
 // wrong value.
 #include <cmath>
 #include <cstdio>
@@ -19,7 +19,7 @@ namespace {
 
 std::mt19937 rng(0);
 
-// A tensor [B, T, V] in a heap block of exactly the bytes it spans, after `lead` elements.
+// A tensor [B, T, V] in a heap block of exactly its bytes, after `lead` elements.
 template <class T>
 struct Block {
   std::unique_ptr<T[]> data;
@@ -115,7 +115,7 @@ void check(DType dtype_z, DType dtype_r, std::int64_t V, std::int64_t pad, std::
     require(weighted_of_parts[i] == weighted[i], "loss of parts", weighted_of_parts[i], weighted[i]);
   }
 
-  bwd.dz = z.rows;  // last: z is gone afterwards
+  bwd.dz = z.rows;  // in place, and last, since it overwrites z
   token_stats_bwd(bwd, 0, P);
 }
 
