@@ -3,14 +3,12 @@
 // What decides the speed of rows beyond the cache (docs/lab.md has the measurements):
 // - One sweep a row. The shift is the maximum of the first 512 logits. A block is summed again with a larger shift only
 //   if its sum shows that the shift is far below some logit: nothing has overflowed yet, but the rounding error of the
-//   exponent grows with the difference. Rows of a wide spread repeat blocks most, so their blocks are a quarter as
-//   long.
+//   exponent grows with the difference. Rows of a wide spread repeat blocks most: their blocks are a quarter as long.
 // - Four vectors a step, stage by stage (see horner).
 // - Software prefetch: float32 4.5 KB ahead into L2, since misses to L1 hold its few fill buffers; 16-bit types 2 KB
 //   ahead into L1, since arithmetic limits them.
-// - Subnormals are flushed to zero while a kernel runs (row_ops.cpp). A probability below 1e-38 takes a microcode
-// assist
-//   otherwise, which makes rows of a wide spread 15 to 28 times slower.
+// - Subnormals are flushed to zero while a kernel runs (row_ops.cpp). Otherwise a probability below 1e-38 takes a
+//   microcode assist, which makes rows of a wide spread 15 to 28 times slower.
 #pragma once
 
 #include <cfloat>

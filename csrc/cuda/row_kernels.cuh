@@ -8,8 +8,7 @@
 // - An element costs one exponential, and 1/16 of one for new maxima, which a thread looks for once in two packets.
 // - On an H100 the special function unit takes 50 % of the memory's time, and the issue of instructions 42 %.
 // - A B200 moves more than twice the bytes a cycle: the special function unit alone would take 97 %. A polynomial
-// computes
-//   a quarter of the exponentials, with two operations an instruction, which leaves 74 %.
+//   computes a quarter of the exponentials, with two operations an instruction, which leaves 74 %.
 // - The loops leave out what at most one element of a row needs (the label's gradient, infinite gaps): a branch that is
 //   never taken cost the KL a third of its instructions.
 #pragma once
