@@ -5,6 +5,9 @@ Environment: ``MAX_JOBS`` limits parallel compilation, ``CXX`` names the compile
 ``PATH``, /usr/local/cuda), for the architectures of ``TORCH_CUDA_ARCH_LIST``; ``SPO_CUDA=0`` leaves them out, and with
 ``SPO_CUDA=1`` a missing toolkit is an error. No GPU is needed to build them. Nothing is downloaded and no
 ``-march=native`` is used: each SIMD level is an object of its own, chosen when the library is loaded.
+
+Linux and macOS build; x86-64 has all SIMD levels, every other architecture the portable one. The op libraries depend on
+neither Python's version nor torch's. The control module does depend on Python's version, so a wheel does, too.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ LIBRARY, CUDA_LIBRARY, CONTROL = "libspo_kernels.so", "libspo_kernels_cuda.so", 
 # The oldest torch the library runs with, as torch spells it (major, minor << 56 and 48).
 TORCH_TARGET = (2, 10)
 
-# Contraction into fma is written out where it is wanted: left to the compiler, a logit minus an equal one is not 0.
+# The kernels write out contraction into fma where they want it. If the compiler contracted too, the difference of equal
+# logits would not be 0.
 COMMON_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -40,21 +44,23 @@ COMMON_FLAGS = [
     "-Wextra",
     "-Wno-unused-function",
 ]
-# Symbols of static archives stay inside the library. If a compiler links libstdc++ statically and the library exported
-# its copy, the loader would mix it with torch's: throwing an error could crash.
-LINK_FLAGS = ["-shared", "-Wl,--exclude-libs,ALL"]
+MACOS = sys.platform == "darwin"
+# On Linux, symbols of static archives stay inside the library. If a compiler links libstdc++ statically and the library
+# exported its copy, the loader would mix it with torch's copy, and throwing an error could crash. macOS has no static
+# libc++, and its linker has no such flag.
+LINK_FLAGS = ["-shared"] if MACOS else ["-shared", "-Wl,--exclude-libs,ALL"]
 X86_LEVELS = {
     # g++ 12's own AVX-512 headers read an undefined vector on purpose.
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized",
     "avx2": "-mavx2 -mfma -mf16c",
 }
 
-# Contraction is written out, as above. No fast-math: what may be approximate is written out too.
+# No contraction, as above, and no fast-math: the kernels write out what may be approximate.
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Wno-deprecated-gpu-targets"]
 CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 OLDEST_ARCHITECTURE = (8, 0)
 
-# Names that TORCH_CUDA_ARCH_LIST may hold, as in torch.utils.cpp_extension; the old ones are older than 8.0.
+# Names that TORCH_CUDA_ARCH_LIST may hold, as in torch.utils.cpp_extension. OLD_NAMES are before 8.0.
 NAMED_ARCHITECTURES = {
     "Ampere": "8.0 8.6+PTX",
     "Ampere+Tegra": "8.7",
@@ -125,7 +131,7 @@ def native_architectures() -> list[str]:
 
 
 def cuda_fact() -> str:
-    """What the CUDA kernels are built with and for, to be read from the installed package."""
+    """Compiler and architectures of the CUDA kernels, which the installed package reports."""
     home = cuda_home()
     if home is None:
         return "not built"
@@ -139,7 +145,7 @@ def cxx() -> str:
 
 
 def build_facts() -> dict[str, str]:
-    """What the libraries are built with, as macros that the installed package reports."""
+    """Macros with the facts of the build, which the installed package reports."""
     import torch
 
     version = subprocess.run([cxx(), "--version"], check=True, capture_output=True, text=True).stdout
@@ -163,8 +169,12 @@ def gencode_flags() -> list[str]:
 
 
 def cpu_sources() -> dict[str, list[str]]:
-    """Sources of the op library with the flags of each."""
+    """Sources of the op library, each with its flags."""
+    sources: dict[str, list[str]]
     sources = {f"csrc/cpu/{name}.cpp": [] for name in ("row_ops", "simd_level", "row_kernels_portable")}
+    if platform.machine() == "aarch64":
+        # g++ 12's vectorizer ends in an internal error here. The kernels are written in vectors and lose nothing.
+        sources["csrc/cpu/row_kernels_portable.cpp"] = ["-fno-tree-vectorize"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         sources |= {f"csrc/cpu/row_kernels_{level}.cpp": flags.split() for level, flags in X86_LEVELS.items()}
     return sources
@@ -176,10 +186,25 @@ def torch_flags() -> tuple[list[str], list[str]]:
 
     root = Path(torch.__file__).parent
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:016x}"
-    # The weak stream function is found in libtorch_cuda.so, which libtorch.so loads. No strong symbol needs
-    # libtorch.so, and Ubuntu's linker drops such libraries by default.
-    link = [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+    # libtorch.so loads libtorch_cuda.so, which has the weak stream function. No strong symbol needs libtorch.so, and
+    # Ubuntu's linker drops such libraries by default. ld64 keeps every library.
+    libraries = ["-ltorch", "-ltorch_cpu"]
+    if not MACOS:
+        libraries = ["-Wl,--no-as-needed", *libraries, "-Wl,--as-needed"]
+    link = [f"-L{root / 'lib'}", *libraries]
     return [target, *system_headers(root / "include")], link
+
+
+def shared_name(library: str) -> str:
+    """The flag for the name by which the loader finds a library of this package."""
+    return f"-Wl,-install_name,@rpath/{library}" if MACOS else f"-Wl,-soname,{library}"
+
+
+def beside_library(package: Path) -> list[str]:
+    """Link flags of the control module, which finds the op library in its own folder."""
+    if MACOS:  # symbols of Python's C interface come from the interpreter
+        return [str(package / LIBRARY), "-Wl,-rpath,@loader_path", "-undefined", "dynamic_lookup"]
+    return [f"-L{package}", f"-l:{LIBRARY}", "-Wl,-rpath,$ORIGIN"]
 
 
 def system_headers(folder: str | Path) -> list[str]:
@@ -241,9 +266,9 @@ class NinjaBuild(build_ext):
 
             objects = [compile_object(source, flags) for source, flags in cpu_sources().items()]
             objects.append(compile_object("csrc/torch/ops_cpu.cpp", torch_compile))
-            link = [*torch_link, f"-Wl,-soname,{LIBRARY}", "-pthread"]
+            link = [*torch_link, shared_name(LIBRARY), "-pthread"]
             writer.build(str(package / LIBRARY), "link", objects, variables={"flags": shell(link)})
-            (package / CUDA_LIBRARY).unlink(missing_ok=True)  # of an earlier build in place
+            (package / CUDA_LIBRARY).unlink(missing_ok=True)  # left by an earlier build in place
             if home := cuda_home():
                 nvcc = [str(home / "bin/nvcc"), "-ccbin", compiler, *NVCC_FLAGS, *gencode_flags()]
                 nvcc.append(f'-Xcompiler="{own_sources}"')  # nvcc takes an unquoted comma or space as the flag's end
@@ -254,17 +279,11 @@ class NinjaBuild(build_ext):
                 include = system_headers(home / "include")
                 objects.append(compile_object("csrc/torch/ops_cuda.cpp", [*torch_compile, *include]))
                 link = [*torch_link, f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-pthread"]
-                link.append(f"-Wl,-soname,{CUDA_LIBRARY}")
+                link.append(shared_name(CUDA_LIBRARY))
                 writer.build(str(package / CUDA_LIBRARY), "link", objects, variables={"flags": shell(link)})
-            link = [f"-L{package}", f"-l:{LIBRARY}", "-Wl,-rpath,$ORIGIN", "-pthread"]
             objects = [compile_object(f"csrc/python/{name}.cpp", python) for name in ("control", "bandwidth_probe")]
-            writer.build(
-                str(control),
-                "link",
-                objects,
-                implicit=str(package / LIBRARY),
-                variables={"flags": shell(link)},
-            )
+            link = {"flags": shell([*beside_library(package), "-pthread"])}
+            writer.build(str(control), "link", objects, implicit=str(package / LIBRARY), variables=link)
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "spo_kernels"
@@ -273,7 +292,7 @@ class NinjaBuild(build_ext):
 
 
 def c_string(text: str) -> str:
-    """A C string literal for a compiler's version or the like."""
+    """A C string literal of a compiler's version and the like."""
     return '"' + text.replace('"', "'") + '"'
 
 

@@ -5,6 +5,7 @@ Tests import setup.py and do not run it, so that they need no nvcc.
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 import os
@@ -231,6 +232,19 @@ def test_libraries_do_not_name_folders_of_the_build_machine(library: Path) -> No
     assert not [path for path in sources if path.startswith(b"/")]
     if library.stem == "libspo_kernels":
         assert b"csrc/torch/ops_cpu.cpp" in content
+
+
+@pytest.mark.skipif(not LIBRARIES, reason="the compiled kernels were not built")
+def test_the_stub_has_the_functions_of_the_control_module() -> None:
+    control = cpu.load()
+    stub = ast.parse((ROOT / "spo_kernels/_control.pyi").read_text())
+    declared = {
+        node.name: [argument.arg for argument in node.args.args]
+        for node in stub.body
+        if isinstance(node, ast.FunctionDef)
+    }
+    signatures = {name: getattr(control, name).__doc__.splitlines()[0] for name in dir(control) if name[0] != "_"}
+    assert declared == {name: re.findall(r"(\w+): ", signature) for name, signature in signatures.items()}
 
 
 @pytest.mark.skipif(not LIBRARIES, reason="the compiled kernels were not built")

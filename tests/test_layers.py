@@ -69,7 +69,7 @@ LAYERS = [  # a module may import the modules of its package that stand before i
 LOWER = {
     f"spo_kernels.{name}": tuple(f"spo_kernels.{lower}" for lower in LAYERS[:i]) for i, name in enumerate(LAYERS)
 } | {
-    "spo_kernels.backends.cpu": (),
+    "spo_kernels.backends.cpu": ("spo_kernels._control",),
     "spo_kernels.backends.cuda": (),
     "spo_kernels.backends.triton_kernels": ("spo_kernels.reference",),
     "spo_kernels.backends.triton": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from functools import cache
 from pathlib import Path
@@ -28,10 +27,11 @@ def load() -> ModuleType:
     if path is None:
         raise ImportError("spo_kernels was imported from a tree in which its kernels were never built")
     torch.ops.load_library(path)
-    control = importlib.import_module("spo_kernels._control")
+    from spo_kernels import _control
+
     if level := os.environ.get("SPO_SIMD"):
-        control.set_simd_level(level)
-    return control
+        _control.set_simd_level(level)
+    return _control
 
 
 def token_stats_fwd(
