@@ -1,4 +1,4 @@
-"""The build: architectures of the CUDA kernels, paths with a space, contents of libraries and sdist, the version.
+"""The build: architectures of the CUDA kernels, paths with a space, contents of libraries and sdist, versions.
 
 Tests import setup.py and do not run it, so that they need no nvcc.
 """
@@ -261,6 +261,15 @@ def test_the_version_stands_in_one_place() -> None:
         r"^version\b", (ROOT / "pyproject.toml").read_text().split("[project.optional")[0], re.MULTILINE
     )
     assert "version=" not in (ROOT / "setup.py").read_text()
+    assert f"\nversion: {spo_kernels.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_ci_and_pre_commit_have_the_same_versions_of_the_formatters() -> None:
+    ci = dict(re.findall(r'"(ruff|clang-format)==([\d.]+)"', (ROOT / ".ci/run").read_text()))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    pre_commit = dict(re.findall(r"/(?:mirrors-)?(ruff|clang-format)(?:-pre-commit)?\n +rev: v([\d.]+)\n", hooks))
+    assert ci.keys() == {"ruff", "clang-format"}
+    assert pre_commit == ci
 
 
 def test_the_sdist_holds_what_a_build_and_the_tests_need(tmp_path: Path) -> None:
