@@ -199,8 +199,8 @@ struct RowStats {
   SPO_DEVICE A log_prob(A z) const { return (z - shift) - logsum; }
 };
 
-// One logarithm of the quotient replaces the difference of two rounded ones, which may be all of a small KL. The
-// rounding error of gap / p is added too, so that a large KL is rounded once.
+// One logarithm of a quotient, not the difference of two logarithms, whose rounding errors could exceed a small KL. The
+// rounding error of gap / p is added, so that a large KL is rounded once.
 template <class A>
 SPO_DEVICE A kl_of(const KlSum<A>& s) {
   const A p = s.z.total(), gap = p == 0 ? A(0) : s.gap, mean = gap / p, logs = log_of(s.r.total() / p);
