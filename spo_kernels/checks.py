@@ -1,6 +1,6 @@
 """What the public functions refuse, with the text of each refusal: the argument, what it must be, what came.
 
-`like` names the argument that another one is compared with.
+`like`: name of the argument whose shape, dtype or device the checked argument must share; it appears in the text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from spo_kernels.precision import LOGITS_DTYPES, accumulate_dtype
+from spo_kernels.precision import LOGITS_DTYPES, accumulate_dtype, upcast
 
 IGNORE_INDEX = -100  # label of rows that are not wanted, unless the caller says otherwise
 
@@ -19,10 +19,15 @@ def describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def check_number(name: str, value: float, low: float = 0.0, high: float = math.inf, *, above: bool = False) -> None:
-    """`value` must be a Python number in [low, high), (low, high) if `above`; a Tensor would sync when compared."""
+def check_is_number(name: str, value: float) -> None:
+    """`value` must be a Python number; a Tensor would sync when compared."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+
+
+def check_number(name: str, value: float, low: float = 0.0, high: float = math.inf, *, above: bool = False) -> None:
+    """`value` must be a Python number in [low, high), (low, high) if `above`."""
+    check_is_number(name, value)
     if not ((low < value if above else low <= value) and value < high):  # written so that NaN fails
         upper = " and finite" if high == math.inf else f" and < {high:g}"
         raise ValueError(f"{name} must be {'>' if above else '>='} {low:g}{upper}, got {value}")
@@ -78,20 +83,28 @@ def check_sequences(values: Tensor, cu_seqlens: Tensor | None, name: str, like: 
         return
     if values.dim() != 1 and not (values.dim() == 2 and values.shape[0] == 1):
         raise ValueError(f"{name} must be [N] or [1, N] with cu_seqlens, got {list(values.shape)}")
+    check_cu_seqlens(cu_seqlens, "cu_seqlens", values, like)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, name: str, values: Tensor, like: str) -> None:
+    """cu_seqlens must be ``[B + 1]`` integers on the device of values; their values are not read."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be [B + 1] int32 or int64, got {describe(cu_seqlens)}")
+        raise ValueError(f"{name} must be [B + 1] int32 or int64, got {describe(cu_seqlens)}")
     if cu_seqlens.device != values.device:
-        raise ValueError(f"cu_seqlens must be on {values.device} like {like}, got {cu_seqlens.device}")
+        raise ValueError(f"{name} must be on {values.device} like {like}, got {cu_seqlens.device}")
 
 
-def _overwrites(logits: Tensor) -> bool:
-    """Nothing is overwritten without gradients or while compiling."""
-    return torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling()
+def differentiated_eagerly(tensor: Tensor) -> bool:
+    """Whether autograd records operations on the tensor, outside torch.compile."""
+    return torch.is_grad_enabled() and tensor.requires_grad and not torch.compiler.is_compiling()
 
 
 def check_inplace(logits: Tensor, option: str) -> None:
-    """Refuse logits whose memory is not free to take."""
-    if not _overwrites(logits):
+    """Refuse logits whose memory must not be overwritten: leaves, a non-unit last stride, elements sharing memory.
+
+    Without gradients and under torch.compile nothing is overwritten.
+    """
+    if not differentiated_eagerly(logits):
         return
     base = logits._base if logits._is_view() and logits._base is not None else logits
     if base.is_leaf:
@@ -108,7 +121,7 @@ def check_inplace(logits: Tensor, option: str) -> None:
 
 def check_markable(logits: Tensor) -> None:
     """Refuse views that autograd does not track: a later use of the overwritten memory would go unseen."""
-    if not _overwrites(logits) or not logits._is_view():
+    if not differentiated_eagerly(logits) or not logits._is_view():
         return
     autograd = torch._C._autograd
     if autograd._get_creation_meta(logits) != autograd.CreationMeta.DEFAULT:
@@ -126,7 +139,7 @@ def check_float(name: str, x: Tensor, form: str) -> None:
 
 
 def check_like(name: str, x: Tensor, like_name: str, like: Tensor, *, same_dtype: bool) -> None:
-    """`x` must be a floating-point [P] on the device of `like`, which is known to be a good [P]."""
+    """`x` must be a floating-point [P] on the device of `like`, a checked [P]."""
     check_float(name, x, "[P]")
     if x.shape != like.shape:
         raise ValueError(f"{name} must be [P] like {like_name}, got {list(x.shape)} against {list(like.shape)}")
@@ -136,13 +149,8 @@ def check_like(name: str, x: Tensor, like_name: str, like: Tensor, *, same_dtype
         raise ValueError(f"{name} must have the dtype of {like_name}, got {x.dtype} against {like.dtype}")
 
 
-def upcast(x: Tensor) -> Tensor:
-    """x in the dtype of losses: float64 as it is, everything else in float32."""
-    return x.to(accumulate_dtype(x.dtype))
-
-
 def checked_pair(chosen_name: str, chosen: Tensor, rejected_name: str, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    """Both log-probs, checked to be one [P] of one dtype on one device; float32, or float64 if they came so."""
+    """Both log-probs, checked to be one [P] of one dtype on one device; in float32 (float64 for float64)."""
     check_float(chosen_name, chosen, "[P]")
     if chosen.dim() != 1:
         raise ValueError(f"{chosen_name} must be [P], got {list(chosen.shape)}")

@@ -1,9 +1,9 @@
 """The public functions from logits: what they accept and refuse. `spo_kernels.row_ops` does the work.
 
-Shapes: logits ``[N, V]`` or ``[B, T, V]`` (any number of leading dimensions; a slice such as ``logits[:, :-1]`` is
-read in place, never copied). Dtypes: float32, bfloat16, float16 or float64; outputs and accumulation are float32,
-float64 for float64 logits. Log-probabilities and KL are in nats. Gradients have the logits' dtype. Labels arrive
-aligned with the logits: only `get_batch_logps` shifts.
+Shapes: logits ``[N, V]`` or ``[B, T, V]``, with any number of leading dimensions. A slice of rows such as ``logits[:,
+:-1]`` is not copied; logits with a non-unit last stride are. Dtypes: float32, bfloat16, float16 or float64; outputs and
+accumulation are float32, float64 for float64 logits. Log-probabilities and KL are in nats. Gradients have the logits'
+dtype. Labels arrive aligned with the logits: only `get_batch_logps` shifts.
 
 A vocabulary may be split over the processes of a ``process_group``, as Megatron's parallel output layer splits it. Each
 process has the logits ``[..., V_r]`` of its own columns, in the order of ranks. Labels (of the whole vocabulary), masks
@@ -35,7 +35,9 @@ from spo_kernels.checks import (
     check_markable,
     check_ref_logits,
     check_rows,
+    check_sequences,
     checked_row_weight,
+    differentiated_eagerly,
 )
 from spo_kernels.precision import can_precompute_gradient
 from spo_kernels.sequences import checked_sums
@@ -105,14 +107,13 @@ def sequence_logps(
     Returns:
         ``[B]``, float32 (float64 for float64 logits).
     """
-    logps = token_logps(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        inplace_backward=inplace_backward,
-        process_group=process_group,
-        vocab_shards=vocab_shards,
-    )
+    check_logits(logits, "logits")
+    check_rows(labels, "labels", torch.int64, logits)
+    check_sequences(labels, cu_seqlens, "labels")
+    if inplace_backward:
+        check_inplace(logits, "inplace_backward")
+    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1])
+    logps, _ = _row_stats(logits, labels, None, None, ignore_index, inplace_backward, columns)
     counts = (labels != ignore_index).to(logps.dtype) if average else None
     sums = checked_sums(logps, cu_seqlens, "labels")
     return sums if counts is None else sums / checked_sums(counts, cu_seqlens, "labels").clamp(min=1)
@@ -204,16 +205,17 @@ def kl_loss(
         row_weight: ``[...]`` floating, no gradient flows to it; 1 when None. For a mean over S sequences of token sums
             pass ``1 / S`` in every row. Rows of weight 0 are skipped.
         overwrite_logits: the stored gradient takes the logits' memory: their values are gone when this returns. Caught:
-            autograd raises in the backward where another function saved the logits before, and where anything uses
-            them afterwards and is differentiated, through any tensor that shares their memory. Not caught: whatever
-            reads them afterwards without a gradient (a metric, ``logits.detach()``) gets the gradient's numbers. The
-            same logits are refused as by ``inplace_backward``, and so are views that autograd lets no in-place
-            operation change (of ``chunk``, ``split``, ``unbind``, or made under ``no_grad``); a slice will do.
+            autograd raises in the backward if another function saved the logits before this call, or if anything
+            differentiable uses them, or a tensor that shares their memory, after it. Not caught: code that reads the
+            logits afterwards without a gradient (a metric, ``logits.detach()``) gets the gradient's numbers. Refuses
+            the logits that ``inplace_backward`` refuses, and views that autograd forbids to change in place (of
+            ``chunk``, ``split``, ``unbind``, or made under ``no_grad``); a slice is accepted.
             ``torch.autograd.grad`` of the logits themselves needs their edge of the graph, taken before the call with
             ``torch.autograd.graph.get_gradient_edge``. The option changes nothing without gradients or under
             ``torch.compile``: the logits stay.
-        process_group, vocab_shards: see `token_logps`. The gradient then has to wait for the other columns: this is
-            ``(row_weight * token_kl(...)).sum()``, and overwrite_logits its ``inplace_backward``.
+        process_group, vocab_shards: see `token_logps`. With a process_group the function computes
+            ``(row_weight * token_kl(...)).sum()``, because the gradient has to wait for the other columns;
+            overwrite_logits then acts as ``inplace_backward``.
 
     Returns:
         0-d, float32 (float64 for float64 logits).
@@ -237,7 +239,7 @@ def kl_loss(
     if torch.compiler.is_compiling():
         return torch.ops.spo_kernels.kl_loss_fwd(rows, ref_rows, weight)[0]
     if not overwrite_logits:
-        return row_ops.KLLoss.apply(rows, ref_rows, weight)
+        return row_ops.KLLossFunction.apply(rows, ref_rows, weight)
     return row_ops.overwriting_kl_loss(logits, rows, ref_rows, weight)
 
 
@@ -252,7 +254,9 @@ def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = Fal
     Returns:
         ``[B]``, float32 (float64 for float64 logits).
     """
+    check_logits(logits, "logits")
     check_rows(labels, "labels", torch.int64, logits)
+    check_sequences(labels, None, "labels")
     # Shifting labels rather than slicing logits: the gradient then needs no padding pass over [B, T, V].
     shifted = torch.full_like(labels, IGNORE_INDEX)
     shifted[..., :-1] = labels[..., 1:]
@@ -268,7 +272,7 @@ def _row_stats(
     inplace_backward: bool,
     columns: Columns,
 ) -> tuple[Tensor, Tensor]:
-    """``(logps, kl)`` of what has been checked, each ``logits.shape[:-1]``; ``[0]`` without labels or reference."""
+    """``(logps, kl)`` for checked arguments, each ``logits.shape[:-1]``; ``[0]`` without labels or reference."""
     rows = _as_rows(logits)
     inputs = (
         rows,
@@ -280,8 +284,8 @@ def _row_stats(
     )
     if columns.group is not None:
         logps, kl, _ = sharded_token_stats_fwd(*inputs, columns)
-    elif torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
-        logps, kl, _ = row_ops.TokenStats.apply(*inputs)
+    elif differentiated_eagerly(logits):
+        logps, kl, _ = row_ops.TokenStatsFunction.apply(*inputs)
     else:
         logps, kl, _ = torch.ops.spo_kernels.token_stats_fwd(*inputs)
     shape = logits.shape[:-1]

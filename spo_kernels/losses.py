@@ -1,8 +1,9 @@
-"""Losses over preference pairs: what happens between per-sequence log-probs and the scalar that is minimized.
+"""Losses over preference pairs, from per-sequence log-probs.
 
 P pairs, S sampled sequences, L_w and L_l the summed log-probs (nats) of the chosen and the rejected response,
 D = L_w - L_l. Everything here is [P]-sized plain torch, shared by every backend; the vocabulary-wide work is in
-`spo_kernels.functional`. A loss is one row of `LOSSES`; none of them enters a kernel.
+`spo_kernels.functional`. `LOSSES` lists the losses; none of them enters a kernel. `linear/ops.py` uses
+`pair_preference` and `pair_error` for gradients that are computed within a forward.
 
 Log-probs of -inf are legal and follow the equations. An impossible chosen response makes SPO's loss +inf. An impossible
 rejected response makes it 0 (-log(2)/alpha when centred). Both at once make D, the loss and the gradient NaN.
@@ -20,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spo_kernels.checks import check_float, check_like, check_number, checked_pair, checked_references, upcast
+from spo_kernels.checks import check_float, check_like, check_number, checked_pair, checked_references
+from spo_kernels.precision import upcast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -172,6 +174,8 @@ def _rewards(
     scale: float, logp_w: Tensor, logp_l: Tensor, references: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     chosen, rejected = logp_w.detach(), logp_l.detach()
+    if scale == 0:  # 0 * -inf is NaN
+        return torch.zeros_like(chosen), torch.zeros_like(rejected)
     if references is not None:
         chosen, rejected = chosen - references[0], rejected - references[1]
     return scale * chosen, scale * rejected
@@ -317,7 +321,7 @@ class SoftImportance(nn.Module):
     def set_normalizer(self, normalizer: str | float | Tensor) -> None:
         """Change the normalizer to "batch", "ema", a float or a 0-d Tensor, which is held detached, not copied.
 
-        "ema" starts a running average on the CPU, as `__init__` does; where there has been one before, it goes on.
+        "ema" starts a running average on the CPU, as `__init__` does. An existing running average is kept.
         """
         if isinstance(normalizer, str):
             if normalizer not in ("batch", "ema"):

@@ -1,7 +1,7 @@
 """SPO's objective as modules: from logits, and from hidden states and the head's weight.
 
-Both are the mean preference loss over P pairs plus beta times the mean KL over S sampled sequences (eq. 1, 8). They
-differ in how log-probs and KL come about.
+Both are the mean preference loss over P pairs plus beta times the mean KL over S sampled sequences (eq. 1, 8).
+`SPOLoss` takes logits, `LinearSPOLoss` hidden states.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from spo_kernels import sequences
-from spo_kernels.checks import IGNORE_INDEX, check_like, check_number, check_rows, check_sequences
+from spo_kernels.checks import IGNORE_INDEX, check_cu_seqlens, check_like, check_number, check_rows, check_sequences
 from spo_kernels.functional import sequence_logps, token_kl
 from spo_kernels.linear.checks import (
     check_chunk_size,
     checked_head,
     checked_logit_options,
-    checked_options,
     checked_ref_head,
 )
 from spo_kernels.linear.functional import kl_loss_of, kl_of, logps_of, precomputed_needs
@@ -27,6 +26,7 @@ from spo_kernels.linear.ops import linear_spo_loss_fwd
 from spo_kernels.linear.records import Head, HeadOptions
 from spo_kernels.losses import SoftImportance, checked_mu, mean_or_zero, pair_error, spo_loss
 from spo_kernels.precision import accumulate_dtype, can_precompute_gradient
+from spo_kernels.shards import Columns
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,6 +51,14 @@ class SPOMetrics(NamedTuple):
     preference_error: Tensor  # [P] sigmoid(-alpha D) of eq. 12: 0 where the policy surely prefers the chosen response
 
 
+def _checked_importance(weight: float | Importance | None) -> Importance | None:
+    if weight is None or callable(weight):
+        return weight
+    if not isinstance(weight, (int, float)):
+        raise TypeError(f"weight must be a number gamma, a callable or None, got {type(weight).__name__}")
+    return SoftImportance(weight)
+
+
 class _PairObjective(nn.Module):
     """What both modules have in common: the options of the pair loss, and the objective from log-probs and KL."""
 
@@ -60,7 +68,7 @@ class _PairObjective(nn.Module):
         self,
         alpha: float,
         beta: float,
-        importance: float | Importance | None,
+        weight: float | Importance | None,
         *,
         center: bool,
         average: bool,
@@ -71,13 +79,9 @@ class _PairObjective(nn.Module):
         super().__init__()
         check_number("alpha", alpha)
         check_number("beta", beta)
-        if importance is not None and not callable(importance):
-            if not isinstance(importance, (int, float)):
-                raise TypeError(f"weight must be a number gamma, a callable or None, got {type(importance).__name__}")
-            importance = SoftImportance(importance)
         self.alpha = alpha
         self.beta = beta
-        self.importance = importance
+        self.importance = _checked_importance(weight)
         self.center = center
         self.average = average
         self.ignore_index = ignore_index
@@ -89,11 +93,13 @@ class _PairObjective(nn.Module):
 
     @property
     def weight(self) -> Importance | None:
-        """`importance`, by the name of the constructor's argument."""
+        """`importance`, by the name of the constructor's argument. Setting either sets both."""
         return self.importance
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__("importance" if name == "weight" else name, value)
+        if name in ("weight", "importance"):
+            name, value = "importance", _checked_importance(value)
+        super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # States of version 0.1.0 call `importance` weight.
@@ -117,7 +123,7 @@ class _PairObjective(nn.Module):
             mu: the pairs' weights, or what computes them.
             kl: [], or None without a KL term.
             references: the reference's log-probs, each [P] or None.
-            preference_and_more: what stands in the objective for the preference loss [], which it is given.
+            preference_and_more: maps the preference loss [] to the term of the objective that replaces it.
         """
         pairs = logps.shape[0] // 2
         logp_w, logp_l = logps[:pairs], logps[pairs:]
@@ -145,25 +151,28 @@ class _PairObjective(nn.Module):
             preference_error=pair_error(margin, self.alpha),
         )
 
-    def _samples(self, given: dict[str, Tensor | None], cu_seqlens: Tensor | None, form: str) -> int:
-        """Number of sampled sequences S; 0 at beta = 0. given: the arguments of the KL by name, the policy's first.
+    def _samples(
+        self, needed: dict[str, Tensor | None], optional: dict[str, Tensor | None], cu_seqlens: Tensor | None, form: str
+    ) -> int:
+        """Number of sampled sequences S; 0 at beta = 0. Arguments of the KL by name, the policy's first.
 
-        ValueError where they are given without beta, are missing with it, or hold no sequence.
+        ValueError where any is given without beta, a needed one is missing with it, or there is no sequence.
         """
         if self.beta == 0:
-            for name, tensor in given.items():
+            for name, tensor in (needed | optional | {"kl_cu_seqlens": cu_seqlens}).items():
                 if tensor is not None:
                     raise ValueError(f"{name} must be None where beta is 0: it would have no effect; give beta > 0")
             return 0
-        for name, tensor in given.items():
+        for name, tensor in needed.items():
             if tensor is None:
                 raise ValueError(f"{name} must be given where beta is not 0, got None with beta = {self.beta}")
-        name, policy = next(iter(given.items()))
+        name, policy = next(iter(needed.items()))
         assert policy is not None
         if cu_seqlens is None and policy.dim() != 3:
-            raise ValueError(
-                f"{name} must be [S, T, {form}], or [N, {form}] with kl_cu_seqlens, got {list(policy.shape)}"
-            )
+            shapes = f"[S, T, {form}], or [N, {form}] with kl_cu_seqlens"
+            raise ValueError(f"{name} must be {shapes}, got {list(policy.shape)}")
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, "kl_cu_seqlens", policy, name)
         samples = policy.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         if samples < 1:
             raise ValueError(f"{name} must hold at least one sequence, got {list(policy.shape)}")
@@ -252,19 +261,23 @@ class SPOLoss(_PairObjective):
             ValueError: an odd number of sequences; beta without KL logits, KL logits without beta, only one of the two,
                 or no sampled sequence; and what `sequence_logps`, `token_kl` and `spo_loss` raise.
         """
-        options: dict[str, Any] = {
+        samples = self._samples(
+            {"kl_logits": kl_logits, "kl_ref_logits": kl_ref_logits}, {"kl_mask": kl_mask}, kl_cu_seqlens, "V"
+        )
+        check_sequences(labels, cu_seqlens, "labels")
+        _check_even(labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, "logits")
+        where: dict[str, Any] = {
             "inplace_backward": self.inplace_backward,
             "process_group": self.process_group,
             "vocab_shards": self.vocab_shards,
         }
         logps = sequence_logps(
-            logits, labels, ignore_index=self.ignore_index, cu_seqlens=cu_seqlens, average=self.average, **options
+            logits, labels, ignore_index=self.ignore_index, cu_seqlens=cu_seqlens, average=self.average, **where
         )
-        _check_even(logps.shape[0], "logits")
         kl = None
-        if samples := self._samples({"kl_logits": kl_logits, "kl_ref_logits": kl_ref_logits}, kl_cu_seqlens, "V"):
+        if samples:
             assert kl_logits is not None and kl_ref_logits is not None
-            kl = token_kl(kl_logits, kl_ref_logits, kl_mask, **options).sum() / samples
+            kl = token_kl(kl_logits, kl_ref_logits, kl_mask, **where).sum() / samples
         return self._objective(logps, self.importance, kl, (reference_chosen_logps, reference_rejected_logps))
 
 
@@ -273,8 +286,7 @@ class LinearSPOLoss(_PairObjective):
 
     Two routes lead to the same loss and gradients, to rounding. "recompute" is `linear_sequence_logps`, `spo_loss` and
     autograd: one matrix product forward, three backward. "recompute_free" has three in all: it computes gradients in
-    the forward, while the logits of a pair are still there. It needs a pair's gradient to depend on nothing but that
-    pair's log-probs.
+    the forward, while the logits of a pair are still there. It requires pair weights that do not depend on other pairs.
 
     "recompute_free" keeps the gradients in float32 (in bfloat16 where matrix products are bfloat16), and can run one
     backward, which multiplies them by the upstream scalar on the device. Tiles must hold every pair, chosen and
@@ -283,9 +295,8 @@ class LinearSPOLoss(_PairObjective):
     average that lags by a step, call a second `SoftImportance` of "ema" with `SPOMetrics.chosen_logps` and
     `rejected_logps`, and give its `running_mean` to `set_normalizer`. It also refuses float16: see `kl_loss`.
 
-    "auto" takes "recompute_free" where weights and dtype allow it, and recomputes the pairs that are too long. The
-    KL's coefficient is always known, so only "recompute" recomputes for the KL. Without gradients no route computes
-    any.
+    "auto" takes "recompute_free" where weights and dtype allow it, and recomputes the pairs that are too long. All
+    routes but "recompute" compute the KL's gradient in the forward. Under no_grad no route computes gradients.
 
     Args:
         alpha: softness, >= 0; see `spo_loss`.
@@ -336,7 +347,7 @@ class LinearSPOLoss(_PairObjective):
             raise ValueError(f"route must be one of {', '.join(ROUTES)}, got {route!r}")
         self.nll_weight = nll_weight
         self.chunk_size = chunk_size
-        self.options = checked_logit_options(temperature, softcap, logit_scale)
+        self.logit_options = checked_logit_options(temperature, softcap, logit_scale)
         self.route = route
 
     def extra_repr(self) -> str:
@@ -390,8 +401,11 @@ class LinearSPOLoss(_PairObjective):
                 "recompute_free" with weights that only the whole batch determines, or with a pair longer than a tile;
                 and what `linear_sequence_logps`, `linear_token_kl` and `spo_loss` raise.
         """
+        given_kl = {"kl_hidden": kl_hidden, "kl_ref_hidden": kl_ref_hidden, "kl_ref_weight": kl_ref_weight}
+        samples = self._samples(given_kl, {"kl_ref_bias": kl_ref_bias, "kl_mask": kl_mask}, kl_cu_seqlens, "H")
         head = checked_head(hidden, weight, bias)
-        options = checked_options(weight, *self.options, self.chunk_size, self.process_group, self.vocab_shards)
+        columns = Columns.checked(self.process_group, self.vocab_shards, weight.shape[0])
+        options = HeadOptions(self.logit_options, self.chunk_size, columns)
         check_rows(labels, "labels", torch.int64, hidden, "hidden")
         check_sequences(labels, cu_seqlens, "labels", "hidden")
         bounds = sequences.padded_bounds(labels) if cu_seqlens is None else cu_seqlens.contiguous()
@@ -401,6 +415,7 @@ class LinearSPOLoss(_PairObjective):
         if pair_weight is not None:
             check_like("pair_weight", pair_weight, "the pairs", head.hidden.new_empty(pairs), same_dtype=False)
             pair_weight = pair_weight.detach().to(wide)
+            sequences.check_bounds(bounds, labels.numel())
             labels = self._labels_of_read_pairs(labels, bounds, pair_weight)
         counts = sequences.checked_sums((labels != self.ignore_index).to(wide), cu_seqlens, "labels", "hidden")
 
@@ -416,14 +431,11 @@ class LinearSPOLoss(_PairObjective):
                 return preference if loss is None else loss
             return preference - self.nll_weight * sums[:pairs].sum() / counts[:pairs].sum().clamp(min=1)
 
-        kl = self._mean_kl(
-            head,
-            options,
-            {"kl_hidden": kl_hidden, "kl_ref_hidden": kl_ref_hidden, "kl_ref_weight": kl_ref_weight},
-            kl_ref_bias,
-            kl_mask,
-            kl_cu_seqlens,
-        )
+        kl = None
+        if samples:
+            assert kl_hidden is not None and kl_ref_hidden is not None and kl_ref_weight is not None
+            reference = (kl_ref_hidden, kl_ref_weight, kl_ref_bias)
+            kl = self._summed_kl(head, options, kl_hidden, reference, kl_mask) / samples
         return self._objective(
             sums / counts.clamp(min=1) if self.average else sums,
             self.importance if pair_weight is None else pair_weight,
@@ -438,7 +450,7 @@ class LinearSPOLoss(_PairObjective):
         return labels.masked_fill(unread.view_as(labels), self.ignore_index)
 
     def _precomputes_gradients(self, head: Head, options: HeadOptions, pair_weight: Tensor | None) -> bool:
-        """Whether the forward computes gradients: the route allows it, and gradients are wanted."""
+        """Whether the forward computes gradients; ValueError where route "recompute_free" cannot."""
         if self.route == "recompute":
             return False
         strict = self.route == "recompute_free"
@@ -453,7 +465,8 @@ class LinearSPOLoss(_PairObjective):
         by_pair = (
             pair_weight is not None
             or importance is None
-            or (isinstance(importance, SoftImportance) and not isinstance(importance.normalizer, str))
+            # A subclass may compute other weights: the op knows only those of SoftImportance.
+            or (type(importance) is SoftImportance and not isinstance(importance.normalizer, str))
         )
         if strict and not by_pair:
             raise ValueError(
@@ -471,7 +484,7 @@ class LinearSPOLoss(_PairObjective):
         pair_weight: Tensor | None,
         options: HeadOptions,
     ) -> tuple[Tensor, Tensor]:
-        """(preference loss and NLL [], summed log-probs [2P] without gradient), the gradient computed with them."""
+        """(preference loss and NLL [], summed log-probs [2P] without gradient). The op saves the loss's gradients."""
         importance = self.importance if pair_weight is None else None
         normalizer, gamma = None, 0.0
         if importance is not None:
@@ -497,30 +510,21 @@ class LinearSPOLoss(_PairObjective):
         )
         return loss, sums
 
-    def _mean_kl(
+    def _summed_kl(
         self,
         head: Head,
         options: HeadOptions,
-        given: dict[str, Tensor | None],
-        ref_bias: Tensor | None,
+        hidden: Tensor,
+        reference: tuple[Tensor, Tensor, Tensor | None],
         mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> Tensor | None:
-        """Mean over sampled sequences of the token KL summed over each (Appendix B); None at beta = 0."""
-        samples = self._samples(given, cu_seqlens, "H")
-        if samples == 0:
-            return None
-        hidden, ref_hidden, ref_weight = given.values()
-        assert hidden is not None and ref_hidden is not None and ref_weight is not None
+    ) -> Tensor:
+        """Sum of the token KL of sampled rows (Appendix B). reference: hidden states, weight, bias."""
         if mask is not None:
             check_rows(mask, "kl_mask", torch.bool, hidden, "kl_hidden")
         kl_head = checked_head(hidden, head.weight, head.bias)
-        ref_head = checked_ref_head(ref_hidden, ref_weight, ref_bias, hidden, kl_head)
+        ref_head = checked_ref_head(*reference, hidden, kl_head)
         rows = None if mask is None else mask.reshape(-1)
         if self.route == "recompute":
-            kl = kl_of(kl_head, ref_head, rows, options).sum()
-        else:
-            kl = kl_loss_of(
-                kl_head, ref_head, None if rows is None else rows.to(accumulate_dtype(hidden.dtype)), options
-            )
-        return kl / samples
+            return kl_of(kl_head, ref_head, rows, options).sum()
+        row_weight = None if rows is None else rows.to(accumulate_dtype(kl_head.hidden.dtype))
+        return kl_loss_of(kl_head, ref_head, row_weight, options)

@@ -2,7 +2,7 @@
 
 A parameter may be a record: a NamedTuple of tensors, numbers and other records. Torch's ops take flat arguments, so
 calling an `Op` flattens records, and the functions behind the op get them back. The flat names in the schema are
-``parameter_field``. A record annotated ``| None`` is all None when it is absent.
+``parameter_field``. A parameter that is a record may be None; its flat arguments are then all None.
 """
 
 from __future__ import annotations
@@ -51,8 +51,18 @@ class _Slot(NamedTuple):
             alias = "(a!)" if self.name in mutates else ""
             yield f"{_SCHEMA_TYPES[self.type]}{alias}{'?' if optional else ''} {self.name}"
 
+    def append(self, flat: list[Any], value: Any) -> None:
+        """Append the flat arguments of this slot's value."""
+        if not self.fields:
+            flat.append(value)
+        elif value is None:
+            flat.extend([None] * self.size)
+        else:
+            for field, item in zip(self.fields, value, strict=True):
+                field.append(flat, item)
+
     def reader(self, start: int) -> Callable[[Sequence[Any]], Any]:
-        """A function that makes this slot's value from all flat arguments, of which its own begin at start."""
+        """Return a function that builds this slot's value from the flat arguments. The slot begins at index start."""
         if not self.fields:
             return operator.itemgetter(start)
         make, optional, end = self.type, self.optional, start + self.size
@@ -75,9 +85,11 @@ def _slot(name: str, annotation: Any) -> _Slot:
     optional = get_origin(annotation) in (Union, types.UnionType)
     if optional:
         (annotation,) = (option for option in get_args(annotation) if option is not types.NoneType)
-    fields: tuple[_Slot, ...] = ()
-    if hasattr(annotation, "_fields"):
-        fields = tuple(_slot(*hint) for hint in get_type_hints(annotation, include_extras=True).items())
+    if not hasattr(annotation, "_fields"):
+        return _Slot(name, annotation, optional, ())
+    fields = tuple(_slot(*hint) for hint in get_type_hints(annotation, include_extras=True).items())
+    if not fields or (optional and fields[0].optional):
+        raise TypeError(f"{name} must have fields, and as an optional record a first field that is never None")
     return _Slot(name, annotation, optional, fields)
 
 
@@ -87,14 +99,6 @@ def _returns(annotation: Any) -> str:
     if annotation is Tensor:
         return "Tensor"
     return f"({', '.join('Tensor' for _ in get_args(annotation))})"
-
-
-def _append_fields(flat: list[Any], record: tuple[Any, ...]) -> None:
-    for field in record:
-        if isinstance(field, tuple):
-            _append_fields(flat, field)
-        else:
-            flat.append(field)
 
 
 class Op:
@@ -115,20 +119,19 @@ class Op:
         library.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.packet: Any = getattr(torch.ops.spo_kernels, self.name)
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Call the op through torch's dispatcher, with records in place of their fields."""
-        return self.packet(*self.flat(*arguments))
+        return self.packet(*self.flat(*arguments, **keywords))
 
-    def flat(self, *arguments: Any) -> list[Any]:
+    def flat(self, *arguments: Any, **keywords: Any) -> list[Any]:
         """The op's arguments: records as their fields."""
+        if keywords:
+            arguments += tuple(keywords.pop(slot.name) for slot in self._slots[len(arguments) :])
+        if len(arguments) != len(self._slots) or keywords:
+            raise TypeError(f"{self.name} takes {len(self._slots)} arguments: {', '.join(s.name for s in self._slots)}")
         flat: list[Any] = []
-        for argument, size in zip(arguments, self._sizes, strict=True):
-            if argument is None:
-                flat.extend([None] * size)
-            elif size == 1:
-                flat.append(argument)
-            else:
-                _append_fields(flat, argument)
+        for argument, slot in zip(arguments, self._slots, strict=True):
+            slot.append(flat, argument)
         return flat
 
     def records(self, flat: Sequence[Any]) -> dict[str, Any]:
@@ -147,7 +150,7 @@ class Op:
         return function
 
     def on_every_device(self, function: Callable[..., Any]) -> None:
-        """Register the implementation. Over records autocast is off inside: the caller has cast already."""
+        """Register the implementation. An op over records runs with autocast off: its caller has cast already."""
         if not any(slot.fields for slot in self._slots):
             self._implementation = function
             library.impl(self.name, function, "CompositeExplicitAutograd")
@@ -163,7 +166,7 @@ class Op:
         library.impl(self.name, on_every_device, "CompositeExplicitAutograd")
 
     def gradient(self, setup: Callable[..., None], backward: Callable[..., Any], *, of: str) -> Any:
-        """Register the gradient, and return an ``autograd.Function`` of it that costs eager calls half the time.
+        """Register the gradient. Returns an ``autograd.Function`` with it, which halves the overhead of an eager call.
 
         Args:
             setup: ``(ctx, flat inputs, output)`` saves what backward needs.
@@ -225,8 +228,11 @@ def refuse_double_backward() -> None:
         raise RuntimeError("spo_kernels: these gradients cannot be differentiated again (double backward)")
 
 
-def run_once(ctx: Any, message: str) -> None:
-    """RuntimeError in the second backward of a function whose first has overwritten what it saved."""
+def refuse_second_backward(ctx: Any, message: str) -> None:
+    """RuntimeError in the second backward of a function whose first backward has overwritten the saved tensors.
+
+    The message begins with a public name, before which "spo_kernels." is put.
+    """
     if getattr(ctx, "has_run", False):
         raise RuntimeError(f"spo_kernels.{message}")
     ctx.has_run = True

@@ -20,6 +20,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of outputs."""
+    return x.to(accumulate_dtype(x.dtype))
+
+
 def can_precompute_gradient(dtype: torch.dtype) -> bool:
     """Whether the forward may compute a gradient in this dtype, before the upstream scalar is known.
 
@@ -32,9 +37,9 @@ def can_precompute_gradient(dtype: torch.dtype) -> bool:
 def native_products(device_type: str, dtype: torch.dtype) -> bool:
     """Whether matrix products of a half-precision dtype run in that dtype rather than in float32.
 
-    Measured once per process on CPUs, which differ by an order of magnitude: without instructions for a dtype its
-    products take 4 to 30 times as long as float32's, with them (AMX, avx512_bf16) half as long or less. The product
-    that is timed has the layout that suits half precision least.
+    Measured once per process on CPUs. A CPU without instructions for the dtype takes 4 to 30 times as long as for
+    float32. A CPU with them (AMX, avx512_bf16) takes half as long or less. The timed product has a transposed operand,
+    the slowest layout for half precision.
     """
     if device_type != "cpu":
         return True
@@ -65,10 +70,10 @@ def product_dtype(device_type: str, dtype: torch.dtype, *, capped: bool) -> torc
 # torch.compile must treat this as a constant: it may not trace the timing in native_products.
 @torch.compiler.assume_constant_result
 def precomputed_gradient_dtype(device_type: str, dtype: torch.dtype, capped: bool) -> torch.dtype:
-    """Dtype in which gradients that the forward computed wait for the backward's upstream scalar.
+    """Dtype in which a forward stores its gradients until the backward scales them.
 
-    bfloat16 where the products are bfloat16, which have rounded the gradients already: that halves the memory, and a
-    single tile needs no float32 sum. float16 never comes here, see `can_precompute_gradient`.
+    It is bfloat16 where the matrix products are bfloat16: the products round the gradients anyway, and bfloat16 halves
+    the memory. Callers exclude float16, see `can_precompute_gradient`.
 
     Args:
         device_type, dtype: of the hidden states.

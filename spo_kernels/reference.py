@@ -17,8 +17,8 @@ from torch import Tensor
 
 from spo_kernels.precision import accumulate_dtype
 
-# Label of a row whose token is not among these columns of the vocabulary. The row counts as any other: its log-prob is
-# -inf and its gradient has no 1. No mistake makes this number; the lowest int64 is what a NaN becomes as an integer.
+# Label of a row whose token lies in another block of columns. Such a row has log-prob -inf, and its gradient has no
+# one-hot term. The value is not the lowest int64, because NaN converts to that.
 LABEL_ELSEWHERE = -(2**62) - 1
 
 
@@ -26,7 +26,7 @@ def _log_softmax_stats(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     """``(shift, logsum)`` with ``lse = shift + logsum``, shift the row's maximum; each ``logits.shape[:-1]``."""
     x = logits.to(dtype)
     shift = x.amax(-1)
-    # A row of only -inf has no softmax: a shift of 0 instead of -inf keeps exp() at 0 and lets log(0) say so.
+    # A row of only -inf gets shift 0: exp() is then 0 and logsum -inf. With shift -inf every term would be NaN.
     shift = torch.where(shift == -torch.inf, 0, shift)
     return shift, (x - shift[..., None]).exp().sum(-1).log()
 
@@ -125,5 +125,5 @@ def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, i
 
 
 def scale_(tensor: Tensor, scale: Tensor) -> None:
-    """``tensor *= scale`` for a 0-d scale; a scale of 1 leaves the memory untouched."""
+    """``tensor *= scale`` for a 0-d scale. Backends may skip the write at a scale of 1."""
     tensor.mul_(scale)

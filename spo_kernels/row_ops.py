@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels.op_library import Op, backend_op, mark_written, refuse_double_backward, run_once
+from spo_kernels.op_library import Op, backend_op, mark_written, refuse_double_backward, refuse_second_backward
 from spo_kernels.precision import accumulate_dtype
 
 
@@ -82,12 +82,12 @@ def token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _:
     if dlogps is None and dkl is None:
         return None
     refuse_double_backward()
-    # While compiling, memory is the compiler's business: functionalization does not see that a second function saved
-    # the same logits (in eager mode the version counter does), and would hand it gradients in their place.
+    # Under torch.compile the backward does not overwrite: a second function that saved the same logits would get
+    # gradients, because functionalization does not see that it saved them. In eager mode the version counter does.
     if not ctx.inplace_backward or torch.compiler.is_compiling():
         logits, *saved = ctx.saved_tensors
         return torch.ops.spo_kernels.token_stats_bwd(dlogps, dkl, logits, *saved, ctx.ignore_index)
-    run_once(
+    refuse_second_backward(
         ctx,
         "functional: with inplace_backward=True (of kl_loss: overwrite_logits=True) backward can run only once: "
         "the first has replaced the logits by their gradient; leave the option out",
@@ -99,7 +99,7 @@ def token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _:
     return dlogits
 
 
-TokenStats = token_stats_fwd.gradient(save_token_stats, token_stats_backward, of="logits")
+TokenStatsFunction = token_stats_fwd.gradient(save_token_stats, token_stats_backward, of="logits")
 
 
 @backend_op()
@@ -129,7 +129,7 @@ def _save_kl_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 def _kl_loss_backward(ctx: Any, dloss: Tensor, _: Any = None) -> Tensor:
     refuse_double_backward()
-    run_once(
+    refuse_second_backward(
         ctx,
         "kl_loss can run backward only once: its gradient was computed in the forward and scaled in place by the first "
         "backward; use (row_weight * spo_kernels.token_kl(...)).sum()",
@@ -143,7 +143,7 @@ def _kl_loss_backward(ctx: Any, dloss: Tensor, _: Any = None) -> Tensor:
 kl_loss_fwd.gradient(_save_kl_loss, _kl_loss_backward, of="logits")
 
 
-class KLLoss(torch.autograd.Function):
+class KLLossFunction(torch.autograd.Function):
     """`kl_loss_fwd` with its gradient, for eager mode. The gradient is no output: that saves marking it."""
 
     @staticmethod
@@ -158,11 +158,11 @@ class KLLoss(torch.autograd.Function):
         return _kl_loss_backward(ctx, dloss), None, None
 
 
-class KLLossOverwrite(torch.autograd.Function):
+class KLLossOverwriteFunction(torch.autograd.Function):
     """``kl_loss_fwd_`` with its gradient: the unit gradient has replaced the logits when forward returns.
 
-    `Overwritten` comes next. This function cannot mark the logits itself: with a second output autograd allows that
-    for no view.
+    `Overwritten` then marks the logits. This function cannot: autograd refuses to mark a view in a function with a
+    second output.
     """
 
     @staticmethod
@@ -179,7 +179,7 @@ class KLLossOverwrite(torch.autograd.Function):
 
 
 class Overwritten(torch.autograd.Function):
-    """Marks logits that `KLLossOverwrite` has overwritten: asking autograd for their gradient is an error."""
+    """Marks logits that `KLLossOverwriteFunction` has overwritten: asking autograd for their gradient is an error."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
@@ -199,9 +199,10 @@ class Overwritten(torch.autograd.Function):
 
 
 def overwriting_kl_loss(logits: Tensor, rows: Tensor, ref_rows: Tensor, row_weight: Tensor | None) -> Tensor:
-    """`KLLossOverwrite` of logits as rows, after which autograd knows that the logits have been overwritten."""
-    loss: Tensor = KLLossOverwrite.apply(rows, ref_rows, row_weight)
-    # Marking counts as a write, which would spoil the gradient that has just been saved; nothing is written.
+    """`KLLossOverwriteFunction` of logits as rows, after which autograd knows that the logits have been overwritten."""
+    loss: Tensor = KLLossOverwriteFunction.apply(rows, ref_rows, row_weight)
+    # `Overwritten` bumps the version although it writes nothing. The gradient saved above would then look stale, so the
+    # version is preserved.
     with torch.autograd._unsafe_preserve_version_counter(logits):
         Overwritten.apply(logits)
     return loss

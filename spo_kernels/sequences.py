@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels.checks import check_sequences
+from spo_kernels.checks import check_sequences, differentiated_eagerly
 from spo_kernels.op_library import op
 
 
@@ -20,7 +20,7 @@ def padded_bounds(values: Tensor) -> Tensor:
     return torch.arange(values.shape[0] + 1, device=values.device) * values.shape[1]
 
 
-def _check_bounds(bounds: Tensor, rows: int) -> None:
+def check_bounds(bounds: Tensor, rows: int) -> None:
     """RuntimeError for bounds that do not rise from 0 to the number of rows; on a GPU a device-side assertion."""
     legal = (bounds[0] == 0) & (bounds[-1] == rows) & (bounds.diff() >= 0).all()
     torch._assert_async(legal, "cu_seqlens must rise from 0 to the number of rows N")
@@ -48,7 +48,7 @@ def sequence_sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         bounds = padded_bounds(values)
     else:
         bounds = cu_seqlens.contiguous()
-        _check_bounds(bounds, values.shape[0])
+        check_bounds(bounds, values.shape[0])
     return sums(values.flatten().double(), bounds).to(values.dtype)
 
 
@@ -76,11 +76,11 @@ _SequenceSums = sequence_sums.gradient(_save_bounds, _sums_backward, of="values"
 def checked_sums(values: Tensor, cu_seqlens: Tensor | None, name: str, like: str = "logits") -> Tensor:
     """Sums ``[B]`` of values ``[B, T]``, or of ``[N]`` or ``[1, N]`` with cu_seqlens ``[B + 1]``.
 
-    ValueError, with the values called `name`, where the layout is another one.
+    Raises ValueError for any other layout; the text calls the values `name`.
     """
     check_sequences(values, cu_seqlens, name, like)
     if cu_seqlens is not None:
         values = values.flatten()
-    if torch.is_grad_enabled() and values.requires_grad and not torch.compiler.is_compiling():
+    if differentiated_eagerly(values):
         return _SequenceSums.apply(values, cu_seqlens)
     return sequence_sums.packet(values, cu_seqlens)

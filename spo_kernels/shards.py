@@ -42,7 +42,7 @@ class Columns(NamedTuple):
 
     start: Size  # index of the first column in the whole vocabulary
     vocab_size: Size  # columns of the whole vocabulary
-    group: str | None  # name of the process group whose processes hold them; None: this process holds all
+    group: str | None  # name of the process group that holds the vocabulary; None if this process holds all of it
 
     @classmethod
     def checked(cls, process_group: ProcessGroup | None, vocab_shards: Sequence[int] | None, columns: int) -> Columns:
@@ -85,7 +85,8 @@ class Columns(NamedTuple):
     def check_same(self, **tensors: Tensor | None) -> None:
         """ValueError for a tensor that is not the same in every process; on a GPU a device-side assertion.
 
-        One all-reduce of two numbers a tensor, before a loop whose messages would differ in size.
+        Call it before a loop: tensors that differ would make the loop's messages differ in size, which hangs. It is one
+        all-reduce of two numbers a tensor.
         """
         digests = torch.stack([digest(tensor) for tensor in tensors.values() if tensor is not None])
         bounds = torch.stack([digests, -digests])
@@ -181,9 +182,9 @@ def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
 def combine(block: BlockStats, columns: Columns, width: int, **same: Tensor | None) -> BlockStats:
     """The whole vocabulary from this process's columns: one all-gather of at most six numbers a row and process.
 
-    Every process merges the blocks in the same order and gets the same bits. Without a group the block is the whole.
+    Every process merges the blocks in the same order and gets the same bits. Without a group, returns the block.
     Raises ValueError where the shards leave a gap or overlap, or where one of the tensors `same` differs between
-    processes; a GPU has a device-side assertion.
+    processes. On a GPU, a device-side assertion replaces the ValueError.
 
     Args:
         width: the columns of this process.

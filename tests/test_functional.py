@@ -807,6 +807,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "get_batch_logps labels": (lambda: get_batch_logps(Z, Y[:, 1:]), "labels must be [2, 3] int64, got [2, 2] int64"),
     "get_batch_logps logits": (lambda: get_batch_logps(Z[0], Y[0]), "labels must be [B, T]"),
+    "get_batch_logps row": (lambda: get_batch_logps(Z[0, 0], Y[0, 0]), "labels must be [B, T]"),
 }
 
 

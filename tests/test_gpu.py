@@ -302,11 +302,11 @@ def test_values_on_another_device_are_refused() -> None:
         "ref_logits": (None, torch.randn(4, 9), None),
         "mask": (None, logits, ones.bool()),
     }.items():
-        with pytest.raises(RuntimeError, match=f"{name} must be on the device of logits"):
+        with pytest.raises(RuntimeError, match=f"{name} must be on cuda:0 like the logits, got cpu"):
             op(logits, *arguments, -100, False)
-    with pytest.raises(RuntimeError, match="row_weight must be on the device of logits"):
+    with pytest.raises(RuntimeError, match="row_weight must be on cuda:0 like the logits, got cpu"):
         torch.ops.spo_kernels.kl_loss_fwd(logits, logits, ones)
-    with pytest.raises(RuntimeError, match="scale must be on the device of tensor"):
+    with pytest.raises(RuntimeError, match="scale must be on cuda:0 like the logits, got cpu"):
         torch.ops.spo_kernels.scale_(logits, ones[0])
 
 

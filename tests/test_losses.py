@@ -157,6 +157,10 @@ class TestSpoLoss:
         assert logp_w.grad is not None
         assert logp_w.grad.dtype == dtype
 
+    def test_rewards_are_0_at_alpha_0_even_for_impossible_responses(self) -> None:
+        _, chosen, rejected = spo_loss(torch.tensor([-torch.inf]), torch.tensor([-1.0]), alpha=0)
+        assert (chosen.item(), rejected.item()) == (0, 0)
+
     def test_rewards(self) -> None:
         logp_w, logp_l = pairs()
         ref_w, ref_l = pairs(seed=1)
@@ -841,6 +845,10 @@ class TestSPOLoss:
         loss.weight = importance
         assert loss.importance is importance
         assert [name for name, _ in loss.named_children()] == ["importance"]
+        loss.weight = 0.3
+        assert loss.importance.gamma == 0.3
+        with pytest.raises(TypeError, match="weight must be a number gamma, a callable or None, got str"):
+            loss.importance = "soft"
 
 
 def spo_with(normalizer: str | Tensor | None = None, **options: Any) -> Callable[..., Tensor]:

@@ -127,8 +127,46 @@ def test_autocast_is_off_inside() -> None:
 
 
 def test_a_call_with_an_argument_too_few_is_refused() -> None:
-    with pytest.raises(ValueError, match="argument"):
-        library_test_line(line(), None, X, 2)
+    for call in (lambda: library_test_line(line(), None, X, 2), lambda: library_test_line(line(), None, X, 2, PLAN, 1)):
+        with pytest.raises(TypeError, match="library_test_line takes 5 arguments: line, other, x, times, plan"):
+            call()
+
+
+def test_arguments_may_be_named() -> None:
+    by_name = library_test_line(line(), None, plan=PLAN, times=2, x=X)
+    assert torch.equal(by_name[0], library_test_line(line(), None, X, 2, PLAN)[0])
+
+
+def test_a_record_of_one_field_is_a_record() -> None:
+    class Single(NamedTuple):
+        x: Tensor
+
+    globals()["Single"] = Single  # where annotations are looked up
+
+    @op_library.op
+    def library_test_single(single: Single, by: float) -> Tensor:
+        return single.x * by
+
+    assert library_test_single.schema == "(Tensor single_x, float by) -> Tensor"
+    assert library_test_single(Single(X), 2.0).tolist() == [2, 4]
+
+
+def test_records_that_could_not_come_back_are_refused() -> None:
+    class MayBegin(NamedTuple):
+        first: Tensor | None
+        second: Tensor
+
+    class Empty(NamedTuple):
+        pass
+
+    for record in (MayBegin, Empty):
+
+        def library_test_refused(x: Any) -> Tensor:
+            return x
+
+        library_test_refused.__annotations__ = {"x": record | None, "return": Tensor}
+        with pytest.raises(TypeError, match="x must have fields, and as an optional record a first field"):
+            op_library.op(library_test_refused)
 
 
 def test_an_op_that_writes_says_so() -> None:

@@ -304,6 +304,21 @@ def test_functions_of_hidden_states(
         near(torch.cat(got) / scale, want / scale, dtype)
 
 
+def wide_forward(group: ProcessGroup | None, shards: tuple[int, ...], inputs: dict[str, Tensor]) -> Tensor:
+    """Tiles of whole rows, as a GPU takes them: as many rows as fit a process's columns, which differ."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiles.TILE_SIZES, "cpu", TILES._replace(least_forward_rows=1, bytes=60 * 8))
+        weight = own(inputs["weight"], group, shards, 0)
+        return linear_token_logps(inputs["hidden"], weight, inputs["labels"], **split_options(group, shards)).detach()
+
+
+@WORLD
+def test_processes_take_the_same_rows_at_a_time(processes: Processes, shards: tuple[int, ...]) -> None:
+    inputs = head_inputs(torch.float64)
+    got = processes.run(len(shards), wide_forward, shards, inputs)
+    near(same_everywhere(got), wide_forward(None, shards, inputs))
+
+
 def half_gradient_of_hidden(group: ProcessGroup | None, shards: tuple[int, ...], inputs: dict[str, Tensor]) -> Tensor:
     hidden = inputs["hidden"].detach().clone().requires_grad_()
     weight = own(inputs["weight"], group, shards, 0)

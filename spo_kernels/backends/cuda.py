@@ -1,7 +1,7 @@
 """The compiled CUDA backend: loads its op library and calls it.
 
-The library's ops live in a namespace of their own, ``torch.ops.spo_kernels_cuda``: they differ from the public ones in
-that the caller allocates gradients and says whether results must be deterministic.
+The library's ops live in a namespace of their own, ``torch.ops.spo_kernels_cuda``. Unlike the public ops they take the
+tensor for the gradient, and whether results must be deterministic.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class CompiledOps:
     def token_stats_fwd(
         self, logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, ignore_index: int
     ) -> tuple[Tensor, Tensor, Tensor]:
+        _require_device(logits, labels=labels, ref_logits=ref_logits, mask=mask)
         deterministic = torch.are_deterministic_algorithms_enabled()
         return self._ops.token_stats_fwd(logits, labels, ref_logits, mask, ignore_index, deterministic)
 
@@ -58,6 +59,9 @@ class CompiledOps:
         ignore_index: int,
         inplace: bool,
     ) -> Tensor:
+        _require_device(
+            logits, labels=labels, ref_logits=ref_logits, mask=mask, dlogps=dlogps, dkl=dkl, kl=kl, stats=stats
+        )
         dlogits = _gradient_of(logits, inplace)
         self._ops.token_stats_bwd(dlogits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index)
         return dlogits
@@ -66,6 +70,7 @@ class CompiledOps:
     def kl_loss_fwd(
         self, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool
     ) -> tuple[Tensor, Tensor]:
+        _require_device(logits, ref_logits=ref_logits, row_weight=row_weight)
         if not self._ops.kl_loss_splits_rows(logits, ref_logits, torch.are_deterministic_algorithms_enabled()):
             dlogits = _gradient_of(logits, inplace)
             return self._ops.kl_loss_fwd(dlogits, logits, ref_logits, row_weight), dlogits
@@ -77,7 +82,16 @@ class CompiledOps:
         return (weight.double() * kl).sum().to(kl.dtype), dlogits
 
     def scale_(self, tensor: Tensor, scale: Tensor) -> None:
+        _require_device(tensor, scale=scale)
         self._ops.scale_(tensor, scale)
+
+
+def _require_device(logits: Tensor, **values: Tensor | None) -> None:
+    """RuntimeError for a tensor on another device: a kernel that reads its pointer costs the process its context."""
+    device = logits.device
+    for name, value in values.items():
+        if value is not None and value.device != device:
+            raise RuntimeError(f"{name} must be on {device} like the logits, got {value.device}")
 
 
 def _gradient_of(logits: Tensor, inplace: bool) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spo_kernels.checks import describe
+from spo_kernels.checks import check_is_number, check_number, describe
 from spo_kernels.linear.records import Head, HeadOptions, LogitOptions
 from spo_kernels.precision import LOGITS_DTYPES
 from spo_kernels.shards import Columns
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 def checked_logit_options(temperature: float, softcap: float | None, logit_scale: float) -> LogitOptions:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+    check_number("temperature", temperature, above=True)
+    check_is_number("softcap", 1.0 if softcap is None else softcap)
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be > 0 and finite, or None, got {softcap}")
+    check_is_number("logit_scale", logit_scale)
     if not 0 < abs(logit_scale) < math.inf:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
     return LogitOptions(float(temperature), None if softcap is None else float(softcap), float(logit_scale))

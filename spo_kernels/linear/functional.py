@@ -7,17 +7,17 @@ float16 or float64. Its logits are
 
 Only a tile of them, some rows by some columns, exists at a time. Ignored and masked rows are dropped before the matrix
 product, which reads their number back to the host; the backward also drops rows with an upstream gradient of 0. Rows
-that are dropped are not read: they may be NaN. The forward is one matrix product, the backward three: the first
-recomputes the logits, which `linear_kl_loss` saves. A weight or hidden states without gradient save their product.
+that are dropped are not read: they may be NaN. The forward takes one matrix product. The backward takes three: logits
+again, dhidden, dweight. `linear_kl_loss` skips the recomputation. No product is made for a gradient that is not wanted.
 Outputs are float32 (float64 for float64), in nats. Gradients have the dtype of their tensor and are accumulated in
 float32 across tiles. Under autocast hidden, weight and bias are cast as `torch.nn.functional.linear` would cast them.
 
 With a ``process_group`` the head is split over the processes, as Megatron splits it: weight and bias are the rows that
-this process holds, in the order of ranks. Shards may be uneven. Labels are those of the whole vocabulary. Hidden
-states, labels and upstream gradients are the same in every process, and so are the results, bit for bit. The forward
+this process holds, in the order of ranks. Shards may be uneven. Labels index the whole vocabulary. Pass the same hidden
+states, labels and upstream gradients in every process; every process gets the same results, bit for bit. The forward
 all-gathers a few numbers a row. The backward sums the gradient of the hidden states over the processes, in float32; the
-gradients of weight and bias stay where they are. All processes must call. Labels, masks and weights of rows that differ
-between them are a ValueError in all (a device-side assertion on a GPU); the check is an all-reduce of a few numbers a
+gradients of weight and bias stay where they are. All processes must call. All raise ValueError if labels, masks or row
+weights differ between processes (on a GPU, a device-side assertion); the check is an all-reduce of a few numbers a
 call.
 
 Options of every function:
@@ -28,7 +28,7 @@ Options of every function:
     process_group: the group that holds the vocabulary, or None: this process has all of it.
     vocab_shards: columns of each process, in the order of ranks; None: all have as many as this one.
 
-Errors are those of `spo_kernels.functional`: ValueError where a shape, dtype, device or option is wrong, RuntimeError
+Errors are as in `spo_kernels.functional`: ValueError where a shape, dtype, device or option is wrong, RuntimeError
 for a label out of range.
 """
 
@@ -122,13 +122,13 @@ def linear_token_logps(
     if not return_entropy:
         return logps_of(head, labels, ignore_index, options)
     logps, kl, stats = linear_token_stats_fwd(head, labels.reshape(-1), None, None, ignore_index, True, options)
-    # The KL is that to the uniform distribution, whose log-sum-exp is log V over all shards.
+    # stats[2] + stats[3] is log V over all shards, so this is log V - KL(p || uniform).
     entropy = (stats[2] + stats[3] - kl).view(labels.shape)
     return logps.view(labels.shape), torch.where(labels != ignore_index, entropy, 0)
 
 
 def logps_of(head: Head, labels: Tensor, ignore_index: int, options: HeadOptions) -> Tensor:
-    """`linear_token_logps` of what has been checked."""
+    """`linear_token_logps` for checked arguments."""
     logps, _, _ = linear_token_stats_fwd(head, labels.reshape(-1), None, None, ignore_index, False, options)
     return logps.view(labels.shape)
 
@@ -226,7 +226,7 @@ def linear_token_kl(
 
 
 def kl_of(head: Head, ref_head: Head, mask: Tensor | None, options: HeadOptions) -> Tensor:
-    """`linear_token_kl` of what has been checked: ``[N]``."""
+    """`linear_token_kl` for checked arguments: ``[N]``."""
     rows = None if mask is None else mask.reshape(-1)
     _, kl, _ = linear_token_stats_fwd(head, None, ref_head, rows, 0, False, options)
     return kl
@@ -255,7 +255,8 @@ def linear_kl_loss(
     because a row's gradient is computed while its logits are still there. That takes more memory: tiles are as wide as
     the vocabulary (on a CPU two of 32 MiB, or of 256 rows where that is more), and the gradients are kept in float32
     (in bfloat16 where matrix products are bfloat16). The backward multiplies the gradients by the upstream scalar and
-    can run only once: a second is refused. Without gradients, and for float16 (see `kl_loss`), this is that sum.
+    can run only once: a second is refused. Without gradients, and for float16 (see `kl_loss`), the function computes
+    that sum.
 
     Args:
         hidden, weight, ref_hidden, ref_weight, mask, bias, ref_bias: as in `linear_token_kl`.
@@ -275,7 +276,7 @@ def linear_kl_loss(
 
 
 def kl_loss_of(head: Head, ref_head: Head, row_weight: Tensor | None, options: HeadOptions) -> Tensor:
-    """`linear_kl_loss` of what has been checked. row_weight: ``[N]``, 0 where masked, or None if all are 1."""
+    """`linear_kl_loss` for checked arguments. row_weight: ``[N]``, 0 where masked, or None if all are 1."""
     needs = precomputed_needs(head, options)
     if not (torch.is_grad_enabled() and any(needs[:3]) and can_precompute_gradient(head.hidden.dtype)):
         kl = kl_of(head, ref_head, None if row_weight is None else row_weight != 0, options)

@@ -3,8 +3,8 @@
 Statistics of a row's blocks of columns, and of the shards of a vocabulary that is split over processes, combine as
 `spo_kernels.shards` says.
 
-A row's result may depend on the other rows in the last bits, unlike a row op's: a matrix product sums in an order that
-depends on its shape.
+The last bits of a row may depend on the other rows, because a matrix product sums in an order that depends on its
+shape. Row ops do not have this.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def _row_stats(rows: Rows, tile: Tile, reference: RefTile | None, labels: Tensor
         whole = torch.ops.spo_kernels.token_stats_fwd(logits, local, ref_logits, None, shards.IGNORED, False)
         return RowStats(*whole)
     stats = (shards.block_stats(*filled(begin, end)) for begin, end in blocks)
-    return _of_whole_vocabulary(functools.reduce(shards.merge, stats), tile)
+    return _whole_vocabulary_stats(functools.reduce(shards.merge, stats), tile)
 
 
-def _of_whole_vocabulary(block: shards.BlockStats, tile: Tile) -> RowStats:
+def _whole_vocabulary_stats(block: shards.BlockStats, tile: Tile) -> RowStats:
     """Statistics of the rows from those of all columns of a tile's head."""
     whole = shards.combine(block, tile.columns, tile.width)
     return RowStats(*(x.to(tile.accumulate) for x in (whole.logps(), whole.kl, whole.stats)))
@@ -127,12 +127,12 @@ def token_stats_fwd(
     tile = Tile(head, options, shape)
     reference = ref_tile(head, ref_head, options, shape)
     for selected in row_tiles(kept, rows, shape.rows):
-        of_tile = _row_stats(selected, tile, reference, labels)
-        stats[:, selected] = of_tile.stats
+        tile_results = _row_stats(selected, tile, reference, labels)
+        stats[:, selected] = tile_results.stats
         if labels is not None:
-            logps[selected] = of_tile.logps
+            logps[selected] = tile_results.logps
         if ref_head is not None:
-            kl[selected] = of_tile.kl
+            kl[selected] = tile_results.kl
     return RowStats(logps, kl, stats)
 
 
@@ -194,7 +194,7 @@ def _kl_loss_of_tile(rows: Rows, tile: Tile, reference: Tile, row_weight: Tensor
     ref_logits = reference.fill(0, tile.width)
     loss: Tensor
     if tile.columns.group is not None:  # the gradient has to wait for the other columns' statistics
-        saved = _of_whole_vocabulary(shards.block_stats(logits, None, ref_logits), tile)
+        saved = _whole_vocabulary_stats(shards.block_stats(logits, None, ref_logits), tile)
         _to_gradient_(logits, None, ref_logits, RowGradients(None, row_weight), saved)
         loss = saved.kl.double() @ row_weight.double()
     else:
@@ -227,26 +227,26 @@ def pair_gradients(
     *,
     strict: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(sums [2P], dhidden, dweight, dbias)`` of an objective whose gradient by a pair's log-probs needs only them.
+    """``(sums [2P], dhidden, dweight, dbias)`` of an objective that is a sum over pairs.
 
-    Of the 2P sequences, s is rows ``bounds[s]`` to ``bounds[s + 1]``; s and s + P are a pair. A tile, as wide as the
-    vocabulary, takes the kept rows of as many pairs as fit. A pair with more rows than a tile is recomputed in narrower
-    tiles, or refused if strict. The gradients are ``[0]`` where not wanted.
+    A pair's gradient may depend on that pair's log-probs only. Sequence s is rows ``bounds[s]`` to ``bounds[s + 1]``.
+    Pair p is sequences p and p + P. A wide tile holds the kept rows of whole pairs, as many as fit. A pair with more
+    rows than a tile is recomputed in narrow tiles, or refused if strict. The gradients are ``[0]`` where not wanted.
     """
     shape = wide_tile_shape(head, options)
     log_probs = _PairLogProbs(head, bounds, coefficients)
     order, lengths = log_probs.rows_by_pair(kept)
     if strict and lengths and max(lengths) > shape.rows:
         raise ValueError(
-            f"chunk_size must be at least the {max(lengths)} rows of the longest pair for gradients within the "
-            f"forward, got {shape.rows}; the route that recomputes takes any"
+            f'chunk_size must be at least the {max(lengths)} rows of the longest pair for route "recompute_free", got '
+            f'{shape.rows}; use route "auto" or "recompute"'
         )
     gradients = GradientSums(head, needs, options, one_tile=len(order) <= shape.rows)
     fits = any(0 < length <= shape.rows for length in lengths)
     tile = Tile(head, options, shape) if fits else None
     for group in _pair_groups(order, lengths, shape.rows):
-        gradient_of_logps = functools.partial(log_probs.gradient, group)
-        if group.rows.shape[0] == 0:
+        gradient_of_logps = functools.partial(log_probs.complete_group, group)
+        if group.rows.shape[0] == 0:  # pairs without rows have a loss too, at log-probs of 0
             gradient_of_logps(log_probs.sums[:0])
         elif tile is not None and group.rows.shape[0] <= shape.rows:
             _add_gradients_of_tile(group.rows, tile, labels, gradient_of_logps, gradients)
@@ -277,18 +277,18 @@ class _PairLogProbs:
         lengths: list[int] = torch.bincount(pair_of_row, minlength=self._pairs).tolist()
         return index[pair_of_row.argsort(stable=True)], lengths
 
-    def gradient(self, group: PairGroup, logps: Tensor) -> Tensor:
-        """The objective's gradient by the log-probs ``[n]`` of the rows of a group, which completes their sums."""
+    def complete_group(self, group: PairGroup, logps: Tensor) -> Tensor:
+        """Sum the log-probs ``[n]`` of the rows of a group; return the objective's gradient by each of them."""
         self._token_logps[group.rows] = logps.double()
         chosen = slice(group.first, group.end)
         rejected = slice(self._pairs + group.first, self._pairs + group.end)
         for part in (chosen, rejected):
             self.sums[part] = sequences.sums(self._token_logps, self._bounds[part.start : part.stop + 1])
-        of_sequence = torch.zeros_like(self.sums)
-        of_sequence[chosen], of_sequence[rejected] = self._coefficients(
+        dlogp_of_sequence = torch.zeros_like(self.sums)
+        dlogp_of_sequence[chosen], dlogp_of_sequence[rejected] = self._coefficients(
             group.first, group.end, self.sums[chosen], self.sums[rejected]
         )
-        return of_sequence[self._sequence[group.rows]].to(self._dtype)
+        return dlogp_of_sequence[self._sequence[group.rows]].to(self._dtype)
 
 
 def _pair_groups(order: Tensor, lengths: list[int], size: int) -> Iterator[PairGroup]:
@@ -315,7 +315,7 @@ def _add_gradients_of_tile(
     logits, slope = tile.fill_with_slope(0, tile.width)
     local = tile.local_labels(labels[rows], 0, tile.width)
     assert local is not None
-    saved = _of_whole_vocabulary(shards.block_stats(logits, local, None), tile)
+    saved = _whole_vocabulary_stats(shards.block_stats(logits, local, None), tile)
     _to_gradient_(logits, local, None, RowGradients(gradient_of_logps(saved.logps), None), saved)
     gradients.add(tile, logits, slope, 0, tile.width)
     gradients.end_rows()

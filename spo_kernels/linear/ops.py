@@ -1,6 +1,7 @@
 """The head's ops: tile loops (`loops`) behind torch's dispatcher, the same for every device.
 
-For each op: its schema with its implementation, its output shapes, its gradient. Rows are ``[N]``.
+For each op: its schema with its implementation, its output shapes, its gradient. Rows are ``[N]``. Calling an op passes
+torch's dispatcher (`op_library.Op`); the function below then runs with the same records.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from spo_kernels import shards
 from spo_kernels.linear import loops
 from spo_kernels.linear.records import Head, HeadOptions, Needs, Uniform
 from spo_kernels.losses import SoftImportance, mean_or_zero, pair_error, pair_preference
-from spo_kernels.op_library import mark_written, op, refuse_double_backward, run_once
+from spo_kernels.op_library import mark_written, op, refuse_double_backward, refuse_second_backward
 from spo_kernels.precision import accumulate_dtype
 
 
@@ -32,7 +33,9 @@ def _empty_gradients(head: Head, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _kept(labels: Tensor | None, mask: Tensor | None, ignore_index: int) -> Tensor | None:
-    return mask if labels is None else labels != ignore_index
+    """``[N]`` bool, the rows that are wanted; None for all rows."""
+    valid = None if labels is None else labels != ignore_index
+    return valid if mask is None else mask if valid is None else valid & mask
 
 
 @op
@@ -42,7 +45,7 @@ def linear_token_stats_fwd(
     ref_head: Head | None,
     mask: Tensor | None,
     ignore_index: int,
-    uniform: bool,  # the KL is that to the uniform distribution over the vocabulary
+    uniform: bool,  # compute the KL to the uniform distribution; ref_head is then None
     options: HeadOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(logps, kl, stats)`` of each row, 0 on rows that are ignored or masked."""
@@ -218,7 +221,7 @@ def _empty_spo_loss(head: Head, counts: Tensor, needs: Needs) -> tuple[Tensor, T
 
 
 def _save_unit_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """For an op whose first output is the loss, and whose last three are a head's gradients of it."""
+    """Save the gradients of an op that returns ``(loss, ..., dhidden, dweight, dbias)``."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.dtype = inputs[0].dtype
@@ -226,16 +229,16 @@ def _save_unit_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _scaled_gradients(message: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Backward of such an op: the gradients of the forward times the upstream scalar.
+    """Backward of the ops that use `_save_unit_gradients`: the saved gradients times the upstream scalar.
 
-    They are scaled in place, so this can run only once; a second backward raises the message.
+    The gradients are scaled in place, so this can run only once; a second backward raises the message.
     """
 
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return None, None, None
         refuse_double_backward()
-        run_once(ctx, message)
+        refuse_second_backward(ctx, message)
         gradients: list[Tensor | None] = []
         for gradient, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True):
             if need:

@@ -1,4 +1,4 @@
-"""What the head's functions, ops and loops hand on, as records. They cross the op boundary whole (`op_library`)."""
+"""Records that the head's functions, ops and loops share. An op flattens and rebuilds them, see `op_library`."""
 
 from __future__ import annotations
 

@@ -22,17 +22,20 @@ Rows = slice | Tensor  # of the hidden states: a range, or the indices of the ro
 
 
 class TileSizes(NamedTuple):
-    """How large a tile may be on a kind of device."""
+    """How large a tile may be on a kind of device.
 
-    rows: int  # at most, of a tile that holds a block of columns
-    bytes: int  # of such a tile, as near as `least_columns` allows
-    least_columns: int  # of such a tile
-    least_forward_rows: int | None  # a forward takes whole rows where this many fit in `bytes`; None: never
-    wide_bytes: int  # of a tile of whole rows, which gradients within the forward need
-    least_wide_rows: int  # of such a tile
-    row_multiple: int  # of tiles of whole rows: products take rows in blocks of so many
-    column_multiple: int  # of blocks: every row of a tile then starts aligned
-    cast_columns: int  # whose weight, or whose products, are cast at a time where half precision is involved
+    A narrow tile holds a block of columns, a wide tile whole rows. Gradients within the forward need wide tiles.
+    """
+
+    rows: int  # most rows of a narrow tile
+    bytes: int  # size of a narrow tile; `least_columns` may exceed it
+    least_columns: int  # of a narrow tile
+    least_forward_rows: int | None  # a forward takes wide tiles if so many rows fit in `bytes`; None: never
+    wide_bytes: int  # size of a wide tile; `least_wide_rows` may exceed it
+    least_wide_rows: int  # of a wide tile
+    row_multiple: int  # rows of a wide tile are a multiple of it: products take rows in blocks of so many
+    column_multiple: int  # columns of a narrow tile are a multiple of it: every row of a tile then starts aligned
+    cast_columns: int  # columns that are cast at a time when the weight or its gradient needs another dtype
 
 
 TILE_SIZES = {
@@ -79,10 +82,10 @@ def tile_shape(head: Head, options: HeadOptions, rows: int, *, forward: bool) ->
     """Shape of the tiles of so many rows: in a forward whole rows where enough of them fit, else a block of columns."""
     sizes, width = tile_sizes(head.hidden), head.weight.shape[0]
     itemsize = _product_dtype(head, options.logits).itemsize
-    whole = _rounded_down(sizes.bytes // (width * itemsize), sizes.row_multiple)
-    if forward and sizes.least_forward_rows is not None and sizes.least_forward_rows <= whole:
+    if forward and sizes.least_forward_rows is not None:
+        whole = _same_rows(head, options, _rounded_down(sizes.bytes // (width * itemsize), sizes.row_multiple))
         tile_rows = _tile_rows(rows, options, whole)
-        if tile_rows <= whole:
+        if sizes.least_forward_rows <= whole and tile_rows <= whole:
             return TileShape(tile_rows, width)
     tile_rows = _tile_rows(rows, options, sizes.rows)
     most = max(sizes.bytes // (tile_rows * itemsize), sizes.least_columns)
@@ -96,11 +99,13 @@ def wide_tile_shape(head: Head, options: HeadOptions, tiles: int = 1) -> TileSha
     sizes, width = tile_sizes(head.hidden), head.weight.shape[0]
     row_bytes = width * _product_dtype(head, options.logits).itemsize
     size = _rounded_down(max(sizes.wide_bytes // row_bytes, sizes.least_wide_rows) // tiles, sizes.row_multiple)
-    rows = _tile_rows(head.hidden.shape[0], options, size)
-    # Every process must take the same rows at a time, also where shards are uneven.
-    return TileShape(
-        options.columns.all_min(rows, head.hidden.device) if options.columns.group is not None else rows, width
-    )
+    rows = _same_rows(head, options, _tile_rows(head.hidden.shape[0], options, size))
+    return TileShape(rows, width)
+
+
+def _same_rows(head: Head, options: HeadOptions, rows: int) -> int:
+    """The smallest of the processes' rows: they exchange statistics of a tile, so all must take the same rows."""
+    return rows if options.columns.group is None else options.columns.all_min(rows, head.hidden.device)
 
 
 def _product_dtype(head: Head, options: LogitOptions) -> torch.dtype:
@@ -112,7 +117,7 @@ def _tile_rows(rows: int, options: HeadOptions, size: int) -> int:
 
 
 def _rounded_down(number: int, multiple: int) -> int:
-    """The largest multiple up to the number; the number itself where that multiple is 0."""
+    """The largest multiple up to the number, or the number itself below one multiple."""
     return max(number // multiple * multiple, min(number, multiple))
 
 
@@ -196,9 +201,9 @@ class Tile:
             yield b, e, self._head.weight[b:e].to(self.dtype)
 
     def _cast_blocks(self, begin: int, end: int, dweight_dtype: torch.dtype | None = None) -> Iterator[tuple[int, int]]:
-        """One block of all columns; several where the weight or its gradient is cast, to keep the cast copies small.
+        """Blocks of columns whose cast copies stay small.
 
-        Whole products are a few percent faster where hidden states are wide and rows few.
+        One block if nothing is cast, because one large product is a few percent faster.
         """
         weight = self._head.weight
         casts_gradient = dweight_dtype not in (None, self.dtype) and not accumulates_in_float32(
@@ -236,8 +241,7 @@ def ref_tile(head: Head, ref_head: Head | Uniform | None, options: HeadOptions, 
 class GradientSums:
     """Sums over tiles of a head's gradients; ``[0]`` where not wanted.
 
-    one_tile: there is at most one tile, so nothing is summed over tiles and the weight's gradient can be kept in the
-    dtype of the results.
+    one_tile: there is at most one tile. The weight's gradient is then stored in the result dtype: no sum needs float32.
     """
 
     def __init__(self, head: Head, needs: Needs, options: HeadOptions, *, one_tile: bool) -> None:
@@ -260,7 +264,12 @@ class GradientSums:
         self._tiles += 1
 
     def add(self, tile: Tile, dlogits: Tensor, slope: Tensor | None, begin: int, end: int) -> None:
-        """The products of the backward, from the gradient of a block of logits and the slope it was filled with."""
+        """Add the products of the backward of a block of logits.
+
+        Args:
+            dlogits: gradient of the block; overwritten.
+            slope: what `fill_with_slope` returned for the block.
+        """
         if slope is not None:
             dlogits = dlogits.mul_(slope)
         dweight_dtype = self._weight.dtype if self._weight.numel() else None
@@ -290,7 +299,7 @@ class GradientSums:
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float, *, first: bool) -> None:
     """``total += scale a b``; with first ``total = scale a b``, and total may be uninitialized.
 
-    Total may have a wider dtype than the operands, or a narrower one if nothing follows the first.
+    Total may have a wider dtype than the operands. It may have a narrower one only if this is the sole call for it.
     """
     beta = 0 if first else 1
     if total.dtype == a.dtype:

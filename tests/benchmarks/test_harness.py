@@ -98,6 +98,14 @@ def test_a_gpu_is_timed_between_events_with_cold_caches(monkeypatch: pytest.Monk
     assert selfcheck._seconds(call, torch.device("cuda"), repeats=3) == 3e-3
 
 
+@pytest.mark.parametrize("name", selfcheck.Values._fields)
+def test_selfcheck_sees_a_nan_in_any_result(name: str) -> None:
+    right = selfcheck.Values(*(torch.ones(3, dtype=torch.float64) for _ in selfcheck.Values._fields))
+    wrong = right._replace(**{name: torch.full((3,), torch.nan, dtype=torch.float64)})
+    assert any(error != error for error in wrong.errors(right).values())
+    assert not any(right.errors(right).values())
+
+
 def test_on_a_gpu_the_limit_is_that_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     class Clock:
         def __init__(self, device: torch.device) -> None:

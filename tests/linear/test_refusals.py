@@ -104,6 +104,26 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: linear_sequence_logps(H[0], W, Y[0], cu_seqlens=torch.tensor([0.0, 3.0])),
         "cu_seqlens must be [B + 1] int32 or int64, got [2] float32",
     ),
+    "kl_mask without beta": (
+        spo(H, W, Y, kl_mask=X.mask),
+        "kl_mask must be None where beta is 0: it would have no effect; give beta > 0",
+    ),
+    "kl_ref_bias without beta": (spo(H, W, Y, kl_ref_bias=B), "kl_ref_bias must be None where beta is 0"),
+    "kl_cu_seqlens without beta": (
+        spo(H, W, Y, kl_cu_seqlens=torch.tensor([0, 3])),
+        "kl_cu_seqlens must be None where beta is 0",
+    ),
+    "kl_cu_seqlens": (
+        spo(
+            *(H, W, Y),
+            kl_hidden=H,
+            kl_ref_hidden=RH,
+            kl_ref_weight=RW,
+            kl_cu_seqlens=torch.ones(50),
+            init={"beta": 0.1},
+        ),
+        "kl_cu_seqlens must be [B + 1] int32 or int64, got [50] float32",
+    ),
     "route": (spo(init={"route": "fast"}), "route must be one of auto, recompute, recompute_free, got 'fast'"),
     "nll_weight": (spo(init={"nll_weight": -1}), "nll_weight must be >= 0 and finite, got -1"),
     "module chunk_size": (
@@ -132,6 +152,21 @@ def test_bad_arguments_are_named(what: str) -> None:
     call, message = REFUSED[what]
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("name", ["temperature", "softcap", "logit_scale"])
+@pytest.mark.parametrize("value", ["1", torch.ones(())], ids=["str", "Tensor"])
+def test_options_that_are_no_number_are_named(value: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be a Python number, got {type(value).__name__}"):
+        linear_token_logps(H, W, Y, **{name: value})
+
+
+@ROUTE
+@pytest.mark.parametrize("given", [{}, {"pair_weight": torch.ones(1)}], ids=["plain", "pair_weight"])
+def test_bounds_that_end_before_the_rows_are_named(given: Options, route: str) -> None:
+    hidden = H.flatten(0, 1).clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to the number of rows N"):
+        LinearSPOLoss(route=route)(hidden, W, Y.flatten(), cu_seqlens=torch.tensor([0, 3, 5]), **given)
 
 
 @pytest.mark.parametrize("label", [-1, 5, -(2**62)])

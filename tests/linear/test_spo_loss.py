@@ -41,6 +41,24 @@ def half_ulp_of_the_largest(x: Tensor, dtype: torch.dtype) -> float:
     return 0.5 * torch.finfo(dtype).eps * x.abs().max().item()
 
 
+class HalvedImportance(SoftImportance):
+    """A subclass, whose weights only its forward knows."""
+
+    def forward(self, logp_w: Tensor, logp_l: Tensor) -> Tensor:
+        return 0.5 * super().forward(logp_w, logp_l)
+
+
+def test_a_subclass_of_soft_importance_is_asked_for_its_weights() -> None:
+    x, halved = pair_inputs(), HalvedImportance(0.1, -1.0)
+    values = [
+        differentiate(lambda h, w, r=route: LinearSPOLoss(weight=halved, route=r)(h, w, x.labels)[0], x.policy[:2])
+        for route in ("recompute", "auto")
+    ]
+    all_near(*values)
+    with pytest.raises(ValueError, match='route "recompute_free" needs pair weights that a pair determines'):
+        LinearSPOLoss(weight=halved, route="recompute_free")(x.hidden.requires_grad_(), x.weight, x.labels)
+
+
 OBJECTIVES: dict[str, Options] = {
     "uniform": {},
     "alpha 0": {"alpha": 0.0},

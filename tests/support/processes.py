@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ _TIMEOUT = 120  # seconds
 
 def _import(name: str, file: str) -> None:
     """Import a test module under the name that pytest gave it, for pickle to find. No search path leads to it."""
+    package = name.rpartition(".")[0]
+    if package and package not in sys.modules:
+        sys.modules[package] = ModuleType(package)
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None and spec.loader is not None
