@@ -388,7 +388,7 @@ class SoftImportance(nn.Module):
                 f"logp_w must be on the device of SoftImportance's state, got {scores.device} against "
                 f"{self.running_mean.device}; move the module with .to()"
             )
-        if self.running_mean.dtype not in (torch.float32, torch.float64):  # cast behind the module's back
+        if self.running_mean.dtype not in (torch.float32, torch.float64):  # someone set the buffer's data
             raise ValueError(f"running_mean must be float32 or float64, got {self.running_mean.dtype}")
         mean = self._mean(scores).to(self.running_mean.dtype)
         if self.training:

@@ -102,7 +102,7 @@ class _PairObjective(nn.Module):
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # States of version 0.1.0 call `importance` weight.
+        # Earlier states call `importance` weight.
         old = f"{prefix}weight."
         for key in [key for key in state_dict if key.startswith(old)]:
             state_dict[f"{prefix}importance.{key.removeprefix(old)}"] = state_dict.pop(key)

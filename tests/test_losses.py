@@ -830,7 +830,7 @@ class TestSPOLoss:
 
     @pytest.mark.parametrize("module", [SPOLoss, LinearSPOLoss])
     @pytest.mark.parametrize("prefix", ["", "loss."])
-    def test_states_of_version_0_1_0_load(self, prefix: str, module: Any) -> None:
+    def test_states_saved_under_the_earlier_name_load(self, prefix: str, module: Any) -> None:
         """There the importance was called weight."""
         target = module(weight=SoftImportance(0.1, "ema"))
         model = torch.nn.ModuleDict({"loss": target}) if prefix else target
