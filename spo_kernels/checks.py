@@ -53,7 +53,7 @@ def check_ref_logits(ref_logits: Tensor, logits: Tensor) -> None:
 
 
 def check_rows(values: Tensor, name: str, dtype: torch.dtype, logits: Tensor, like: str = "logits") -> None:
-    """values must be ``[...]`` for logits (or what `like` names) ``[..., V]``."""
+    """values must have the shape of logits ``[..., V]`` without V. like: name of logits in the error text."""
     wanted = logits.shape[:-1]
     if values.shape != wanted or values.dtype != dtype:
         raise ValueError(f"{name} must be {list(wanted)} {str(dtype).removeprefix('torch.')}, got {describe(values)}")
@@ -87,7 +87,7 @@ def check_sequences(values: Tensor, cu_seqlens: Tensor | None, name: str, like: 
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, name: str, values: Tensor, like: str) -> None:
-    """cu_seqlens must be ``[B + 1]`` integers on the device of values; their values are not read."""
+    """cu_seqlens must be ``[B + 1]`` integers on the device of values. This check does not read the integers."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be [B + 1] int32 or int64, got {describe(cu_seqlens)}")
     if cu_seqlens.device != values.device:
@@ -150,7 +150,7 @@ def check_like(name: str, x: Tensor, like_name: str, like: Tensor, *, same_dtype
 
 
 def checked_pair(chosen_name: str, chosen: Tensor, rejected_name: str, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    """Both log-probs, checked to be one [P] of one dtype on one device; in float32 (float64 for float64)."""
+    """Both log-probs [P], checked to have the same shape, dtype and device; in float32 (float64 for float64)."""
     check_float(chosen_name, chosen, "[P]")
     if chosen.dim() != 1:
         raise ValueError(f"{chosen_name} must be [P], got {list(chosen.shape)}")

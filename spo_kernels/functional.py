@@ -1,7 +1,7 @@
 """The public functions from logits: what they accept and refuse. `spo_kernels.row_ops` does the work.
 
-Shapes: logits ``[N, V]`` or ``[B, T, V]``, with any number of leading dimensions. A slice of rows such as ``logits[:,
-:-1]`` is not copied; logits with a non-unit last stride are. Dtypes: float32, bfloat16, float16 or float64; outputs and
+Shapes: logits ``[..., V]``, with any number of leading dimensions. A slice of rows such as ``logits[:, :-1]`` is not
+copied. Logits with a non-unit last stride are copied. Dtypes: float32, bfloat16, float16 or float64; outputs and
 accumulation are float32, float64 for float64 logits. Log-probabilities and KL are in nats. Gradients have the logits'
 dtype. Labels arrive aligned with the logits: only `get_batch_logps` shifts.
 
@@ -62,10 +62,10 @@ def token_logps(
         logits: ``[..., V]``.
         labels: ``[...]`` int64, aligned with logits; ``ignore_index`` marks rows that are not wanted.
         inplace_backward: let the backward overwrite ``logits`` with its gradient, so that no second ``[..., V]`` tensor
-            is needed. Use it when nothing else needs the logits. Caught: a function that saved the logits and whose
-            backward runs later raises, and so does a second backward. Not caught: code that reads the logits after
-            the backward gets the gradient's numbers. Logits that are a leaf, or whose elements share memory, are
-            refused. Under ``torch.compile`` the result is the same and memory is left to the compiler.
+            is needed. Use it when nothing else needs the logits. Caught: a second backward raises. If another function
+            saved the logits, its later backward raises too. Not caught: code that reads the logits after the backward
+            gets the gradient's numbers. Logits that are a leaf, or whose elements share memory, are refused. Under
+            ``torch.compile`` the result is the same and memory is left to the compiler.
         process_group: the group that holds the vocabulary, or None: this process has all of it. See the module.
         vocab_shards: columns of each process, in the order of ranks; None: all have as many as this one.
 
@@ -138,7 +138,7 @@ def token_kl(
         logits: policy logits ``[..., V]``.
         ref_logits: reference logits of the same shape, without gradient; the dtype may differ.
         mask: ``[...]`` bool, False on rows that are not wanted.
-        inplace_backward, process_group, vocab_shards: see `token_logps`. Both logits are the same columns.
+        inplace_backward, process_group, vocab_shards: see `token_logps`. Both logits must hold the same columns.
 
     Returns:
         ``logits.shape[:-1]``, float32 (float64 for float64 logits); 0 where masked.
@@ -197,19 +197,19 @@ def kl_loss(
 
     One sweep over the logits instead of two: cheaper than ``(row_weight * token_kl(...)).sum()`` when a backward will
     follow. The backward multiplies the stored gradient by the upstream scalar and can run only once: a second is
-    refused. float16 logits take two sweeps all the same: before the loss scale that comes with the backward, most of
-    their gradient is below float16's range.
+    refused. float16 logits still take two sweeps: the loss scale arrives only with the backward, and without it most of
+    the gradient is below float16's range.
 
     Args:
         logits, ref_logits, mask: as in `token_kl`.
         row_weight: ``[...]`` floating, no gradient flows to it; 1 when None. For a mean over S sequences of token sums
             pass ``1 / S`` in every row. Rows of weight 0 are skipped.
         overwrite_logits: the stored gradient takes the logits' memory: their values are gone when this returns. Caught:
-            autograd raises in the backward if another function saved the logits before this call, or if anything
-            differentiable uses them, or a tensor that shares their memory, after it. Not caught: code that reads the
-            logits afterwards without a gradient (a metric, ``logits.detach()``) gets the gradient's numbers. Refuses
-            the logits that ``inplace_backward`` refuses, and views that autograd forbids to change in place (of
-            ``chunk``, ``split``, ``unbind``, or made under ``no_grad``); a slice is accepted.
+            the backward raises if another function saved the logits before this call. It also raises if a
+            differentiable function uses the logits, or a tensor that shares their memory, after this call. Not caught:
+            code that reads the logits afterwards without a gradient (a metric, ``logits.detach()``) gets the gradient's
+            numbers. Refuses the logits that ``inplace_backward`` refuses, and views that autograd forbids to change in
+            place (of ``chunk``, ``split``, ``unbind``, or made under ``no_grad``); a slice is accepted.
             ``torch.autograd.grad`` of the logits themselves needs their edge of the graph, taken before the call with
             ``torch.autograd.graph.get_gradient_edge``. The option changes nothing without gradients or under
             ``torch.compile``: the logits stay.

@@ -6,7 +6,8 @@ D = L_w - L_l. Everything here is [P]-sized plain torch, shared by every backend
 `pair_preference` and `pair_error` for gradients that are computed within a forward.
 
 Log-probs of -inf are legal and follow the equations. An impossible chosen response makes SPO's loss +inf. An impossible
-rejected response makes it 0 (-log(2)/alpha when centred). Both at once make D, the loss and the gradient NaN.
+rejected response makes it 0 (-log(2)/alpha when centred), or -inf at alpha = 0. Both at once make D, the loss and the
+gradient NaN.
 
 A pair of weight 0 is not read: its loss and its gradient are 0 even if its log-probs are NaN.
 """
@@ -116,8 +117,8 @@ def spo_loss(
     Eq. 8 grows like log(2)/alpha as alpha -> 0, and eq. 9 is its limit without that constant. `center=True` leaves the
     constant out for every alpha: -D/2 + logcosh(alpha D / 2)/alpha is continuous at 0 and has the same gradient.
 
-    At alpha = 0 eq. 9 is linear in the log-probs. If pairs are drawn unevenly, its descent need not lead to the best
-    response: Theorem 1 holds there for evenly drawn pairs, or as the limit alpha -> 0+.
+    At alpha = 0 eq. 9 is linear in the log-probs. If pairs are drawn unevenly, descent on eq. 9
+    need not lead to the best response. Theorem 1 covers evenly drawn pairs, and the limit alpha -> 0+.
 
     Args:
         policy_chosen_logps: L_w [P], floating point. float16 and bfloat16 are taken to float32.
@@ -127,7 +128,7 @@ def spo_loss(
         alpha: softness, >= 0; the minimizer of the expected loss is softmax(r / alpha).
         weight: mu, symmetric in the pair and not negative: a Tensor [P], a callable (L_w [P], L_l [P]) -> mu [P] like
             `SoftImportance`, or None for 1. Never differentiated. Pairs of weight 0 are not read.
-        kl: K_s [S], the token KL of sequences sampled from the policy summed over each, or one value [] for their mean.
+        kl: K_s [S], the summed token KL of each sequence sampled from the policy; or the mean of K_s, [].
         beta: weight of the KL, >= 0. A KL without beta, and a beta without KL, are errors.
         center: leave out the constant log(2)/alpha.
 
@@ -139,7 +140,7 @@ def spo_loss(
     Raises:
         ValueError: alpha or beta negative or not finite; pairs that differ in count, dtype or device; only one
             reference; beta without kl, kl without beta, an empty kl.
-        TypeError: an argument that must be a Tensor or a number is neither.
+        TypeError: an argument is not a Tensor where it must be one, or not a Python number where it must be one.
     """
     logp_w, logp_l = checked_pair(
         "policy_chosen_logps", policy_chosen_logps, "policy_rejected_logps", policy_rejected_logps
@@ -336,7 +337,7 @@ class SoftImportance(nn.Module):
             )
         self.normalizer = normalizer
         if isinstance(normalizer, str) and normalizer == "ema" and not hasattr(self, "running_mean"):
-            # Not the default dtype, which is half precision where a model is made in it.
+            # Not the default dtype: it may be half precision while a model is built.
             self.register_buffer("running_mean", torch.zeros((), dtype=torch.float32))
             self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 

@@ -156,7 +156,8 @@ class _PairObjective(nn.Module):
     ) -> int:
         """Number of sampled sequences S; 0 at beta = 0. Arguments of the KL by name, the policy's first.
 
-        ValueError where any is given without beta, a needed one is missing with it, or there is no sequence.
+        ValueError if beta is 0 and any argument is given, or if beta is not 0 and a needed one is missing or holds no
+        sequence.
         """
         if self.beta == 0:
             for name, tensor in (needed | optional | {"kl_cu_seqlens": cu_seqlens}).items():
@@ -191,12 +192,12 @@ class SPOLoss(_PairObjective):
         alpha: softness, >= 0; see `spo_loss`.
         beta: weight of the KL, >= 0. If it is not 0, `forward` needs `kl_logits` and `kl_ref_logits`.
         weight: importance of pairs: None for uniform weights, a number gamma for `SoftImportance(gamma)`, or a
-            `SoftImportance` (or any callable from two [P] to [P]), which becomes a submodule, `importance`.
+            `SoftImportance` (or any callable from two [P] to [P]). The attribute `importance` holds it.
         center: leave out eq. 8's constant log(2)/alpha.
         average: take the mean of token log-probs in place of their sum for L_w and L_l.
         ignore_index: label of rows outside responses.
-        inplace_backward: the backward writes dlogits into the memory of `logits` and `kl_logits`: no V-wide allocation,
-            and neither may be used afterwards. See `token_logps` for what autograd catches.
+        inplace_backward: the backward writes dlogits into the memory of `logits` and `kl_logits`: this saves a
+            V-wide allocation. Use neither tensor afterwards. See `token_logps` for what autograd catches.
         process_group, vocab_shards: see `spo_kernels.functional`; the group that holds the vocabulary. A group that
             splits the pairs belongs to `SoftImportance`.
     """
@@ -289,20 +290,21 @@ class LinearSPOLoss(_PairObjective):
     the forward, while the logits of a pair are still there. It requires pair weights that do not depend on other pairs.
 
     "recompute_free" keeps the gradients in float32 (in bfloat16 where matrix products are bfloat16), and can run one
-    backward, which multiplies them by the upstream scalar on the device. Tiles must hold every pair, chosen and
-    rejected rows. It accepts uniform weights, `pair_weight`, and a `SoftImportance` whose normalizer is a number or a
-    Tensor. It refuses the normalizers "batch" and "ema", which are known only after the last pair. For a running
+    backward, which multiplies them by the upstream scalar on the device. The chosen and rejected rows of every pair
+    must fit in one tile. It accepts uniform weights, `pair_weight`, and a `SoftImportance` whose normalizer is a number
+    or a Tensor. It refuses the normalizers "batch" and "ema", which are known only after the last pair. For a running
     average that lags by a step, call a second `SoftImportance` of "ema" with `SPOMetrics.chosen_logps` and
     `rejected_logps`, and give its `running_mean` to `set_normalizer`. It also refuses float16: see `kl_loss`.
 
-    "auto" takes "recompute_free" where weights and dtype allow it, and recomputes the pairs that are too long. All
-    routes but "recompute" compute the KL's gradient in the forward. Under no_grad no route computes gradients.
+    "auto" takes "recompute_free" where weights and dtype allow it, and recomputes the pairs that are too long. Except
+    for float16, all routes but "recompute" compute the KL's gradient in the forward. Under no_grad no route computes
+    gradients.
 
     Args:
         alpha: softness, >= 0; see `spo_loss`.
         beta: weight of the KL, >= 0. If it is not 0, `forward` needs the kl_ arguments.
         weight: importance of pairs: None for uniform weights, a number gamma for `SoftImportance(gamma)`, or a
-            `SoftImportance` (or any callable from two [P] to [P]), which becomes a submodule, `importance`.
+            `SoftImportance` (or any callable from two [P] to [P]). The attribute `importance` holds it.
         center: leave out eq. 8's constant log(2)/alpha.
         average: take the mean of token log-probs in place of their sum for L_w and L_l.
         nll_weight: >= 0; adds that much of the mean negative log-prob over all tokens of chosen responses.

@@ -89,7 +89,9 @@ def _slot(name: str, annotation: Any) -> _Slot:
         return _Slot(name, annotation, optional, ())
     fields = tuple(_slot(*hint) for hint in get_type_hints(annotation, include_extras=True).items())
     if not fields or (optional and fields[0].optional):
-        raise TypeError(f"{name} must have fields, and as an optional record a first field that is never None")
+        raise TypeError(
+            f"{name} must be a record with fields; where the record is optional, its first field must not be"
+        )
     return _Slot(name, annotation, optional, fields)
 
 
@@ -231,7 +233,7 @@ def refuse_double_backward() -> None:
 def refuse_second_backward(ctx: Any, message: str) -> None:
     """RuntimeError in the second backward of a function whose first backward has overwritten the saved tensors.
 
-    The message begins with a public name, before which "spo_kernels." is put.
+    The message begins with a public name; this function puts "spo_kernels." before it.
     """
     if getattr(ctx, "has_run", False):
         raise RuntimeError(f"spo_kernels.{message}")
@@ -239,6 +241,6 @@ def refuse_second_backward(ctx: Any, message: str) -> None:
 
 
 def mark_written(tensor: Tensor) -> None:
-    """Count an op's write in the tensor's version: whatever saved the tensor before then raises when it needs it."""
+    """Count an op's write in the tensor's version: a function that saved the tensor earlier raises in its backward."""
     if not torch.compiler.is_compiling():  # functionalized there: nothing was written
         torch.autograd.graph.increment_version(tensor)

@@ -1,4 +1,4 @@
-"""Every decision about dtypes: what is accumulated in which, and where half-precision matrix products pay."""
+"""Every decision about dtypes: the dtype of sums, and where half-precision matrix products pay."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from spo_kernels.precision import accumulate_dtype
 
 # Label of a row whose token lies in another block of columns. Such a row has log-prob -inf, and its gradient has no
-# one-hot term. The value is not the lowest int64, because NaN converts to that.
+# one-hot term. The value is not the lowest int64: NaN cast to int64 gives that, and must stay an
+# illegal label.
 LABEL_ELSEWHERE = -(2**62) - 1
 
 
@@ -51,8 +52,9 @@ def token_stats_fwd(
     (`LABEL_ELSEWHERE` included), or None; ref_logits like logits or None;
     mask like labels, bool, False where the KL is not wanted, or None for all rows.
 
-    Returns ``(logps, kl, stats)``: logps and kl have the shape of a row index (``[0]`` when not asked for) and are 0 on
-    ignored and masked rows; stats is ``[2 or 4, *rows]``: shift and logsum of the policy, then of the reference.
+    Returns ``(logps, kl, stats)``: logps and kl are ``logits.shape[:-1]`` (``[0]`` without labels or ref_logits) and
+    are 0 on ignored and masked rows; stats is ``[2 or 4, *rows]``: shift and logsum of the policy, then of the
+    reference.
     """
     dtype = accumulate_dtype(logits.dtype)
     shift, logsum = _log_softmax_stats(logits, dtype)
@@ -90,7 +92,8 @@ def token_stats_bwd(
     ignore_index: int,
     inplace: bool,
 ) -> Tensor:
-    """``dz`` (module docstring) for upstream gradients dlogps and dkl, each like a row index; in place: into logits.
+    """``dz`` (module docstring) for upstream gradients dlogps and dkl, each ``logits.shape[:-1]``. inplace: write it
+    into logits.
 
     kl and stats are what the forward returned. The gradient has the logits' dtype and shape. Rows that are ignored,
     masked or have upstream gradients of 0 are not read: their gradient is exactly 0, even where their logits are NaN.

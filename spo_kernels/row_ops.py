@@ -82,8 +82,9 @@ def token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _:
     if dlogps is None and dkl is None:
         return None
     refuse_double_backward()
-    # Under torch.compile the backward does not overwrite: a second function that saved the same logits would get
-    # gradients, because functionalization does not see that it saved them. In eager mode the version counter does.
+    # Under torch.compile the backward does not overwrite: functionalization does not see that a second
+    # function saved the same logits, and that function would read gradients instead. In eager mode the version counter
+    # catches this.
     if not ctx.inplace_backward or torch.compiler.is_compiling():
         logits, *saved = ctx.saved_tensors
         return torch.ops.spo_kernels.token_stats_bwd(dlogps, dkl, logits, *saved, ctx.ignore_index)
@@ -104,7 +105,7 @@ TokenStatsFunction = token_stats_fwd.gradient(save_token_stats, token_stats_back
 
 @backend_op()
 def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``(loss [], dlogits)``: the gradient is that of an upstream scalar of 1."""
+    """``(loss [], dlogits)``; dlogits is for an upstream scalar of 1."""
     loss = logits.new_empty((), dtype=accumulate_dtype(logits.dtype))
     return loss, torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -144,7 +145,7 @@ kl_loss_fwd.gradient(_save_kl_loss, _kl_loss_backward, of="logits")
 
 
 class KLLossFunction(torch.autograd.Function):
-    """`kl_loss_fwd` with its gradient, for eager mode. The gradient is no output: that saves marking it."""
+    """`kl_loss_fwd` with its gradient, for eager mode. The gradient is not an output: that saves marking it."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None) -> Tensor:
@@ -195,11 +196,11 @@ class Overwritten(torch.autograd.Function):
                 "spo_kernels.kl_loss with overwrite_logits=True has replaced the logits by their gradient, but "
                 "something used them afterwards; leave the option out"
             )
-        return dlogits  # zeros; for None autograd would drop the gradient of the other parts
+        return dlogits  # zeros; with None autograd would drop the gradient of the other parts
 
 
 def overwriting_kl_loss(logits: Tensor, rows: Tensor, ref_rows: Tensor, row_weight: Tensor | None) -> Tensor:
-    """`KLLossOverwriteFunction` of logits as rows, after which autograd knows that the logits have been overwritten."""
+    """Apply `KLLossOverwriteFunction` to rows, a view of logits; then tell autograd that logits are overwritten."""
     loss: Tensor = KLLossOverwriteFunction.apply(rows, ref_rows, row_weight)
     # `Overwritten` bumps the version although it writes nothing. The gradient saved above would then look stale, so the
     # version is preserved.

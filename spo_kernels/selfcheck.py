@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", type=int, help="default: 512 on a CPU, 4096 on a GPU")
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls an op, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls per op; the median is reported")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda":

@@ -40,7 +40,7 @@ def sums(values: Tensor, bounds: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=bounds, unsafe=True)  # unsafe: bounds are not read by the host
 
 
-# An op because of its gradient: that of torch.segment_reduce gives each sequence a single thread of a GPU.
+# An op with its own gradient: on a GPU, torch.segment_reduce's gradient uses one thread per sequence.
 @op
 def sequence_sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Sums ``[B]`` of values ``[B, T]``, or ``[N]`` with cu_seqlens ``[B + 1]``, in their dtype."""

@@ -116,7 +116,7 @@ def block_stats(
 
 
 def _merge_log_sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(shift and logsum [2, n] of two blocks together, log of the probability of a, of b)``."""
+    """``(merged [2, n], log_a [n], log_b [n])``: shift and logsum of both, and the log-probability of each block."""
     # A block of only -inf: logsum is -inf and shift is meaningless.
     shifts = torch.stack([a[0], b[0]])
     logsums = torch.stack([a[1], b[1]])
@@ -146,7 +146,7 @@ _HASH_ROW, _HASH_VALUE = -0x61C8864680B583EB, -0x40A7B892E31B1A47
 
 
 def digest(tensor: Tensor) -> Tensor:
-    """53 bits of the values, their order and number: 0-d int64 that float64 holds exactly, the same on every device."""
+    """A 53-bit hash of the values, their order and number: 0-d int64, exact in float64, the same on every device."""
     values = tensor.detach().flatten()
     if values.is_floating_point():
         values = values.double().view(torch.int64)

@@ -1,5 +1,6 @@
 """A thin training loop for preference alignment on `spo_kernels`: the command `spo-train`, and its parts to import.
 
-`spo_train.align` is the loop, `spo_train.pair_data` the pairs, `spo_train.evaluate` the win rate,
-`spo_train.models.llama` a small Llama; `spo_train.protocol` says what a model of one's own has to be able to do.
+`spo_train.align` is one training step, `spo_train.run` the loop, `spo_train.pair_data` the pairs, `spo_train.evaluate`
+the win rate, `spo_train.models.llama` a small Llama; `spo_train.protocol` lists the methods that a model of your own
+needs.
 """

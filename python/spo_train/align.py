@@ -198,7 +198,8 @@ class Aligner:
             "logp_rejected": logps.rejected.mean(),
             "grad_norm": grad_norm,
         }
-        # The only transfer from the device in a step. Its values decide whether the update is taken.
+        # The only transfer from the device in a step that neither samples nor fills in reference log-probabilities. Its
+        # values decide whether the update is taken.
         values = torch.stack([scalar.detach().double() for scalar in scalars.values()]).tolist()
         record: dict[str, float] = dict(zip(scalars, values, strict=True))
         kl = record.pop("weighted_kl")

@@ -254,7 +254,7 @@ def pairs(model: Path | None, out: Path, prompts: Path | None, device: str, **op
     policy, tokenizer = _load(model, device)
     made = make_pairs(policy, tokenizer, out, config, prompts=read_prompts(prompts) if prompts else ("",))
     click.echo(
-        f"{out}: {made.kept + made.repaired_kept} pairs; of {made.sampled} sampled {made.kept} kept "
+        f"{out}: {made.kept + made.repaired_kept} pairs: {made.kept} of {made.sampled} sampled pairs kept "
         f"({made.keep_rate:.1%}), {made.repaired_kept} more from pairing the samples anew; {made.agreement:.1%} agree "
         f"with the judge without its noise; mean score {made.mean_quality:.2f}"
     )

@@ -82,7 +82,7 @@ class AlignConfig(Settings):
     alpha: float = setting(
         0.1,
         "at least 0",
-        "SPO's exponent in -(mu/alpha) log sigmoid(alpha (L_w - L_l)) (eq. 8); larger keeps the model's entropy higher."
+        "SPO's alpha in -(mu/alpha) log sigmoid(alpha (L_w - L_l)) (eq. 8); larger keeps the model's entropy higher."
         " 0 takes the linear loss -(mu/2) (L_w - L_l) (eq. 9).",
     )
     beta: float | None = setting(

@@ -104,7 +104,7 @@ def run(
             if stopping or (step > resumed_at and (done or step % checkpoint_every == 0)):
                 trainer.save(checkpoint)
             if stopping:
-                raise RunInterruptedError(f"stopped after step {step}; {checkpoint} holds all of it, resume to go on")
+                raise RunInterruptedError(f"stopped after step {step}; the checkpoint is {checkpoint}; resume to go on")
             if evaluate and evaluations and (done or step % evaluate_every == 0) and step not in evaluated:
                 evaluations.write({"step": step, **evaluate(step)})
             if done:

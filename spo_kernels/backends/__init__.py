@@ -106,7 +106,7 @@ _DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the first that is a
 
 
 def available(device: torch.device | str | None = None) -> tuple[str, ...]:
-    """Names of the backends that are available on this machine, selected or not; of those that serve a device."""
+    """Names of the available backends, selected or not. With a device, only backends that serve it."""
     wanted = None if device is None else torch.device(device).type
     return tuple(
         name
@@ -164,7 +164,8 @@ def active(device: torch.device | str = "cpu") -> str:
 def get(name: str) -> Backend:
     """The functions of a backend, to be called directly, without autograd.
 
-    Cached, because every op call comes through here and looking for a backend reads the file system.
+    Cached, because every op call of a backend other than cpu passes here, and looking for a backend reads the file
+    system.
 
     Raises ValueError for an unknown name and RuntimeError for a backend that is not available.
     """

@@ -87,7 +87,7 @@ class CompiledOps:
 
 
 def _require_device(logits: Tensor, **values: Tensor | None) -> None:
-    """RuntimeError for a tensor on another device: a kernel that reads its pointer costs the process its context."""
+    """RuntimeError for a tensor on another device: a kernel that read it would destroy the process's context."""
     device = logits.device
     for name, value in values.items():
         if value is not None and value.device != device:

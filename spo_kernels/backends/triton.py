@@ -85,7 +85,7 @@ def _check_device(tensor: Tensor, name: str) -> None:
 
 
 def _aligned(*tensors: Tensor | None) -> bool:
-    """Whether Triton knows that every row consists of whole vectors: it asks for multiples of 16.
+    """Whether every pointer, stride and row length is a multiple of 16. Only then does Triton load whole vectors.
 
     Sums of aligned and unaligned rows are grouped differently, so a row's last bits depend on the alignment.
     """

@@ -182,8 +182,8 @@ def token_stats_fwd_kernel(
     labels,  # [N] int64, or None: no log-probabilities
     ref_logits,  # [B, T, V], or None: no KL
     mask,  # [N] bool, or None: the KL of every row
-    logps,  # out [N]; None with labels
-    kl,  # out [N]; None with ref_logits
+    logps,  # out [N]; None if labels is None
+    kl,  # out [N]; None if ref_logits is None
     stats,  # out [2 or 4, N]
     V,
     T,
@@ -247,8 +247,8 @@ def token_stats_bwd_kernel(
     dlogps,  # [N], or None
     dkl,  # [N], or None
     logits,  # [B, T, V]
-    labels,  # [N] int64; None with dlogps
-    ref_logits,  # [B, T, V]; None with dkl
+    labels,  # [N] int64; None if dlogps is None
+    ref_logits,  # [B, T, V]; None if dkl is None
     mask,  # [N] bool, or None: every row
     kl,  # [N]
     stats,  # [2 or 4, N]

@@ -43,7 +43,7 @@ def checked_options(
     process_group: ProcessGroup | None,
     vocab_shards: Sequence[int] | None,
 ) -> HeadOptions:
-    """The options of a function of heads with weights like this one."""
+    """The checked options of a head's function; weight gives the number of columns."""
     logits = checked_logit_options(temperature, softcap, logit_scale)
     check_chunk_size(chunk_size)
     return HeadOptions(logits, chunk_size, Columns.checked(process_group, vocab_shards, weight.shape[0]))

@@ -7,18 +7,19 @@ float16 or float64. Its logits are
 
 Only a tile of them, some rows by some columns, exists at a time. Ignored and masked rows are dropped before the matrix
 product, which reads their number back to the host; the backward also drops rows with an upstream gradient of 0. Rows
-that are dropped are not read: they may be NaN. The forward takes one matrix product. The backward takes three: logits
-again, dhidden, dweight. `linear_kl_loss` skips the recomputation. No product is made for a gradient that is not wanted.
-Outputs are float32 (float64 for float64), in nats. Gradients have the dtype of their tensor and are accumulated in
-float32 across tiles. Under autocast hidden, weight and bias are cast as `torch.nn.functional.linear` would cast them.
+that are dropped are not read: they may be NaN. The forward takes one matrix product for each head. The backward takes
+one for each head, for its logits, and two for dhidden and dweight. `linear_kl_loss` skips the recomputation. No product
+is made for a gradient that is not wanted. Outputs are float32 (float64 for float64), in nats. Gradients have the dtype
+of their tensor and are accumulated in float32 across tiles. Under autocast hidden, weight and bias are cast as
+`torch.nn.functional.linear` would cast them.
 
 With a ``process_group`` the head is split over the processes, as Megatron splits it: weight and bias are the rows that
 this process holds, in the order of ranks. Shards may be uneven. Labels index the whole vocabulary. Pass the same hidden
 states, labels and upstream gradients in every process; every process gets the same results, bit for bit. The forward
 all-gathers a few numbers a row. The backward sums the gradient of the hidden states over the processes, in float32; the
-gradients of weight and bias stay where they are. All processes must call. All raise ValueError if labels, masks or row
-weights differ between processes (on a GPU, a device-side assertion); the check is an all-reduce of a few numbers a
-call.
+gradients of weight and bias stay where they are. All processes must call. All raise ValueError if labels or masks
+differ between processes, or row weights where the forward computes gradients (on a GPU, a device-side assertion); the
+check is an all-reduce of a few numbers a call.
 
 Options of every function:
     temperature: > 0; divides the logits last.

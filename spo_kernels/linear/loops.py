@@ -4,7 +4,7 @@ Statistics of a row's blocks of columns, and of the shards of a vocabulary that 
 `spo_kernels.shards` says.
 
 The last bits of a row may depend on the other rows, because a matrix product sums in an order that depends on its
-shape. Row ops do not have this.
+shape. Row ops are free of this, except the CUDA kernels where several blocks share a row.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _row_stats(rows: Rows, tile: Tile, reference: RefTile | None, labels: Tensor
 
 
 def _whole_vocabulary_stats(block: shards.BlockStats, tile: Tile) -> RowStats:
-    """Statistics of the rows from those of all columns of a tile's head."""
+    """Statistics over the whole vocabulary, from a block that covers all columns of this process."""
     whole = shards.combine(block, tile.columns, tile.width)
     return RowStats(*(x.to(tile.accumulate) for x in (whole.logps(), whole.kl, whole.stats)))
 
@@ -204,7 +204,8 @@ def _kl_loss_of_tile(rows: Rows, tile: Tile, reference: Tile, row_weight: Tensor
     return loss
 
 
-# (first pair, end, sums of log-probs of the chosen [p], of the rejected [p]) -> gradients of the objective by them
+# (first pair, end, sums of log-probs of the chosen [p], of the rejected [p]) -> gradients of the objective with respect
+# to both
 PairCoefficients = Callable[[int, int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -278,7 +279,7 @@ class _PairLogProbs:
         return index[pair_of_row.argsort(stable=True)], lengths
 
     def complete_group(self, group: PairGroup, logps: Tensor) -> Tensor:
-        """Sum the log-probs ``[n]`` of the rows of a group; return the objective's gradient by each of them."""
+        """Sum the log-probs ``[n]`` of the rows of a group; return the objective's gradient with respect to each."""
         self._token_logps[group.rows] = logps.double()
         chosen = slice(group.first, group.end)
         rejected = slice(self._pairs + group.first, self._pairs + group.end)

@@ -155,7 +155,7 @@ def linear_kl_loss_fwd(
     needs: Needs,
     options: HeadOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(loss [], dhidden, dweight, dbias)``: gradients of an upstream scalar of 1, ``[0]`` where not wanted."""
+    """``(loss [], dhidden, dweight, dbias)``: gradients for an upstream scalar of 1, ``[0]`` where not wanted."""
     if options.columns.group is not None:
         options.columns.check_same(row_weight=row_weight)  # 0 where masked
     return loops.kl_loss_fwd(head, ref_head, row_weight, needs, options)
@@ -174,7 +174,7 @@ def linear_spo_loss_fwd(
     bounds: Tensor,  # [2P + 1], first row of each sequence, and N
     counts: Tensor,  # [2P] unignored rows of each sequence, floating
     pair_weight: Tensor | None,  # [P]
-    normalizer: Tensor | None,  # [], of soft importance with gamma; None for uniform weights
+    normalizer: Tensor | None,  # [], of soft importance with gamma; None for uniform weights or with pair_weight
     gamma: float,
     alpha: float,
     center: bool,

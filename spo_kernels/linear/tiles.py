@@ -39,8 +39,8 @@ class TileSizes(NamedTuple):
 
 
 TILE_SIZES = {
-    # Near the peak of matrix products (below 512 rows or 1024 columns a fifth is lost), and small enough to stay in
-    # cache between the product and the row op.
+    # These tiles keep matrix products near their peak: fewer than 512 rows or 1024 columns lose a fifth of the speed.
+    # They also stay in cache between the product and the row op.
     "cpu": TileSizes(
         rows=4096,
         bytes=16 << 20,
@@ -79,7 +79,7 @@ def tile_sizes(hidden: Tensor) -> TileSizes:
 
 
 def tile_shape(head: Head, options: HeadOptions, rows: int, *, forward: bool) -> TileShape:
-    """Shape of the tiles of so many rows: in a forward whole rows where enough of them fit, else a block of columns."""
+    """Shape of the tiles for this many rows: wide in a forward if enough rows fit, else narrow."""
     sizes, width = tile_sizes(head.hidden), head.weight.shape[0]
     itemsize = _product_dtype(head, options.logits).itemsize
     if forward and sizes.least_forward_rows is not None:
@@ -196,7 +196,7 @@ class Tile:
         return self.columns.group is None and (begin, end) == (0, self.width)
 
     def weights(self, begin: int, end: int, dweight_dtype: torch.dtype | None) -> Iterator[tuple[int, int, Tensor]]:
-        """``(begin, end, weight)`` of the backward's products, for gradients of the weight in this dtype, or none."""
+        """``(begin, end, weight)`` of each product of the backward. dweight_dtype: None if dweight is not wanted."""
         for b, e in self._cast_blocks(begin, end, dweight_dtype):
             yield b, e, self._head.weight[b:e].to(self.dtype)
 
