@@ -218,7 +218,7 @@ def shell(words: list[str]) -> str:
 
 
 class NinjaBuild(build_ext):
-    """Compile and link both libraries; incremental, because ninja tracks the headers."""
+    """Compile and link the op libraries and the control module; incremental, because ninja tracks the headers."""
 
     def run(self) -> None:
         package = ROOT / "spo_kernels" if self.inplace else Path(self.build_lib).resolve() / "spo_kernels"

@@ -226,7 +226,7 @@ class _OpBars(_Bars):
             yield bar, row.memory.extra_mib / tensor_mib if row and row.memory else None
 
     def _ratio(self, peer: RowOpRow | None, ours: RowOpRow | None) -> float | None:
-        """The peer's time over ours, from both times over those of ours at the best level.
+        """The peer's time over ours, as a quotient of two ratios whose base is ours at the best level.
 
         Ratios within a round are known only to ours at the best level, not to ours at other levels.
         """

@@ -62,7 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="default: cuda")
     add_out(parser)
     parser.add_argument(
-        "--budget", type=count, metavar="SECONDS", help="the most telling of it, in so much time (try 540)"
+        "--budget",
+        type=count,
+        metavar="SECONDS",
+        help="run only the most telling steps, within this many seconds (try 540)",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the report itself; works with cpu too")
     parser.set_defaults(threads=None, simd=None, repeats=1)

@@ -55,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     if options.quick and (options.page is None or options.figure == FIGURE):
-        raise ValueError("--quick needs --page and --figure: its results are no results for benchmarks/results")
+        raise ValueError(
+            "--quick needs --page and --figure: its results do not belong on the pages of benchmarks/results"
+        )
     failed = []
     for arguments in _commands(options.out.resolve(), options.page, options.figure.resolve(), quick=options.quick):
         print(f"== {arguments[0]}", flush=True)

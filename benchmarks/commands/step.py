@@ -14,8 +14,8 @@ from benchmarks.workloads.step import DTYPES, PROVIDERS, REFRESH, StepRow, StepR
 HELP = "time an SPO training step"
 
 _PROFILED = ("ours_inplace", "eager", REFRESH)
-# Of steps, by the type of device. The profiler takes minutes for the events of a GPU. A refresh has hundreds of
-# thousands of them, so it is not profiled there.
+# Steps to profile, by type of device. The profiler takes minutes for a GPU's events. A refresh has hundreds of
+# thousands of events, so it is not profiled on a GPU.
 _PROFILED_STEPS = {"cpu": 3, "cuda": 1}
 # Parts of a step, by what the names of their operators contain; the first that fits.
 _PARTS = {
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "An SPO training step of a small transformer, forward to optimizer, ours against eager PyTorch."
     )
     add_common(parser)
-    parser.add_argument("--pairs", type=count, default=8, help="pairs P; the paper's 128 and 32 samples scaled down")
+    parser.add_argument("--pairs", type=count, default=8, help="pairs P; the paper has 128 pairs and 32 samples")
     parser.add_argument("--kl-samples", type=count, default=2, help="sampled sequences S")
     parser.add_argument("--kl-every", type=count, default=8, help="steps k between two refreshes of the samples")
     parser.add_argument("--tokens", type=count, default=128, help="tokens T a sequence, a quarter of them prompt")

@@ -62,13 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="*",
         metavar="PAGE",
-        help="put them between the result markers of these pages (none named: each on its page of benchmarks/results)",
+        help="put the tables between the result markers of these pages "
+        "(none named: each table on its own page of benchmarks/results)",
     )
 
 
 def add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "files", type=Path, nargs="*", metavar="FILE", help="CSVs of ops, pages of step and bars (default: the newest)"
+        "files",
+        type=Path,
+        nargs="*",
+        metavar="FILE",
+        help="CSVs of ops, pages of the other commands (default: the newest)",
     )
     add_out(parser, "where they are")
 

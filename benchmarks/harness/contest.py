@@ -1,4 +1,4 @@
-"""One case of a workload: gate, memory and interleaved time of everyone who has it, into the columns of their rows."""
+"""Measures one case of a workload. Each contender's gate, memory and interleaved time fill the columns of its row."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def contest(
     A result of ours that is wrong is not timed. A wrong peer is timed, because its users want to see the time, but its
     status stays "wrong": ratios and rankings take rows whose status is "ok".
 
-    over: the names of ratios; each is over the fastest of those named, providers or entries in `beside`.
+    over: maps the name of a ratio to its bases, providers or entries in `beside`. The ratio is over the fastest base.
     beside: entries that are timed in the same rounds, as a yardstick.
     """
     timed = {contender.row.provider: contender for contender in contenders if _enter(contender, settings.device)}
@@ -68,7 +68,7 @@ def _enter(contender: Contender, device: torch.device) -> bool:
     row.error, row.status = verdict.errors, verdict.problem
     if not verdict.failed and contender.memory is not None:
         try:
-            _call(contender.entry)  # what the first call makes and keeps is not the memory of a call
+            _call(contender.entry)  # warm-up: caches that the first call fills do not count as a call's memory
             row.memory = Memory.of(measure.peak_memory(contender.memory, device), contender.result_bytes)
         except RuntimeError as error:
             row.status = failure(error)

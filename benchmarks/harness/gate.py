@@ -65,7 +65,10 @@ def by_norm(errors: dict[str, float], budget: float) -> Verdict:
 
 @dataclass(frozen=True)
 class ElementBudget:
-    """Largest errors of an element: of results ``out + out_relative |truth|``, of gradients a share of the largest."""
+    """Largest allowed errors of an element.
+
+    Of an output: ``out + out_relative |truth|``. Of a gradient: grad times the largest gradient.
+    """
 
     out: float
     out_relative: float
@@ -80,15 +83,16 @@ def by_element(
     errors: dict[str, float] = {}
     for name, output in outputs.items():
         error = (output.double() - truth[name]).abs()
-        errors["out"] = max(errors.get("out", 0.0), error.max().item())
+        errors["out"] = worst([errors.get("out", 0.0), error.max().item()])
         if not bool((error <= budget.out + budget.out_relative * truth[name].abs()).all()):  # so that NaN is wrong
             wrong.append(f"{name} off by {error.max().item():.3g}")
     for name, gradient in gradients.items():
         scale = truth[name].abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        errors["grad"] = ((gradient.double() - truth[name]).abs() / scale).max().item()
+        relative = ((gradient.double() - truth[name]).abs() / scale).max().item()
+        errors["grad"] = worst([errors.get("grad", 0.0), relative])
         # A float16 gradient of 1e-6 consists of float16's smallest numbers: half the step between them is no error.
         numbers = torch.finfo(gradient.dtype)
         least = numbers.smallest_normal * numbers.eps / 2 if gradient.dtype == torch.float16 else 0.0
-        if not errors["grad"] <= budget.grad + least / scale.min().item():
-            wrong.append(f"gradient of {name} off by {errors['grad']:.3g} of its largest element")
+        if not relative <= budget.grad + least / scale.min().item():
+            wrong.append(f"gradient of {name} off by {relative:.3g} of its largest element")
     return Verdict(errors, f"wrong: {'; '.join(wrong)}" if wrong else "")

@@ -134,7 +134,7 @@ class Bandwidth:
     On a GPU, ``copy_`` for both. On a CPU with the compiled kernels, their own streaming loops (several streams,
     prefetch, `threads` threads). Reductions of torch fall short of these: on a CPU without the kernels they are a
     stand-in, and `source` says so.
-    `sample` is called once in every round of the timing it is the limit for, the warm-up included. A round's calls are
+    Call `sample` once in every round of the timed calls, the warm-up included. A round's calls are
     compared with the best loop of that round: other tenants of a machine's memory may halve its rate for minutes.
     """
 
@@ -187,7 +187,7 @@ def last_level_cache_bytes() -> int:
 def available_bytes(device: torch.device) -> int | None:
     """Memory that can be allocated without swapping; None where the system does not say."""
     if device.type == "cuda":
-        # What torch holds for reuse counts as taken to the driver.
+        # The driver counts memory that torch holds for reuse as taken.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     meminfo = Path("/proc/meminfo")

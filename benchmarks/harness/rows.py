@@ -1,7 +1,7 @@
 """Rows of results: the columns that every workload shares, and how a row becomes the cells of a CSV.
 
-A workload's row is a dataclass whose fields become columns in their order. A plain field is one column. Metadata say
-of other fields what they are: `part`, the columns of another dataclass; `keyed`, a column ``name_key`` for each key.
+A workload's row is a dataclass whose fields become columns in their order. A plain field is one column. A field marked
+`part` becomes the columns of another dataclass. A field marked `keyed` becomes a column ``name_key`` for each key.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def part(columns: type) -> dict[str, Any]:
 
 
 def keyed(*keys: str) -> dict[str, Any]:
-    """Metadata of a field that holds a dict; the keys are those that have a column."""
+    """Metadata of a field that holds a dict, with a column for each of these keys."""
     return {"keys": keys}
 
 

@@ -55,7 +55,7 @@ class Session:
 
 
 def environment(arguments: Sequence[str], device: torch.device, simd: str) -> Environment:
-    # Others read the pages, and the folder of the results says nothing about the results.
+    # --out is left out of the command that pages show: the folder says nothing about the results.
     said = [now for before, now in pairwise(["", *arguments]) if "--out" not in (before, now.partition("=")[0])]
     return Environment(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),

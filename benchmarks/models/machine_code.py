@@ -1,9 +1,9 @@
 """``python -m benchmarks.models.machine_code`` prints the CUDA kernels' registers, spills, and a model of their loops.
 
-The model sets the cycles that each loop needs of the busiest pipe of a multiprocessor (warp instructions times the
-pipe's cycles for one, CUDA programming guide, "arithmetic instructions") against the cycles the memory needs to
-deliver the bytes the loop moves, shared evenly. It knows no latencies, caches or clocks under load, so it is a lower
-bound on the time and no prediction.
+The model divides a loop's cycles on the busiest pipe of a multiprocessor by its cycles of memory. A pipe's cycles are
+warp instructions times the cycles of one (CUDA programming guide, "arithmetic instructions"). The memory's cycles move
+the loop's bytes at the multiprocessor's even share of the bandwidth. The model knows no latencies, caches or clocks
+under load, so it is a lower bound on the time and no prediction.
 """
 
 from __future__ import annotations

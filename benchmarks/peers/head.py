@@ -95,7 +95,7 @@ def liger(x: Inputs) -> Tensor:
 
 
 def cut_cross_entropy(x: Inputs) -> Tensor:
-    """Its implementation for devices without Triton: compiled, with the logits in memory."""
+    """The package's implementation for devices without Triton: compiled, with the logits in memory."""
     linear_cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
     labels = x.labels.flatten()
     nll = linear_cross_entropy(x.hidden.flatten(0, 1), x.weight, labels, impl="torch_compile", reduction="none")
@@ -110,7 +110,7 @@ def trl(x: Inputs) -> Tensor:
 
 
 def trl_kl(x: Inputs) -> Tensor:
-    """Its generalized divergence at beta = 1, the KL from student to teacher."""
+    """TRL's generalized divergence at beta = 1, the KL from student to teacher."""
     chunked = import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
     student, teacher = x.hidden.flatten(0, 1), x.ref_hidden.flatten(0, 1)
     divergence: Tensor = chunked.apply(student, x.weight, None, teacher, x.ref_weight, None, 1.0)[0]

@@ -30,7 +30,7 @@ _FLOATING = (torch.float32, torch.float64, *_HALF)
 class Provider:
     functions: Mapping[str, Function]
     dtypes: tuple[torch.dtype, ...] = _FLOATING
-    native: bool = False  # computes in the logits' dtype: the gate is as wide as half precision is coarse
+    native: bool = False  # computes in the logits' dtype: in half precision the gate has wider budgets
     backward_only: bool = False  # without gradients it is the same as another provider
     inplace: bool = False  # overwrites the logits, which are restored outside the timed region
     compiled: bool = False

@@ -2,8 +2,9 @@
 
 Work is counted in products of all rows, 2 N H V operations each. The *share of the peak* is the time that a loss's
 products would take at the rate of a square product, over the time taken. Products of other shapes run at other rates,
-so everyone is also compared with the loss's fewest products alone: whole, by the same library, into memory that is
-there. Both yardsticks are timed in the same rounds.
+so everyone is also
+compared with the fewest products of the loss alone. These run untiled, by the same library, into memory allocated
+beforehand. Both yardsticks are timed in the same rounds.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def _truth(loss: Loss, x: Inputs) -> Truth:
 
 
 def _gate(loss: Loss, x: Inputs, truth: Truth, scale: int) -> Verdict:
-    """Errors of loss and gradients; scale: the truth is so many times what the loss gives."""
+    """Errors of loss and gradients; scale: truth / the loss's value."""
     _clear(x)
     value = loss(x)
     value.backward()

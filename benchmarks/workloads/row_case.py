@@ -45,7 +45,7 @@ class RowOpRow:
     cpu_p80_ms: float | None = None
     model_mb: float | None = None  # the byte model: the least the op must move
     gb_per_s: float | None = None  # of the byte model
-    limit_share: float | None = None  # time the byte model takes at the limits of the same round, over the call's
+    limit_share: float | None = None  # time of the byte model at the same round's limits / the call's time
     read_gb_per_s: float | None = None  # measured limit of read-only loops, median over rounds
     update_gb_per_s: float | None = None  # and of read-and-write loops
     limit_source: str = ""
@@ -86,7 +86,7 @@ class Problem:
         self.rows = torch.tensor(sorted(picked), device=inputs[op.arguments[0]].device)
 
     def upstream(self, pass_name: str) -> dict[str, Tensor]:
-        """Gradients of the outputs, none of them 1 except a scalar's where the pass says so."""
+        """Upstream gradients of the outputs. A scalar's is 1 in ``fwd_bwd``; the others are not 1."""
         logits = self.inputs[self.op.arguments[0]]
         if pass_name == "fwd":
             return {}

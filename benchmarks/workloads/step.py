@@ -32,7 +32,10 @@ _IGNORED = -100
 # Of errors relative to float64 through a whole model; a wrong coefficient costs far more. In half precision the model's
 # own activations are rounded, for everyone.
 _BUDGETS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-_GATE_SHAPE = (1, 64)  # at most so many pairs and sampled sequences, and tokens of each: all in float64 would not fit
+_GATE_SHAPE = (
+    1,
+    64,
+)  # at most: (pairs and sampled sequences, tokens of each); the whole batch would not fit in float64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -39,7 +39,8 @@ struct RowPart {
   } heaviest;
 };
 
-// Upstream gradients of one row. g_logp is 0 if no log-prob is wanted; label is -1 if the row or part has no label.
+// Upstream gradients of one row. g_logp is 0 if no log-prob is wanted; label is negative if the row or part has no
+// label.
 struct RowGrad {
   double g_logp, g_kl;
   std::int64_t label;

@@ -1,9 +1,10 @@
 // The row kernels over F32 vectors. Each SIMD level's source file includes this header once and names the level.
 //
 // What decides the speed of rows beyond the cache (docs/lab.md has the measurements):
-// - One sweep a row. The shift is the maximum of the first 512 logits. A block is summed again with a larger shift only
-//   if its sum shows that the shift is far below some logit: nothing has overflowed yet, but the rounding error of the
-//   exponent grows with the difference. Rows of a wide spread repeat blocks most: their blocks are a quarter as long.
+// - One sweep a row. The shift is the maximum of a part's first 512 logits. A block is summed again with a larger shift
+//   only if its sum shows that the shift is far below some logit: nothing has overflowed yet, but the rounding error of
+//   the exponent grows with the difference. Rows of a wide spread repeat blocks most: their blocks are a quarter as
+//   long.
 // - Four vectors a step, stage by stage (see horner).
 // - Software prefetch: float32 4.5 KB ahead into L2, since misses to L1 hold its few fill buffers; 16-bit types 2 KB
 //   ahead into L1, since arithmetic limits them.
@@ -27,8 +28,8 @@ constexpr int kGroup = 4 * F32::size;  // elements that a step of the inner loop
 constexpr std::int64_t kBlock = 64 * kGroup;
 constexpr std::int64_t kKlBlock = kBlock / 2;  // the KL has two chains a sum
 constexpr std::int64_t kFirst = 512;           // the first shift is the maximum of so many elements
-constexpr float kWide = 64.f;                  // if these differ by more, blocks are a quarter as long
-constexpr float kTooLarge = 8192.f;            // a block with a larger sum is summed again with a larger shift
+constexpr float kWide = 64.f;  // if the first kFirst elements spread further than this, blocks are a quarter as long
+constexpr float kTooLarge = 8192.f;  // a block with a larger sum is summed again with a larger shift
 
 // The exponential of gradients, as precise as their type shows.
 template <class T>

@@ -77,8 +77,8 @@ SPO_INLINE void horner(const V (&c)[size], const V (&f)[n], V (&x)[n]) {
 
 namespace spo::cpu::SPO_SIMD_LEVEL {
 
-// load2 and store2 in the fastest order for the type, for loops over one type. The levels define them for bfloat16 as
-// even and odd elements, which a shift and a mask load.
+// load2 and store2 in the fastest order for the type, for loops over one type. For bfloat16 each level splits even and
+// odd elements: a shift extracts the even ones, a mask the odd ones.
 template <class T>
 SPO_INLINE void load2_any(const T* p, F32& a, F32& b) {
   load2(p, a, b);

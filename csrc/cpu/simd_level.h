@@ -16,7 +16,7 @@ SPO_EXPORT bool simd_level_supported(SimdLevel level);
 SPO_EXPORT SimdLevel simd_level();
 SPO_EXPORT void set_simd_level(SimdLevel level);  // must be supported
 
-void count_rows(SimdLevel level, std::int64_t rows);  // a backward counts parts of rows
+void count_rows(SimdLevel level, std::int64_t rows);  // a backward and a scale count parts of rows
 SPO_EXPORT std::int64_t rows_executed(SimdLevel level);
 SPO_EXPORT void reset_rows_executed();
 

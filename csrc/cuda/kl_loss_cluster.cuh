@@ -111,7 +111,7 @@ struct ClusterShare {
     unpack(r[v], static_cast<const T*>(nullptr), y);
   }
 
-  // The lane's sum over its pieces, after their copies have arrived. infinite: a logit of them is infinite.
+  // The lane's sum over its pieces, after their copies have arrived. Sets infinite if one of their logits is infinite.
   SPO_DEVICE KlSum<float> sum(unsigned parity, bool& infinite) const {
     auto sum = KlSum<float>::empty();
     infinite = false;
@@ -138,9 +138,10 @@ struct ClusterShare {
     return sum;
   }
 
-  // The sum over the whole row from the sums of all threads. Blocks send their sums to each other, to two places in
-  // turns: a block may send its next sum while another block still reads the sums of this row. It gets no further,
-  // since it then waits for the other block's next sum, which that block sends after all of its threads have read.
+  // The sum over the whole row from the sums of all threads. Blocks send their sums to each other, alternating between
+  // two places. A block may send its next sum while another block still reads this row's sums. It cannot overwrite this
+  // row's sums: first it waits for the other block's next sum. The other block sends that only after all its threads
+  // have read.
   SPO_DEVICE KlSum<float> merge(KlSum<float> sum, unsigned turn, unsigned rank, int blocks) const {
     sum = merge_lanes<kWarp>(sum);
     if (lane == 0) warp_sums[warp] = sum;
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(threads, threads == kThreads ? 3 : 2)
     const auto weight_of = [&](unsigned row) {
       return a.row_weight && row < N ? static_cast<const float*>(a.row_weight)[row] : 1.f;
     };
-    // The cluster's first row from `row` on with a weight. Writes the zeros of the rows before it.
+    // The cluster's first row from `row` on whose weight is not 0. Writes the zeros of the rows before it.
     const auto skip = [&](unsigned row, float& weight) {
       for (; row < N && weight == 0; row += clusters, weight = weight_of(row)) {
         if (first_of_row) a.weighted_kl[row] = 0;
@@ -255,7 +256,8 @@ __global__ void __launch_bounds__(threads, threads == kThreads ? 3 : 2)
   }
 }
 
-// Gives all three tensors the same T, to which evenly spaced rows can be adapted. False if there is no such T.
+// Gives all three tensors the same T. Evenly spaced rows (T = 1) fit any T. False if two tensors have different T
+// above 1.
 inline bool with_same_steps(const KlLossFwdArgs& a, KlLossFwdArgs* out) {
   const std::int64_t T = std::max({a.z.T, a.r.T, a.dz.T});
   KlLossFwdArgs same = a;

@@ -8,7 +8,7 @@
 namespace spo::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kThreads = 256;                  // of every block
+constexpr int kThreads = 256;                  // of every block, except in clusters
 constexpr std::int64_t kMaxGrid = 0x7fffffff;  // blocks along x
 constexpr std::int64_t kWarpRow = 2048;  // elements; a row up to this long belongs to one warp, of eight in a block
 constexpr std::int64_t kSplitElements = 1 << 13;  // a split has at least so many elements
@@ -38,8 +38,9 @@ inline ReduceConfig reduce_config(std::int64_t N, std::int64_t V, int multiproce
   return {kThreads, static_cast<unsigned>(splits), elements, N * splits};
 }
 
-// Blocks of a launch in which each block takes one share of the work after another: few enough that idle blocks cost
-// only microseconds, and several times what the GPU holds, so that all multiprocessors end at about the same time.
+// Blocks of a launch in which each block takes one share of the work after another. They are few, so that idle blocks
+// cost only microseconds. They are several times what the GPU holds, so that all multiprocessors end at about the same
+// time.
 inline std::int64_t looping_blocks(std::int64_t blocks, int multiprocessors) {
   constexpr std::int64_t kEach = 64;
   return std::min(blocks, kEach * std::max(multiprocessors, 1));

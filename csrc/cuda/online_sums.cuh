@@ -98,8 +98,8 @@ struct ExpSum {
     top = high;
   }
 
-  // The sum over a whole row: at least 1 if some element is finite. A smaller sum is what the polynomial's clamping
-  // makes of -inf.
+  // The sum over a whole row: at least 1 if some element is finite. If all are -inf the sum is tiny but not 0, because
+  // exp2_polynomial clamps to 2^-126; report 0.
   SPO_DEVICE A total() const { return sum < A(0.5) ? A(0) : sum; }
 };
 
@@ -120,7 +120,8 @@ struct KlSum {
     r = {r_top, r.sum * weight(-dr)};
   }
 
-  // An infinite logit makes the gap infinite or NaN; sum_rows then uses gap_of_positive. padded: both end in -inf.
+  // An infinite logit makes the gap infinite or NaN; sum_rows then uses gap_of_positive. padded: both packets end in
+  // -inf.
   template <bool padded, int n>
   SPO_DEVICE void add(const A (&zx)[n], const A (&rx)[n]) {
     const A z_high = highest(zx), r_high = highest(rx);

@@ -220,8 +220,8 @@ struct PacketLogits<Z, R, false> {
   Z z;
 };
 
-// The gradient of elements [begin, end) of a row. label is -1 for a row without one. `out` may be z: a thread reads
-// just the elements that it writes if the two are aligned alike.
+// The gradient of elements [begin, end) of a row. label is -1 for a row without one. `out` may be z: both then have the
+// same alignment, so a thread reads only elements that it writes.
 template <int threads_per_row, bool with_kl, class T, class R, int E>
 SPO_DEVICE void write_gradient(T* out, const RowReader<T, E>& z, const RowReader<R, E>& r, const Gradient<Acc<T>>& grad,
                                std::int64_t label, std::int64_t begin, std::int64_t end) {

@@ -21,7 +21,7 @@ struct LaunchContext {
 
 cudaError_t launch_token_stats_fwd(const TokenStatsFwdArgs& args, const LaunchContext& context);
 cudaError_t launch_token_stats_bwd(const TokenStatsBwdArgs& args, const LaunchContext& context);
-// Whether launch_kl_loss_fwd holds rows like these, dz included, in the shared memory of clusters. It then keeps the
+// Whether launch_kl_loss_fwd runs in clusters for z, r and dz laid out like these. It then keeps the
 // GPU busy with few rows, too.
 bool kl_loss_in_clusters(const KlLossFwdArgs& args);
 // loss (acc, one element) = the sum of weighted_kl. A row's results never depend on the number of rows.

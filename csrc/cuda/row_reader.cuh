@@ -110,7 +110,7 @@ SPO_DEVICE uint4 shifted(const uint4& low, const uint4& high, unsigned shift) {
           __funnelshift_r(w[3], w[4], bits)};
 }
 
-// Elements before row i.
+// Offset of row i, in elements.
 SPO_DEVICE std::int64_t row_offset(const Rows& rows, std::int64_t i) {
   return rows.T == 1 ? i * rows.stride_b : i / rows.T * rows.stride_b + i % rows.T * rows.stride_t;
 }
@@ -123,8 +123,8 @@ SPO_DEVICE uint4 load_vector(const void* at) {
   return cache == Cache::stream ? __ldcs(vector) : *vector;
 }
 
-// E elements in loads of 16 bytes, or in one load of 8 bytes: a packet of float32 has 4 elements, 8 bytes of half
-// precision.
+// Loads E elements, 16 bytes at a time. A half-precision reference beside float32 logits has 4 elements a packet, and
+// takes one load of 8 bytes.
 template <Cache cache, class T, int E>
 SPO_DEVICE void load_elements(const T* at, Acc<T> (&x)[E]) {
   constexpr int kPerVector = kVectorBytes / sizeof(T);

@@ -1,4 +1,4 @@
-// What memory gives to the simplest loops: the limit that the benchmarks compare the kernels with.
+// Measures the memory bandwidth of the simplest loops. The benchmarks compare the kernels with this limit.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace spo::probe {
 // streams and in the distance of prefetching.
 double seconds_to_read(const float* data, std::int64_t n, int threads);
 
-// Seconds to read n floats and write them back changed, likewise.
+// Seconds to read n floats and write them back changed, with ``threads`` threads: the faster of two loops.
 double seconds_to_update(float* data, std::int64_t n, int threads);
 
 }  // namespace spo::probe

@@ -24,8 +24,9 @@ void check_labels(const Args& args) {
 
 constexpr int64_t kGrainBytes = int64_t{64} << 10;  // a thread with less work costs more than it saves
 
-// Calls work(begin, end) for ranges of all items, which are rows or parts of rows. Workers draw small ranges from a
-// common counter instead of one large range each, since ignored rows cost nothing and come in runs (prompts, padding).
+// Calls work(begin, end) for ranges that together cover [0, count). An item is a row or a part of one. Workers draw
+// small ranges from a common counter instead of one large range each, since ignored rows cost nothing and come in runs
+// (prompts, padding).
 template <class F>
 void for_ranges(int64_t count, int64_t item_bytes, const F& work) {
   if (count == 0) return;
@@ -40,7 +41,7 @@ void for_ranges(int64_t count, int64_t item_bytes, const F& work) {
   });
 }
 
-// How a call's rows divide. row_bytes: bytes of policy and reference logits in a row.
+// How a call's rows divide. row_bytes: bytes of a row in all tensors that the op reads.
 struct Division {
   int64_t rows, row_bytes, parts;
 

@@ -19,7 +19,8 @@
 #endif
 
 #if !defined(SPO_CUDA_EMULATOR) && defined(SPO_STREAM_FROM_SHIM)
-// Every CUDA build of torch has this function, and no other build has it. It is weak, so that the library loads anyway.
+// Every CUDA build of torch has this function, and no other build has it. It is weak, so that the library also loads
+// into a torch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
@@ -61,7 +62,7 @@ void check(cudaError_t error, const char* op) {
 #endif
 }
 
-// Whether token_stats_fwd would split rows like these, for which kl_loss_fwd would leave most of a GPU idle.
+// Whether kl_loss_fwd would leave most of the GPU idle on rows like these, while token_stats_fwd would split them.
 bool kl_loss_splits_rows(const Tensor& logits, const Tensor& ref_logits, bool deterministic) {
   const OnDevice device(logits);
   const KlLossFwdCall call(logits, logits, ref_logits, std::nullopt);

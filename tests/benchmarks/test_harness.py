@@ -98,6 +98,16 @@ def test_a_gpu_is_timed_between_events_with_cold_caches(monkeypatch: pytest.Monk
     assert selfcheck._seconds(call, torch.device("cuda"), repeats=3) == 3e-3
 
 
+def test_the_gate_reports_the_largest_error_of_each_kind_and_nan() -> None:
+    truth = {name: torch.ones(2, 3, dtype=torch.float64) for name in ("a", "b")}
+    budget = gate.ElementBudget(1e-3, 0.0, 1e-3)
+    off, right = truth["a"] + 0.5, truth["a"].clone()
+    verdict = gate.by_element({"a": torch.full((2, 3), torch.nan)}, {"a": off, "b": right}, truth, budget)
+    assert verdict.errors["out"] != verdict.errors["out"]
+    assert verdict.errors["grad"] == 0.5
+    assert verdict.problem.startswith("wrong: a off by nan; gradient of a off by 0.5")
+
+
 @pytest.mark.parametrize("name", selfcheck.Values._fields)
 def test_selfcheck_sees_a_nan_in_any_result(name: str) -> None:
     right = selfcheck.Values(*(torch.ones(3, dtype=torch.float64) for _ in selfcheck.Values._fields))
