@@ -1,4 +1,4 @@
-"""Arguments that several commands have, and the session that they describe."""
+"""Arguments that several commands have, and the bench that they set up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import ROOT
-from benchmarks.harness.session import Session, Settings, environment, set_simd_level
+from benchmarks.harness.bench import Bench, Settings, environment, set_simd_level
 from spo_kernels import backends
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -44,10 +44,10 @@ def add_out(parser: argparse.ArgumentParser, meaning: str = "default: out/benchm
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=meaning)
 
 
-def open_session(options: argparse.Namespace) -> Session:
-    """The session of parsed arguments; ``options.command_line`` holds them as they were given."""
+def open_bench(options: argparse.Namespace) -> Bench:
+    """The bench that parsed arguments set up; ``options.command_line`` holds them as they were given."""
     settings, simd = settings_and_simd(options)
-    return Session(settings, environment(options.command_line, settings.device, simd), options.out)
+    return Bench(settings, environment(options.command_line, settings.device, simd), options.out)
 
 
 def settings_and_simd(options: argparse.Namespace) -> tuple[Settings, str]:

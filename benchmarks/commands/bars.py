@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 import spo_kernels
-from benchmarks.commands.arguments import add_common, count, open_session, shape
+from benchmarks.commands.arguments import add_common, count, open_bench, shape
 from benchmarks.commands.head import DEFAULT_PAIRS
 from benchmarks.harness import measure
+from benchmarks.harness.bench import Bench
 from benchmarks.harness.results import CsvWriter, heading, markdown_table, output_path
 from benchmarks.harness.rows import failures_of_ours
-from benchmarks.harness.session import Session
 from benchmarks.peers.row_ops import PROVIDERS
 from benchmarks.workloads.head import HeadRow, LossRunner, Size
 from benchmarks.workloads.row_case import CaseRunner, RowOpRow, denormal_ratio
@@ -137,16 +137,16 @@ def run(options: argparse.Namespace) -> int:
         groups=options.groups,
         head_shape=options.head_shape,
     )
-    session = open_session(options)
+    bench = open_bench(options)
     measurements = {"ops": _OpBars, "head": _HeadBars, "calls": _CallBars}
-    groups = [measurements[name](plan, session) for name in plan.groups]
+    groups = [measurements[name](plan, bench) for name in plan.groups]
     for index in range(plan.runs):
         for group in groups:
             group.run(index)
     bars = [(bar, values) for group in groups for bar, values in group.values.items()]
     notes = [note for group in groups for note in group.notes()]
-    page = output_path(session.out, "bars", ".md")
-    text = f"{heading('Bars', session.environment)}\n\n{_markdown(bars, plan, notes)}"
+    page = output_path(bench.out, "bars", ".md")
+    text = f"{heading('Bars', bench.environment)}\n\n{_markdown(bars, plan, notes)}"
     page.write_text(text + "\n")
     problems = sorted({problem for group in groups for problem in group.problems})
     print("", text, *problems, "", page, sep="\n")
@@ -156,9 +156,9 @@ def run(options: argparse.Namespace) -> int:
 class _Bars:
     """Bars of one group, with a value for each run."""
 
-    def __init__(self, plan: _Plan, session: Session) -> None:
+    def __init__(self, plan: _Plan, bench: Bench) -> None:
         self._plan = plan
-        self._session = session
+        self._bench = bench
         self.values: dict[Bar, list[float]] = {}
         self.problems: set[str] = set()  # why something, of anyone, is not "ok"
         self.wrong = False  # whether a result of ours was
@@ -177,13 +177,13 @@ Rows = Mapping[tuple[Workload, str], RowOpRow]  # by workload and provider
 
 
 class _OpBars(_Bars):
-    def __init__(self, plan: _Plan, session: Session) -> None:
-        super().__init__(plan, session)
+    def __init__(self, plan: _Plan, bench: Bench) -> None:
+        super().__init__(plan, bench)
         allowed = plan.providers or PROVIDERS
         needed = ("ours", "ours_inplace", "ours_avx2", "eager", "compile")
         self._providers = [name for name in needed if name in allowed]
         self._cases = [Case(size, dtype) for dtype in (_F32, _BF16) for size in plan.shapes] if plan.shapes else _CASES
-        self._writer = CsvWriter(output_path(session.out, "bars"), RowOpRow, session.environment)
+        self._writer = CsvWriter(output_path(bench.out, "bars"), RowOpRow, bench.environment)
         self._limits: set[tuple[float, str]] = set()
 
     def run(self, run: int) -> None:
@@ -200,11 +200,11 @@ class _OpBars(_Bars):
             for workload, ours, most in _DENORMAL:
                 if ours in self._providers:
                     bar = Bar(f"{workload}: {ours}, randn x 40 over randn", str(case), most, at_least=False)
-                    wall, cpu = denormal_ratio(workload, ours, case, self._session.settings)
+                    wall, cpu = denormal_ratio(workload, ours, case, self._bench.settings)
                     self._add(bar, wall if self._plan.clock == "wall" else cpu)
 
     def _run_case(self, case: Case, run: int) -> Rows:
-        runner = CaseRunner(case, self._session.settings, self._providers)
+        runner = CaseRunner(case, self._bench.settings, self._providers)
         barred = [workload for workload, _, _, needed in _RATIOS if case.dtype in needed]
         workloads = dict.fromkeys([*barred, *(workload for workload, *_ in (*_SHARES, *_MEMORY))])
         return {(workload, row.provider): row for workload in workloads for row in runner.run(workload, run)}
@@ -244,9 +244,9 @@ class _OpBars(_Bars):
 
 
 class _HeadBars(_Bars):
-    def __init__(self, plan: _Plan, session: Session) -> None:
-        super().__init__(plan, session)
-        self._writer = CsvWriter(output_path(session.out, "bars_head"), HeadRow, session.environment)
+    def __init__(self, plan: _Plan, bench: Bench) -> None:
+        super().__init__(plan, bench)
+        self._writer = CsvWriter(output_path(bench.out, "bars_head"), HeadRow, bench.environment)
         self._products: dict[str, list[float]] = {}  # by dtype: time of the products alone over eager's
 
     def notes(self) -> list[str]:
@@ -263,7 +263,7 @@ class _HeadBars(_Bars):
         for dtype in ("float32", "bfloat16"):
             case = f"[{n}, {hidden}] x [{vocabulary}, {hidden}] {dtype}"
             print(f"run {run + 1} of {self._plan.runs}: head {case}", flush=True)
-            rows = LossRunner(size, dtype, "pairs", self._session.settings, names).run("fwd_bwd")
+            rows = LossRunner(size, dtype, "pairs", self._bench.settings, names).run("fwd_bwd")
             self._writer.write(rows)
             self.problems |= {f"head {row.provider} {dtype}: {row.status}" for row in rows if row.status != "ok"}
             self.wrong |= bool(failures_of_ours(rows))
@@ -302,8 +302,8 @@ class _Nothing(torch.autograd.Function):
 class _CallBars(_Bars):
     """Microseconds of a small call, less those of its ops and of an autograd.Function that does nothing."""
 
-    def __init__(self, plan: _Plan, session: Session) -> None:
-        super().__init__(plan, session)
+    def __init__(self, plan: _Plan, bench: Bench) -> None:
+        super().__init__(plan, bench)
         self._nothing: list[float] = []
         self._both: list[float] = []
 
@@ -316,7 +316,7 @@ class _CallBars(_Bars):
 
     def run(self, run: int) -> None:
         print(f"run {run + 1} of {self._plan.runs}: calls", flush=True)
-        device = self._session.settings.device
+        device = self._bench.settings.device
         logits = torch.randn(_CALL_SHAPE, device=device, requires_grad=True)
         labels = torch.zeros(_CALL_SHAPE[:1], dtype=torch.int64, device=device)
         upstream = torch.rand(_CALL_SHAPE[:1], device=device)
@@ -334,7 +334,7 @@ class _CallBars(_Bars):
             "nothing": lambda: torch.autograd.grad(_Nothing.apply(logits, plain), logits, upstream),
         }
         entries = {name: measure.Entry(call) for name, call in calls.items()}
-        samples = measure.interleave(entries, device, self._session.settings.repeats)
+        samples = measure.interleave(entries, device, self._bench.settings.repeats)
         us = {name: 1e6 * statistics.median(times.wall) for name, times in samples.items()}
         self._nothing.append(us["nothing"])
         self._both.append(us["both"] - us["op forward"] - us["op backward"])

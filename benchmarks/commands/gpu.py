@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import ROOT
-from benchmarks.commands.arguments import add_out, count, open_session
+from benchmarks.commands.arguments import add_out, count, open_bench
+from benchmarks.harness.bench import Environment, machine_line
 from benchmarks.harness.results import markdown_table, output_path
-from benchmarks.harness.session import Environment, machine_line
 
 HELP = "one report for those who have a GPU: tests, selfcheck, benchmarks"
 
@@ -171,13 +171,13 @@ def run_step(step: Step, seconds: float = _STEP_SECONDS) -> Outcome:
 
 
 def run(options: argparse.Namespace) -> int:
-    session = open_session(options)
-    out = session.out.resolve()  # the steps start in other folders
+    bench = open_bench(options)
+    out = bench.out.resolve()  # the steps start in other folders
     page = output_path(out, "gpu", ".md")
     outcomes: list[Outcome] = []
     end = time.perf_counter() + (options.budget or float("inf"))
     choose = steps if options.budget is None else budgeted_steps
-    for step in choose(str(session.settings.device), out, options.quick):
+    for step in choose(str(bench.settings.device), out, options.quick):
         left = end - time.perf_counter()
         if left < _LEAST_SECONDS:
             print(f"{step.title}: left out, no time", flush=True)
@@ -186,7 +186,7 @@ def run(options: argparse.Namespace) -> int:
         outcomes.append(run_step(step, min(left, _STEP_SECONDS)))
         print(f"  {outcomes[-1].verdict}, {outcomes[-1].seconds:.0f} s", flush=True)
         # After each step, so that an interrupted report is one too.
-        page.write_text(_markdown(outcomes, session.environment))
+        page.write_text(_markdown(outcomes, bench.environment))
     print("", page, sep="\n")
     return 0 if all(outcome.status == 0 for outcome in outcomes) else 1
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.commands.arguments import add_common, count, open_session
+from benchmarks.commands.arguments import add_common, count, open_bench
+from benchmarks.harness.bench import Settings
 from benchmarks.harness.results import Report, markdown_table
 from benchmarks.harness.rows import Row
-from benchmarks.harness.session import Settings
 from benchmarks.workloads import head
 from benchmarks.workloads.row_case import CaseRunner
 from benchmarks.workloads.row_ops import Case, Workload
@@ -113,14 +113,14 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--rows must be multiples of {2 * axes.tokens}, pairs of {axes.tokens} tokens each, got {partial[0]}"
         )
-    session = open_session(options)
-    report = Report(session, "growth", GrowthRow)
+    bench = open_bench(options)
+    report = Report(bench, "growth", GrowthRow)
     rows: list[GrowthRow] = []
     before = torch.get_num_threads()
     try:
-        for size in axes.sizes(session.settings.threads):
+        for size in axes.sizes(bench.settings.threads):
             print(f"N {size.rows}, V {size.vocabulary}, {size.threads} threads", flush=True)
-            measured = list(_measure(size, axes, session.settings))
+            measured = list(_measure(size, axes, bench.settings))
             report.add(measured)
             rows += measured
     finally:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from benchmarks.commands.arguments import add_common, count, open_session
+from benchmarks.commands.arguments import add_common, count, open_bench
+from benchmarks.harness.bench import Bench
 from benchmarks.harness.results import Report, markdown_table
-from benchmarks.harness.session import Session
 from benchmarks.peers.head import NAMES, OURS, PROVIDERS
 from benchmarks.workloads.head import DTYPES, PASSES, HeadRow, LossRunner, Size
 
@@ -77,9 +77,9 @@ def run(options: argparse.Namespace) -> int:
     sizes = {name: Size(pairs, tokens, hidden, vocabulary) for name, (vocabulary, hidden) in heads.items()}
     plan = _Plan(sizes, options.dtypes, options.losses, options.passes, providers)
 
-    session = open_session(options)
-    report = Report(session, "models" if of_models else "head", HeadRow)
-    rows = _measure(plan, session, report)
+    bench = open_bench(options)
+    report = Report(bench, "models" if of_models else "head", HeadRow)
+    rows = _measure(plan, bench, report)
     if of_models:
         report.write_page("Heads of real models", _models(rows))
     else:
@@ -87,13 +87,13 @@ def run(options: argparse.Namespace) -> int:
     return report.exit_status()
 
 
-def _measure(plan: _Plan, session: Session, report: Report) -> list[HeadRow]:
+def _measure(plan: _Plan, bench: Bench, report: Report) -> list[HeadRow]:
     rows: list[HeadRow] = []
     for name, size in plan.sizes.items():
         for dtype in plan.dtypes:
             for loss in plan.losses:
                 print(f"{name}: [{size.vocabulary}, {size.hidden}] {dtype}, {loss}", flush=True)
-                runner = LossRunner(size, dtype, loss, session.settings, plan.providers)
+                runner = LossRunner(size, dtype, loss, bench.settings, plan.providers)
                 for pass_name in plan.passes:
                     of_pass = runner.run(pass_name)
                     report.add(of_pass)

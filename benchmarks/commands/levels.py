@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.commands.arguments import DTYPES, add_common, open_session, shape
+from benchmarks.commands.arguments import DTYPES, add_common, open_bench, shape
 from benchmarks.harness.results import Report, markdown_table
 from benchmarks.peers.row_ops import OPTIONAL_PROVIDERS, PROVIDERS
 from benchmarks.workloads.row_case import CaseRunner, RowOpRow
@@ -23,18 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    session = open_session(options)
-    report = Report(session, "levels", RowOpRow)
+    bench = open_bench(options)
+    report = Report(bench, "levels", RowOpRow)
     names = ("ours", "ours_inplace", *OPTIONAL_PROVIDERS, "eager", "eager_float")
     lines = []
     for case in [Case(size, DTYPES[name]) for size in options.shapes for name in options.dtypes]:
-        runner = CaseRunner(case, session.settings, names)
+        runner = CaseRunner(case, bench.settings, names)
         for workload in REPRESENTATIVE_WORKLOADS:
             print(f"{workload} {case}", flush=True)
             rows = runner.run(workload)
             report.add(rows)
             lines.append([f"`{workload}`", str(case), *_cells({row.provider: row for row in rows}, workload)])
-    level = session.environment.simd or "best level"
+    level = bench.environment.simd or "best level"
     header = ["op and pass", "case", f"{level}, ms", "of limit", "AVX2", "portable", "eager"]
     report.write_page(
         "SIMD levels",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.commands.arguments import DTYPES, add_common, count, open_session, shape
+from benchmarks.commands.arguments import DTYPES, add_common, count, open_bench, shape
 from benchmarks.harness.results import Report
 from benchmarks.peers.row_ops import DEFAULT_PROVIDERS, PROVIDERS
 from benchmarks.workloads.row_case import CaseRunner, RowOpRow
@@ -62,11 +62,11 @@ def _cases(shapes: Sequence[tuple[int, ...]] | None, dtype_names: Sequence[str] 
 def run(options: argparse.Namespace) -> int:
     workloads = [workload for group in options.ops or [WORKLOADS] for workload in group]
     cases = _cases(options.shapes, options.dtypes, options.scale)
-    session = open_session(options)
-    report = Report(session, "ops", RowOpRow)
+    bench = open_bench(options)
+    report = Report(bench, "ops", RowOpRow)
     for index in range(options.runs):
         for case in cases:
-            runner = CaseRunner(case, session.settings, options.providers or DEFAULT_PROVIDERS)
+            runner = CaseRunner(case, bench.settings, options.providers or DEFAULT_PROVIDERS)
             for workload in workloads:
                 of_runs = f", run {index + 1} of {options.runs}" if options.runs > 1 else ""
                 print(f"\n{workload} {case}{of_runs}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from benchmarks.commands.arguments import add_common, count, open_session
+from benchmarks.commands.arguments import add_common, count, open_bench
 from benchmarks.harness.results import Report, markdown_table
 from benchmarks.workloads.step import DTYPES, PROVIDERS, REFRESH, StepRow, StepRunner, StepSize
 
@@ -58,15 +58,15 @@ def run(options: argparse.Namespace) -> int:
         hidden=options.hidden,
         layers=options.layers,
     )
-    session = open_session(options)
-    runner = StepRunner(size, options.dtype, session.settings, options.providers or PROVIDERS)
-    report = Report(session, "step", StepRow)
+    bench = open_bench(options)
+    runner = StepRunner(size, options.dtype, bench.settings, options.providers or PROVIDERS)
+    report = Report(bench, "step", StepRow)
     rows = runner.run()
     report.add(rows)
     report.write_page(
         "Training step", _times(rows, size, options.dtype)
     )  # before the profile, which may outlast a time limit
-    device = session.settings.device
+    device = bench.settings.device
     if profiles := {name: profile(runner.calls[name], device) for name in to_profile(rows, device)}:
         report.append(f"Where the time goes, ms (share), under the profiler:\n\n{_profiles(profiles)}")
     return report.exit_status()

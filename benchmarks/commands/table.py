@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks import ROOT
 from benchmarks.commands.arguments import add_out
+from benchmarks.harness.bench import Environment, machine_line
 from benchmarks.harness.results import Record, markdown_table, read_csv, replace_results
-from benchmarks.harness.session import Environment, machine_line
 
 HELP = "print results as markdown tables"
 RESULTS = ROOT / "benchmarks" / "results"

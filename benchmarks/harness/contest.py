@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.harness import measure
+from benchmarks.harness.bench import Settings
 from benchmarks.harness.gate import Verdict, failure, judge
 from benchmarks.harness.rows import Memory, Row, Timing
-from benchmarks.harness.session import Settings
 
 
 @dataclass(frozen=True)

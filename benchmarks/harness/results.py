@@ -10,8 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.bench import Bench, Environment, machine_line
 from benchmarks.harness.rows import Result, cells, column_names, failures_of_ours
-from benchmarks.harness.session import Environment, Session, machine_line
 
 RESULTS_BEGIN, RESULTS_END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -42,9 +42,9 @@ def _cell(value: Any) -> Any:
 class Report:
     """The CSV of one command, and the page beside it."""
 
-    def __init__(self, session: Session, kind: str, row_type: type) -> None:
-        self._session = session
-        self._csv = CsvWriter(output_path(session.out, kind), row_type, session.environment)
+    def __init__(self, bench: Bench, kind: str, row_type: type) -> None:
+        self._bench = bench
+        self._csv = CsvWriter(output_path(bench.out, kind), row_type, bench.environment)
         self._rows: list[Result] = []
 
     @property
@@ -62,7 +62,7 @@ class Report:
 
     def write_page(self, title: str, body: str) -> None:
         """Write and print the page: title, machine, body."""
-        text = f"{heading(title, self._session.environment)} {body}"
+        text = f"{heading(title, self._bench.environment)} {body}"
         self.page.write_text(text + "\n")
         print("", text, "", self.path, self.page, sep="\n", flush=True)
 

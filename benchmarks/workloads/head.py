@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import measure
+from benchmarks.harness.bench import Settings
 from benchmarks.harness.contest import Contender, contest
 from benchmarks.harness.gate import Verdict, by_norm, judge, relative_error
 from benchmarks.harness.rows import Memory, Timing, keyed, part
-from benchmarks.harness.session import Settings
 from benchmarks.peers import eager
 from benchmarks.peers.head import EAGER, FORWARD_UNITS, OURS, PROVIDERS, Inputs, Loss, Provider, eager_kl, eager_pairs
 from spo_kernels.precision import native_products

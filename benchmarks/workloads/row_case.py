@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import measure
+from benchmarks.harness.bench import Settings, set_simd_level
 from benchmarks.harness.contest import Contender, contest
 from benchmarks.harness.gate import ElementBudget, Verdict, by_element
 from benchmarks.harness.rows import Memory, Timing, keyed, part
-from benchmarks.harness.session import Settings, set_simd_level
 from benchmarks.peers.row_ops import PROVIDERS, Function, Provider, is_ours
 from benchmarks.workloads.row_ops import DENORMAL_SCALE, OPS, SCALED_UPSTREAM, Case, Op, Workload
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 import spo_kernels
 from benchmarks.harness import measure
+from benchmarks.harness.bench import Settings
 from benchmarks.harness.contest import Contender, contest
 from benchmarks.harness.gate import Verdict, by_norm, judge, relative_error, worst
 from benchmarks.harness.rows import Memory, Timing, keyed, part
-from benchmarks.harness.session import Settings
 from benchmarks.peers import eager
 from spo_train.models.llama import Llama, ModelConfig
 

@@ -46,7 +46,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Session:
+class Bench:
     """One run of a command."""
 
     settings: Settings
