@@ -116,6 +116,7 @@ class Op:
         starts = itertools.accumulate(self._sizes, initial=0)
         self._readers = [(slot.name, slot.reader(start)) for slot, start in zip(self._slots, starts, strict=False)]
         self._implementation: Callable[..., Any] | None = None
+        self._gradient: tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]
         arguments = ", ".join(text for slot in self._slots for text in slot.schema(mutates))
         self.schema = f"({arguments}) -> {returns}"
         library.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -167,8 +168,8 @@ class Op:
 
         library.impl(self.name, on_every_device, "CompositeExplicitAutograd")
 
-    def gradient(self, setup: Callable[..., None], backward: Callable[..., Any], *, of: str) -> Any:
-        """Register the gradient. Returns an ``autograd.Function`` with it, which halves the overhead of an eager call.
+    def gradient(self, setup: Callable[..., None], backward: Callable[..., Any], *, of: str) -> None:
+        """Register the gradient.
 
         Args:
             setup: ``(ctx, flat inputs, output)`` saves what backward needs.
@@ -184,8 +185,12 @@ class Op:
             of_record = gradients if isinstance(gradients, tuple) else (gradients,)
             return (*(None,) * before, *of_record, *(None,) * after)
 
-        qualified = f"spo_kernels::{self.name}"
-        torch.library.register_autograd(qualified, padded_backward, setup_context=setup, lib=library)
+        self._gradient = (setup, padded_backward)
+        torch.library.register_autograd(f"spo_kernels::{self.name}", padded_backward, setup_context=setup, lib=library)
+
+    def eager_function(self) -> Any:
+        """An ``autograd.Function`` with the registered gradient, which halves the overhead of an eager call."""
+        setup, backward = self._gradient
 
         def below_autograd(*flat: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():  # past the gradient that is registered with torch
@@ -193,12 +198,12 @@ class Op:
 
         implementation = self._implementation or below_autograd
 
-        def eager_forward(ctx: Any, *flat: Any) -> Any:
+        def forward(ctx: Any, *flat: Any) -> Any:
             output = implementation(*flat)
             setup(ctx, flat, output)
             return output
 
-        functions = {"forward": staticmethod(eager_forward), "backward": staticmethod(padded_backward)}
+        functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return type(self.name, (torch.autograd.Function,), functions)
 
 

@@ -100,7 +100,8 @@ def token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _:
     return dlogits
 
 
-TokenStatsFunction = token_stats_fwd.gradient(save_token_stats, token_stats_backward, of="logits")
+token_stats_fwd.gradient(save_token_stats, token_stats_backward, of="logits")
+TokenStatsFunction = token_stats_fwd.eager_function()
 
 
 @backend_op()

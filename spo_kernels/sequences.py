@@ -70,7 +70,8 @@ def _sums_backward(ctx: Any, dsums: Tensor) -> Tensor:
     return dsums[of_rows(cu_seqlens, ctx.shape[0])]
 
 
-_SequenceSums = sequence_sums.gradient(_save_bounds, _sums_backward, of="values")
+sequence_sums.gradient(_save_bounds, _sums_backward, of="values")
+_SequenceSums = sequence_sums.eager_function()
 
 
 def checked_sums(values: Tensor, cu_seqlens: Tensor | None, name: str, like: str = "logits") -> Tensor:

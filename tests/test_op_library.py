@@ -56,7 +56,8 @@ def _backward(ctx: Any, dvalue: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
     return ctx.scale * dvalue * x, ctx.scale * dvalue
 
 
-_Eager = library_test_line.gradient(_save, _backward, of="line")
+library_test_line.gradient(_save, _backward, of="line")
+_Eager = library_test_line.eager_function()
 
 X = torch.tensor([1.0, 2.0])
 PLAN = Plan(Settings(0.5, 7, "a"), False)
