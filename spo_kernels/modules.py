@@ -21,9 +21,9 @@ from spo_kernels.linear.checks import (
     checked_logit_options,
     checked_ref_head,
 )
-from spo_kernels.linear.functional import kl_loss_of, kl_of, logps_of, precomputed_needs
-from spo_kernels.linear.ops import linear_spo_loss_fwd
-from spo_kernels.linear.records import Head, HeadOptions
+from spo_kernels.linear.functional import kl_loss_of, kl_of, precomputed_needs
+from spo_kernels.linear.ops import linear_spo_loss_fwd, linear_token_stats_fwd
+from spo_kernels.linear.records import Head, HeadOptions, PairObjective, PairWeights
 from spo_kernels.losses import SoftImportance, checked_mu, mean_or_zero, pair_error, spo_loss
 from spo_kernels.precision import accumulate_dtype, can_precompute_gradient
 from spo_kernels.shards import Columns
@@ -423,10 +423,22 @@ class LinearSPOLoss(_PairObjective):
 
         loss: Tensor | None = None
         if self._precomputes_gradients(head, options, pair_weight):
-            loss, sums = self._loss_and_sums(head, labels, bounds, counts, pair_weight, options)
+            loss, sums, *_ = linear_spo_loss_fwd(
+                head,
+                labels.reshape(-1),
+                bounds,
+                counts,
+                self._weights(pair_weight, counts),
+                PairObjective(self.alpha, self.center, self.average, self.nll_weight),
+                self.ignore_index,
+                self.route == "recompute_free",
+                precomputed_needs(head, options),
+                options,
+            )
         else:
-            logps = logps_of(head, labels, self.ignore_index, options)
-            sums = sequences.checked_sums(logps, cu_seqlens, "labels", "hidden")
+            rows = labels.reshape(-1)
+            logps, *_ = linear_token_stats_fwd(head, rows, None, None, self.ignore_index, False, options)
+            sums = sequences.checked_sums(logps.view(labels.shape), cu_seqlens, "labels", "hidden")
 
         def preference_and_nll(preference: Tensor) -> Tensor:
             if loss is not None or not self.nll_weight:
@@ -477,40 +489,13 @@ class LinearSPOLoss(_PairObjective):
             )
         return by_pair and torch.is_grad_enabled() and any(precomputed_needs(head, options)[:3])
 
-    def _loss_and_sums(
-        self,
-        head: Head,
-        labels: Tensor,
-        bounds: Tensor,
-        counts: Tensor,
-        pair_weight: Tensor | None,
-        options: HeadOptions,
-    ) -> tuple[Tensor, Tensor]:
-        """(preference loss and NLL [], summed log-probs [2P] without gradient). The op saves the loss's gradients."""
-        importance = self.importance if pair_weight is None else None
-        normalizer, gamma = None, 0.0
-        if importance is not None:
-            assert isinstance(importance, SoftImportance)
-            normalizer = torch.as_tensor(importance.normalizer, dtype=counts.dtype, device=counts.device)
-            gamma = importance.gamma
-        loss, sums, *_ = linear_spo_loss_fwd(
-            head,
-            labels.reshape(-1),
-            bounds,
-            counts,
-            pair_weight,
-            normalizer,
-            gamma,
-            self.alpha,
-            self.center,
-            self.average,
-            self.nll_weight,
-            self.ignore_index,
-            self.route == "recompute_free",
-            precomputed_needs(head, options),
-            options,
-        )
-        return loss, sums
+    def _weights(self, pair_weight: Tensor | None, counts: Tensor) -> PairWeights:
+        importance = self.importance
+        if pair_weight is not None or importance is None:
+            return PairWeights(pair_weight, None, 0.0)
+        assert isinstance(importance, SoftImportance)
+        normalizer = torch.as_tensor(importance.normalizer, dtype=counts.dtype, device=counts.device)
+        return PairWeights(None, normalizer, importance.gamma)
 
     def _summed_kl(
         self,

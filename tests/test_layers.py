@@ -7,8 +7,10 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import spo_kernels
 
@@ -142,3 +144,24 @@ def test_the_trainer_does_not_know_its_toy_domain(module: str) -> None:
 def test_public_names_exist() -> None:
     for name in spo_kernels.__all__:
         assert getattr(spo_kernels, name) is not None
+
+
+@pytest.mark.parametrize("route", ["auto", "recompute"])
+def test_hidden_states_reach_the_product_in_few_calls(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    addmm, chains = torch.addmm, []
+
+    def spy(*args: Any, **options: Any) -> torch.Tensor:
+        frame, chain = sys._getframe(1), ["addmm"]
+        while frame.f_code is not spo_kernels.LinearSPOLoss.forward.__code__:
+            if is_within(frame.f_globals["__name__"], "spo_kernels"):
+                chain.append(frame.f_code.co_name)
+            assert frame.f_back is not None
+            frame = frame.f_back
+        chains.append(chain[::-1])
+        return addmm(*args, **options)
+
+    monkeypatch.setattr(torch, "addmm", spy)
+    hidden = torch.randn(2, 3, 4, requires_grad=True)
+    spo_kernels.LinearSPOLoss(route=route)(hidden, torch.randn(5, 4), torch.zeros(2, 3, dtype=torch.long))
+    first_product = chains[0]
+    assert len(first_product) <= 7, first_product

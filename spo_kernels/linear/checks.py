@@ -51,7 +51,12 @@ def checked_options(
 
 def checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> Head:
     """A head of rows ``[N, H]``, cast as autocast casts linear layers. prefix: of the arguments' names."""
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    device_type = hidden.device.type
+    # Not torch.amp.is_autocast_available, which Dynamo of torch 2.10 cannot trace. Other devices may know no autocast.
+    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = _autocast(hidden, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
     if hidden.dim() < 1 or hidden.shape[-1] < 1:
         raise ValueError(f"{prefix}hidden must be [..., H] with H >= 1, got {list(hidden.shape)}")
     if hidden.dtype not in LOGITS_DTYPES:
@@ -89,14 +94,5 @@ def checked_ref_head(
     return ref_head
 
 
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    device_type = hidden.device.type
-    # Not torch.amp.is_autocast_available, which Dynamo of torch 2.10 cannot trace. Other devices may know no autocast.
-    if not (device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device_type)
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-
-    return cast(hidden), cast(weight), None if bias is None else cast(bias)
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor

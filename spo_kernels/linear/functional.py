@@ -120,18 +120,13 @@ def linear_token_logps(
     head = checked_head(hidden, weight, bias)
     options = checked_options(weight, temperature, softcap, logit_scale, chunk_size, process_group, vocab_shards)
     check_rows(labels, "labels", torch.int64, hidden, "hidden")
+    rows = labels.reshape(-1)
+    logps, kl, stats = linear_token_stats_fwd(head, rows, None, None, ignore_index, return_entropy, options)
     if not return_entropy:
-        return logps_of(head, labels, ignore_index, options)
-    logps, kl, stats = linear_token_stats_fwd(head, labels.reshape(-1), None, None, ignore_index, True, options)
+        return logps.view(labels.shape)
     # stats[2] + stats[3] is log V over all shards, so this is log V - KL(p || uniform).
     entropy = (stats[2] + stats[3] - kl).view(labels.shape)
     return logps.view(labels.shape), torch.where(labels != ignore_index, entropy, 0)
-
-
-def logps_of(head: Head, labels: Tensor, ignore_index: int, options: HeadOptions) -> Tensor:
-    """`linear_token_logps` for checked arguments."""
-    logps, _, _ = linear_token_stats_fwd(head, labels.reshape(-1), None, None, ignore_index, False, options)
-    return logps.view(labels.shape)
 
 
 def linear_sequence_logps(

@@ -20,10 +20,10 @@ from spo_kernels import sequences, shards
 from spo_kernels.linear.records import Head, HeadOptions, Needs, Uniform
 from spo_kernels.linear.tiles import (
     GradientSums,
-    RefTile,
+    LogitsBuffer,
+    RefLogits,
     Rows,
-    Tile,
-    ref_tile,
+    ref_logits_buffer,
     row_tiles,
     tile_shape,
     wide_tile_shape,
@@ -46,53 +46,51 @@ class RowGradients(NamedTuple):
     kl: Tensor | None  # [n]
 
 
-def _row_stats(rows: Rows, tile: Tile, reference: RefTile | None, labels: Tensor | None) -> RowStats:
+def _row_stats(rows: Rows, buffer: LogitsBuffer, reference: RefLogits | None, labels: Tensor | None) -> RowStats:
     """Statistics of these rows, block by block."""
-    tile.select(rows)
-    if reference is not None:
-        reference.select(rows)
+    hidden = buffer.hidden(rows)
+    ref_block = None if reference is None else functools.partial(reference.fill, reference.hidden(rows))
     tile_labels = None if labels is None else labels[rows]
+    merged: shards.BlockStats | None = None
+    for begin, end in buffer.blocks():
+        logits, _ = buffer.fill(hidden, begin, end)
+        local = buffer.local_labels(tile_labels, begin, end)
+        ref_logits = None if ref_block is None else ref_block(begin, end)[0]
+        if buffer.holds_vocabulary(begin, end):
+            whole = torch.ops.spo_kernels.token_stats_fwd(logits, local, ref_logits, None, shards.IGNORED, False)
+            return RowStats(*whole)
+        stats = shards.block_stats(logits, local, ref_logits)
+        merged = stats if merged is None else shards.merge(merged, stats)
+    assert merged is not None  # a head has a column
+    return _whole_vocabulary_stats(merged, buffer)
 
-    def filled(begin: int, end: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        logits, local = tile.fill(begin, end), tile.local_labels(tile_labels, begin, end)
-        return logits, local, None if reference is None else reference.fill(begin, end)
 
-    blocks = list(tile.blocks())
-    if tile.holds_vocabulary(*blocks[0]):
-        logits, local, ref_logits = filled(*blocks[0])
-        whole = torch.ops.spo_kernels.token_stats_fwd(logits, local, ref_logits, None, shards.IGNORED, False)
-        return RowStats(*whole)
-    stats = (shards.block_stats(*filled(begin, end)) for begin, end in blocks)
-    return _whole_vocabulary_stats(functools.reduce(shards.merge, stats), tile)
-
-
-def _whole_vocabulary_stats(block: shards.BlockStats, tile: Tile) -> RowStats:
+def _whole_vocabulary_stats(block: shards.BlockStats, buffer: LogitsBuffer) -> RowStats:
     """Statistics over the whole vocabulary, from a block that covers all columns of this process."""
-    whole = shards.combine(block, tile.columns, tile.width)
-    return RowStats(*(x.to(tile.accumulate) for x in (whole.logps(), whole.kl, whole.stats)))
+    whole = shards.combine(block, buffer.columns, buffer.width)
+    return RowStats(*(x.to(buffer.accumulate) for x in (whole.logps(), whole.kl, whole.stats)))
 
 
 def _add_gradients(
     rows: Rows,
-    tile: Tile,
-    reference: RefTile | None,
+    buffer: LogitsBuffer,
+    reference: RefLogits | None,
     labels: Tensor | None,
     upstream: RowGradients,
     saved: RowStats,
     gradients: GradientSums,
 ) -> None:
     """Add the gradients of these rows. Recomputes their logits block by block; uses the saved kl and stats."""
-    tile.select(rows)
-    gradients.begin_rows(rows, tile)
-    if reference is not None:
-        reference.select(rows)
+    hidden = buffer.hidden(rows)
+    gradients.begin_rows(rows, hidden)
+    ref_block = None if reference is None else functools.partial(reference.fill, reference.hidden(rows))
     tile_labels = None if labels is None else labels[rows]
-    for begin, end in tile.blocks():
-        logits, slope = tile.fill_with_slope(begin, end)
-        ref_logits = None if reference is None else reference.fill(begin, end)
-        local = tile.local_labels(tile_labels, begin, end)
+    for begin, end in buffer.blocks():
+        logits, slope = buffer.fill(hidden, begin, end, with_slope=True)
+        ref_logits = None if ref_block is None else ref_block(begin, end)[0]
+        local = buffer.local_labels(tile_labels, begin, end)
         _to_gradient_(logits, local, ref_logits, upstream, saved)
-        gradients.add(tile, logits, slope, begin, end)
+        gradients.add(buffer, hidden, logits, slope, begin, end)
     gradients.end_rows()
 
 
@@ -124,10 +122,10 @@ def token_stats_fwd(
     kl = head.hidden.new_zeros(0 if ref_head is None else rows, dtype=dtype)
     stats = head.hidden.new_zeros(2 if ref_head is None else 4, rows, dtype=dtype)
     shape = tile_shape(head, options, rows, forward=True)
-    tile = Tile(head, options, shape)
-    reference = ref_tile(head, ref_head, options, shape)
+    buffer = LogitsBuffer(head, options, shape)
+    reference = ref_logits_buffer(head, ref_head, options, shape)
     for selected in row_tiles(kept, rows, shape.rows):
-        tile_results = _row_stats(selected, tile, reference, labels)
+        tile_results = _row_stats(selected, buffer, reference, labels)
         stats[:, selected] = tile_results.stats
         if labels is not None:
             logps[selected] = tile_results.logps
@@ -149,13 +147,13 @@ def token_stats_bwd(
     """``(dhidden, dweight, dbias)``, each ``[0]`` where not wanted. saved: what the forward returned."""
     rows = head.hidden.shape[0]
     shape = tile_shape(head, options, rows, forward=False)
-    tile = Tile(head, options, shape)
+    buffer = LogitsBuffer(head, options, shape)
     if upstream.logps is None:
         labels = None
     saved_kl, stats = saved.kl, saved.stats
     if upstream.kl is None:  # without the reference's product
         ref_head, saved_kl, stats = None, saved_kl[:0], stats[:2]
-    reference = ref_tile(head, ref_head, options, shape)
+    reference = ref_logits_buffer(head, ref_head, options, shape)
     tiles = row_tiles(kept, rows, shape.rows)
     gradients = GradientSums(head, needs, options, one_tile=len(tiles) <= 1)
     for selected in tiles:
@@ -163,7 +161,7 @@ def token_stats_bwd(
         dkl = None if upstream.kl is None else upstream.kl[selected]
         tile_kl = saved_kl if dkl is None else saved_kl[selected]
         tile_stats = RowStats(saved.logps, tile_kl, stats[:, selected])
-        _add_gradients(selected, tile, reference, labels, RowGradients(dlogps, dkl), tile_stats, gradients)
+        _add_gradients(selected, buffer, reference, labels, RowGradients(dlogps, dkl), tile_stats, gradients)
     return gradients.finish()
 
 
@@ -175,31 +173,32 @@ def kl_loss_fwd(
     Tiles are as wide as the vocabulary. The gradients are ``[0]`` where not wanted.
     """
     shape = wide_tile_shape(head, options, tiles=2)
-    tile, reference = Tile(head, options, shape), Tile(ref_head, options, shape)
+    buffer, reference = LogitsBuffer(head, options, shape), LogitsBuffer(ref_head, options, shape)
     tiles = row_tiles(row_weight != 0, head.hidden.shape[0], shape.rows)
     gradients = GradientSums(head, needs, options, one_tile=len(tiles) <= 1)
     loss = head.hidden.new_zeros((), dtype=torch.float64)  # a sum over many tiles
     for selected in tiles:
-        loss += _kl_loss_of_tile(selected, tile, reference, row_weight[selected], gradients)
-    del tile, reference  # room for the cast of the sums
+        loss += _kl_loss_of_tile(selected, buffer, reference, row_weight[selected], gradients)
+    del buffer, reference  # room for the cast of the sums
     return loss.to(accumulate_dtype(head.hidden.dtype)), *gradients.finish()
 
 
-def _kl_loss_of_tile(rows: Rows, tile: Tile, reference: Tile, row_weight: Tensor, gradients: GradientSums) -> Tensor:
+def _kl_loss_of_tile(
+    rows: Rows, buffer: LogitsBuffer, reference: LogitsBuffer, row_weight: Tensor, gradients: GradientSums
+) -> Tensor:
     """``sum_i row_weight_i KL_i`` of these rows, whose gradients are added."""
-    tile.select(rows)
-    reference.select(rows)
-    gradients.begin_rows(rows, tile)
-    logits, slope = tile.fill_with_slope(0, tile.width)
-    ref_logits = reference.fill(0, tile.width)
+    hidden = buffer.hidden(rows)
+    gradients.begin_rows(rows, hidden)
+    logits, slope = buffer.fill(hidden, 0, buffer.width, with_slope=True)
+    ref_logits, _ = reference.fill(reference.hidden(rows), 0, buffer.width)
     loss: Tensor
-    if tile.columns.group is not None:  # the gradient has to wait for the other columns' statistics
-        saved = _whole_vocabulary_stats(shards.block_stats(logits, None, ref_logits), tile)
+    if buffer.columns.group is not None:  # the gradient has to wait for the other columns' statistics
+        saved = _whole_vocabulary_stats(shards.block_stats(logits, None, ref_logits), buffer)
         _to_gradient_(logits, None, ref_logits, RowGradients(None, row_weight), saved)
         loss = saved.kl.double() @ row_weight.double()
     else:
         loss = torch.ops.spo_kernels.kl_loss_fwd_(logits, ref_logits, row_weight)
-    gradients.add(tile, logits, slope, 0, tile.width)
+    gradients.add(buffer, hidden, logits, slope, 0, buffer.width)
     gradients.end_rows()
     return loss
 
@@ -244,16 +243,16 @@ def pair_gradients(
         )
     gradients = GradientSums(head, needs, options, one_tile=len(order) <= shape.rows)
     fits = any(0 < length <= shape.rows for length in lengths)
-    tile = Tile(head, options, shape) if fits else None
+    buffer = LogitsBuffer(head, options, shape) if fits else None
     for group in _pair_groups(order, lengths, shape.rows):
         gradient_of_logps = functools.partial(log_probs.complete_group, group)
         if group.rows.shape[0] == 0:  # pairs without rows have a loss too, at log-probs of 0
             gradient_of_logps(log_probs.sums[:0])
-        elif tile is not None and group.rows.shape[0] <= shape.rows:
-            _add_gradients_of_tile(group.rows, tile, labels, gradient_of_logps, gradients)
+        elif buffer is not None and group.rows.shape[0] <= shape.rows:
+            _add_gradients_of_tile(group.rows, buffer, labels, gradient_of_logps, gradients)
         else:
             _add_gradients_of_long_pair(group.rows, head, labels, gradient_of_logps, gradients, options)
-    del tile  # room for the cast of the sums
+    del buffer  # room for the cast of the sums
     return log_probs.sums.to(accumulate_dtype(head.hidden.dtype)), *gradients.finish()
 
 
@@ -306,19 +305,19 @@ def _pair_groups(order: Tensor, lengths: list[int], size: int) -> Iterator[PairG
 
 def _add_gradients_of_tile(
     rows: Tensor,
-    tile: Tile,
+    buffer: LogitsBuffer,
     labels: Tensor,
     gradient_of_logps: Callable[[Tensor], Tensor],
     gradients: GradientSums,
 ) -> None:
-    tile.select(rows)
-    gradients.begin_rows(rows, tile)
-    logits, slope = tile.fill_with_slope(0, tile.width)
-    local = tile.local_labels(labels[rows], 0, tile.width)
+    hidden = buffer.hidden(rows)
+    gradients.begin_rows(rows, hidden)
+    logits, slope = buffer.fill(hidden, 0, buffer.width, with_slope=True)
+    local = buffer.local_labels(labels[rows], 0, buffer.width)
     assert local is not None
-    saved = _whole_vocabulary_stats(shards.block_stats(logits, local, None), tile)
+    saved = _whole_vocabulary_stats(shards.block_stats(logits, local, None), buffer)
     _to_gradient_(logits, local, None, RowGradients(gradient_of_logps(saved.logps), None), saved)
-    gradients.add(tile, logits, slope, 0, tile.width)
+    gradients.add(buffer, hidden, logits, slope, 0, buffer.width)
     gradients.end_rows()
 
 
@@ -331,8 +330,8 @@ def _add_gradients_of_long_pair(
     options: HeadOptions,
 ) -> None:
     shape = tile_shape(head, options, rows.shape[0], forward=False)
-    tile = Tile(head, options, shape)
-    saved = [(chunk, _row_stats(chunk, tile, None, labels)) for chunk in rows.split(shape.rows)]
+    buffer = LogitsBuffer(head, options, shape)
+    saved = [(chunk, _row_stats(chunk, buffer, None, labels)) for chunk in rows.split(shape.rows)]
     dlogps = gradient_of_logps(torch.cat([stats.logps for _, stats in saved])).split(shape.rows)
     for (chunk, stats), upstream in zip(saved, dlogps, strict=True):
-        _add_gradients(chunk, tile, None, labels, RowGradients(upstream, None), stats, gradients)
+        _add_gradients(chunk, buffer, None, labels, RowGradients(upstream, None), stats, gradients)

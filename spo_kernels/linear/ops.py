@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spo_kernels import shards
 from spo_kernels.linear import loops
-from spo_kernels.linear.records import Head, HeadOptions, Needs, Uniform
+from spo_kernels.linear.records import Head, HeadOptions, Needs, PairObjective, PairWeights, Uniform
 from spo_kernels.losses import SoftImportance, mean_or_zero, pair_error, pair_preference
 from spo_kernels.op_library import mark_written, op, refuse_double_backward, refuse_second_backward
 from spo_kernels.precision import accumulate_dtype
@@ -173,13 +173,8 @@ def linear_spo_loss_fwd(
     labels: Tensor,  # [N]
     bounds: Tensor,  # [2P + 1], first row of each sequence, and N
     counts: Tensor,  # [2P] unignored rows of each sequence, floating
-    pair_weight: Tensor | None,  # [P]
-    normalizer: Tensor | None,  # [], of soft importance with gamma; None for uniform weights or with pair_weight
-    gamma: float,
-    alpha: float,
-    center: bool,
-    average: bool,
-    nll_weight: float,
+    weights: PairWeights,
+    objective: PairObjective,
     ignore_index: int,
     strict: bool,
     needs: Needs,
@@ -188,9 +183,10 @@ def linear_spo_loss_fwd(
     """``(loss [], sums of log-probs [2P], dhidden, dweight, dbias)``, the gradients as in `linear_kl_loss_fwd`."""
     pairs = counts.shape[0] // 2
     if options.columns.group is not None:
-        options.columns.check_same(labels=labels, cu_seqlens=bounds, pair_weight=pair_weight)
+        options.columns.check_same(labels=labels, cu_seqlens=bounds, pair_weight=weights.given)
     shards.check_labels(labels, options.columns.vocab_size, ignore_index)
-    importance = None if normalizer is None else SoftImportance(gamma, normalizer)
+    alpha, center, average, nll_weight = objective
+    importance = None if weights.normalizer is None else SoftImportance(weights.gamma, weights.normalizer)
     losses = counts.new_zeros(pairs)
     divisor = counts.clamp(min=1) if average else torch.ones_like(counts)
     nll_share = nll_weight / counts[:pairs].sum().clamp(min=1)
@@ -199,8 +195,8 @@ def linear_spo_loss_fwd(
         divisor_w, divisor_l = divisor[first:end], divisor[pairs + first : pairs + end]
         logp_w, logp_l = sums_w / divisor_w, sums_l / divisor_l
         mu = torch.ones_like(logp_w)
-        if pair_weight is not None:
-            mu = pair_weight[first:end]
+        if weights.given is not None:
+            mu = weights.given[first:end]
         elif importance is not None:
             mu = importance(logp_w, logp_l)
         margin = torch.where(mu == 0, 0, logp_w - logp_l)

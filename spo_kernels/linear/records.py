@@ -39,6 +39,23 @@ class HeadOptions(NamedTuple):
     columns: Columns  # of weight and bias, in the whole vocabulary
 
 
+class PairWeights(NamedTuple):
+    """mu of each pair, computed from that pair alone; 1 if nothing is given."""
+
+    given: Tensor | None  # [P]
+    normalizer: Tensor | None  # [], of soft importance; None without it
+    gamma: float  # of soft importance
+
+
+class PairObjective(NamedTuple):
+    """What `LinearSPOLoss` minimizes over pairs."""
+
+    alpha: float
+    center: bool
+    average: bool
+    nll_weight: float
+
+
 class Needs(NamedTuple):
     """Which gradients of a head are wanted, and in which dtype."""
 

@@ -130,7 +130,7 @@ def row_tiles(kept: Tensor | None, rows: int, size: int) -> list[Rows]:
     return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
 
 
-class Tile:
+class LogitsBuffer:
     """Logits of one head, a tile at a time in one buffer."""
 
     def __init__(self, head: Head, options: HeadOptions, shape: TileShape) -> None:
@@ -150,40 +150,33 @@ class Tile:
         for begin in range(0, self.width, self._shape.columns):
             yield begin, min(begin + self._shape.columns, self.width)
 
-    def select(self, rows: Rows) -> None:
-        """Choose the rows that `fill` takes."""
-        self.hidden = self._head.hidden[rows].to(self.dtype)
+    def hidden(self, rows: Rows) -> Tensor:
+        """Hidden states ``[n, H]`` of these rows, as the products take them."""
+        return self._head.hidden[rows].to(self.dtype)
 
-    def fill(self, begin: int, end: int) -> Tensor:
-        """Logits ``[n, end - begin]`` of the selected rows."""
-        logits = self._capped_product(begin, end)
-        softcap = self._options.softcap
-        return logits if softcap is None else logits.mul_(softcap / self._options.temperature)
+    def fill(self, hidden: Tensor, begin: int, end: int, *, with_slope: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Logits ``[n, end - begin]`` in the buffer; and, if asked for, the softcap's slope at each of them.
 
-    def fill_with_slope(self, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
-        """`fill`, and the softcap's slope at each of the logits; None without a softcap."""
-        logits = self._capped_product(begin, end)
-        softcap = self._options.softcap
-        if softcap is None:
-            return logits, None
-        slope = 1 - logits.square()
-        return logits.mul_(softcap / self._options.temperature), slope
-
-    def _capped_product(self, begin: int, end: int) -> Tensor:
-        """The logits; with a softcap, its tanh alone."""
+        Args:
+            hidden: what the method of that name returned.
+        """
         if self._memory is None:
             self._memory = self._head.hidden.new_empty(self._shape, dtype=self.dtype)
-        logits = self._memory[: self.hidden.shape[0], : end - begin]
+        logits = self._memory[: hidden.shape[0], : end - begin]
         softcap = self._options.softcap
         factor = self.scale if softcap is None else self._options.logit_scale / softcap
         for b, e in self._cast_blocks(begin, end):
             weight, out = self._head.weight[b:e].to(self.dtype), logits[:, b - begin : e - begin]
             if self._head.bias is None:
-                torch.addmm(out, self.hidden, weight.t(), beta=0, alpha=factor, out=out)
+                torch.addmm(out, hidden, weight.t(), beta=0, alpha=factor, out=out)
             else:
                 bias = self._head.bias[b:e].to(self.dtype)
-                torch.addmm(bias, self.hidden, weight.t(), beta=factor, alpha=factor, out=out)
-        return logits if softcap is None else logits.tanh_()
+                torch.addmm(bias, hidden, weight.t(), beta=factor, alpha=factor, out=out)
+        if softcap is None:
+            return logits, None
+        logits.tanh_()
+        slope = 1 - logits.square() if with_slope else None
+        return logits.mul_(softcap / self._options.temperature), slope
 
     def local_labels(self, labels: Tensor | None, begin: int, end: int) -> Tensor | None:
         """Labels of the whole vocabulary, relative to a block of columns."""
@@ -215,27 +208,32 @@ class Tile:
             yield b, min(b + size, end)
 
 
-class UniformTile:
-    """Logits of the uniform distribution, in place of a reference's."""
+class UniformLogits:
+    """Logits of the uniform distribution, in place of a reference's `LogitsBuffer`."""
 
     def __init__(self, head: Head, options: HeadOptions, shape: TileShape) -> None:
         self._row = head.hidden.new_zeros(1, shape.columns, dtype=_product_dtype(head, options.logits))
 
-    def select(self, rows: Rows) -> None:
-        self._count = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
+    def hidden(self, rows: Rows) -> Tensor:
+        """A view ``[n, V]`` of one row of zeros."""
+        return self._row.expand(rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0], -1)
 
-    def fill(self, begin: int, end: int) -> Tensor:
-        return self._row[:, : end - begin].expand(self._count, -1)
-
-
-RefTile = Tile | UniformTile
+    def fill(self, hidden: Tensor, begin: int, end: int) -> tuple[Tensor, None]:
+        return hidden[:, : end - begin], None
 
 
-def ref_tile(head: Head, ref_head: Head | Uniform | None, options: HeadOptions, shape: TileShape) -> RefTile | None:
-    """Tiles of the reference of a head."""
+RefLogits = LogitsBuffer | UniformLogits
+
+
+def ref_logits_buffer(
+    head: Head, ref_head: Head | Uniform | None, options: HeadOptions, shape: TileShape
+) -> RefLogits | None:
+    """The logits of a head's reference, tile by tile."""
     if ref_head is None:
         return None
-    return Tile(ref_head, options, shape) if isinstance(ref_head, Head) else UniformTile(head, options, shape)
+    if isinstance(ref_head, Head):
+        return LogitsBuffer(ref_head, options, shape)
+    return UniformLogits(head, options, shape)
 
 
 class GradientSums:
@@ -257,30 +255,33 @@ class GradientSums:
         self._bias = weight.new_zeros(weight.shape[0] if needs.bias and bias is not None else 0, dtype=self._wide)
         self._tiles = 0
 
-    def begin_rows(self, rows: Rows, tile: Tile) -> None:
-        """Start on the rows that the tile has selected."""
+    def begin_rows(self, rows: Rows, hidden: Tensor) -> None:
+        """Start on rows with these hidden states."""
         self._rows = rows
-        self._dhidden = torch.empty_like(tile.hidden, dtype=self._wide) if self._hidden.numel() else None
+        self._dhidden = torch.empty_like(hidden, dtype=self._wide) if self._hidden.numel() else None
         self._tiles += 1
 
-    def add(self, tile: Tile, dlogits: Tensor, slope: Tensor | None, begin: int, end: int) -> None:
+    def add(
+        self, buffer: LogitsBuffer, hidden: Tensor, dlogits: Tensor, slope: Tensor | None, begin: int, end: int
+    ) -> None:
         """Add the products of the backward of a block of logits.
 
         Args:
+            hidden: of the block's rows.
             dlogits: gradient of the block; overwritten.
-            slope: what `fill_with_slope` returned for the block.
+            slope: the softcap's slope at the block's logits, or None without a softcap.
         """
         if slope is not None:
             dlogits = dlogits.mul_(slope)
         dweight_dtype = self._weight.dtype if self._weight.numel() else None
-        for b, e, weight in tile.weights(begin, end, dweight_dtype):
+        for b, e, weight in buffer.weights(begin, end, dweight_dtype):
             block = dlogits[:, b - begin : e - begin]
             if self._dhidden is not None:
-                _accumulate(self._dhidden, block, weight, tile.scale, first=b == 0)
+                _accumulate(self._dhidden, block, weight, buffer.scale, first=b == 0)
             if self._weight.numel():
-                _accumulate(self._weight[b:e], block.t(), tile.hidden, tile.scale, first=self._tiles == 1)
+                _accumulate(self._weight[b:e], block.t(), hidden, buffer.scale, first=self._tiles == 1)
         if self._bias.numel():
-            self._bias[begin:end].add_(dlogits.sum(0, dtype=self._wide), alpha=tile.scale)
+            self._bias[begin:end].add_(dlogits.sum(0, dtype=self._wide), alpha=buffer.scale)
 
     def end_rows(self) -> None:
         """Store the gradient of the rows: all their columns have been added."""

@@ -30,7 +30,7 @@ from spo_kernels import (
     precision,
 )
 from spo_kernels.linear import ops
-from spo_kernels.linear.records import Head, HeadOptions, LogitOptions, Needs
+from spo_kernels.linear.records import Head, HeadOptions, LogitOptions, Needs, PairObjective, PairWeights
 from spo_kernels.op_library import Op
 from spo_kernels.shards import Columns
 
@@ -159,7 +159,7 @@ def op_arguments(op: str) -> tuple[Any, ...]:
     constant = Head(*(tensor.detach() for tensor in head))
     _, kl, stats = ops.linear_token_stats_fwd(constant, x.labels, None, None, IGNORE, True, options)
     upstream = (torch.rand(12), torch.rand(12))
-    pairs = (x.labels, torch.arange(5) * 3, torch.full((4,), 2.0), None, torch.tensor(-1.0))
+    pairs = (x.labels, torch.arange(5) * 3, torch.full((4,), 2.0), PairWeights(None, torch.tensor(-1.0), 0.05))
     return {
         "linear_token_stats_fwd": (head, x.labels, None, None, IGNORE, True, options),
         "linear_token_stats_bwd": (
@@ -179,11 +179,7 @@ def op_arguments(op: str) -> tuple[Any, ...]:
         "linear_spo_loss_fwd": (
             head,
             *pairs,
-            0.05,
-            0.1,
-            False,
-            True,
-            0.2,
+            PairObjective(alpha=0.1, center=False, average=True, nll_weight=0.2),
             IGNORE,
             False,
             needs,
