@@ -1,7 +1,8 @@
 """One step of alignment, as in Appendix B of the paper; `spo_train.alignment` is a whole run.
 
-A step has four acts: the method's preference loss of a batch of pairs, from one forward of the policy; for SPO the
-exact token KL on sequences drawn from the policy itself every `kl_every` steps; clip and AdamW; the record.
+A step computes the method's preference loss of a batch of pairs, from one forward of the policy. SPO adds the exact
+token KL on sequences that are drawn from the policy itself every `kl_every` steps. The step then clips the gradient,
+lets AdamW update the weights, and returns metrics.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class KLBatch:
     @classmethod
     def of(cls, samples: Sequences, ref_logits: Tensor, beta: float) -> KLBatch:
         is_response = samples.labels() != IGNORE_INDEX
-        # In double precision: kl_loss rounds it to the dtype it accumulates in.
+        # float64 here; kl_loss rounds the weight to the dtype in which it accumulates.
         return cls(samples, ref_logits, is_response.double() * (beta / len(samples)), int(is_response.sum()))
 
 
@@ -105,7 +106,7 @@ class Aligner:
         self._kl_order = BatchOrder(len(pairs), config.kl_samples, config.seed)
         self._sampling = torch.Generator(self.device).manual_seed(config.seed)
         self._kl_batch: KLBatch | None = None
-        # The reference's log-probabilities of every pair, filled in as pairs first come up; NaN is "not yet".
+        # The reference's log-probabilities of both responses. A pair has NaN until a batch holds it for the first time.
         self._reference_logps = torch.full((len(pairs), 2), math.nan, dtype=torch.float64)
         if self.importance is not None:
             self.importance.to(self.device)
@@ -116,7 +117,7 @@ class Aligner:
             config=config,
             data=pairs.fingerprint,
             may_change=MAY_CHANGE,
-            # The name is that of the setting, and of the tensors in every checkpoint so far.
+            # Checkpoints keep the tensors under the name of the setting, "weight".
             modules={} if self.importance is None else {"weight": self.importance},
             generators={"sampling": self._sampling},
         )
@@ -132,12 +133,12 @@ class Aligner:
             it: `seconds_preference`, `seconds_sampling` (reference logits included), `seconds_kl`.
 
         Raises:
-            NonFiniteLossError: loss or gradient is NaN or infinite. Weights and optimizer are left as they were.
+            NonFiniteLossError: loss or gradient is NaN or infinite. The weights and AdamW's moments are unchanged.
         """
         timer = PartTimer()
         self.policy.train()
         self._optimizer.zero_grad()
-        # Two backward passes, one a term: the activations of pairs and of KL samples are never held together.
+        # Each term has its own backward, so the activations of pairs and of KL samples are never held together.
         pairs = self._preference_backward(timer)
         weighted_kl, kl_tokens = self._kl_backward(timer)
         record = self._clip_and_step(pairs, weighted_kl)
@@ -165,7 +166,7 @@ class Aligner:
         return PairsTerm(loss, pairs, tokens)
 
     def _kl_backward(self, timer: PartTimer) -> tuple[Tensor | None, int]:
-        """Add the gradient of beta KL; return beta KL, None without that term, and the number of response tokens."""
+        """Add the gradient of beta KL. Return beta KL, or None without that term, and the number of response tokens."""
         if not (self.method.samples_kl and self.beta > 0):
             return None, 0
         batch = self._kl_batch
@@ -183,7 +184,7 @@ class Aligner:
         return weighted_kl, batch.tokens
 
     def _clip_and_step(self, pairs: PairsTerm, weighted_kl: Tensor | None) -> dict[str, float | None]:
-        """Clip the gradient, refuse what is not finite, and let AdamW take the step; return the metrics of the step."""
+        """Clip the gradient, raise if loss or gradient is not finite, and let AdamW take the step. Return metrics."""
         grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.clip)
         logps = pairs.logps
         margins = logps.chosen - logps.rejected
@@ -198,8 +199,8 @@ class Aligner:
             "logp_rejected": logps.rejected.mean(),
             "grad_norm": grad_norm,
         }
-        # The only transfer from the device in a step that neither samples nor fills in reference log-probabilities. Its
-        # values decide whether the update is taken.
+        # A step that neither samples nor runs the reference has no other transfer from the device. The values decide
+        # whether the update is taken.
         values = torch.stack([scalar.detach().double() for scalar in scalars.values()]).tolist()
         record: dict[str, float] = dict(zip(scalars, values, strict=True))
         kl = record.pop("weighted_kl")
@@ -225,7 +226,10 @@ class Aligner:
     def _reference(
         self, indices: np.ndarray, batch: Sequences, labels: Tensor
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Return the reference's log-probabilities [P] of chosen and rejected responses, from memory where known."""
+        """Return the reference's log-probabilities [P] of chosen and rejected responses.
+
+        The reference runs only if a pair of the batch is new.
+        """
         if not self.method.needs_reference:
             return None, None
         if self._reference_logps[indices].isnan().any():

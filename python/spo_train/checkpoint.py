@@ -63,7 +63,7 @@ class TrainingState:
             tensors |= {f"optimizer/{i}/{key}": tensor for key, tensor in state.items()}
         for name, generator in self.generators.items():
             tensors[f"rng/{name}"] = generator.get_state()
-        # The global generators too: a model may have dropout.
+        # A model with dropout also draws from torch's global generators.
         tensors["rng/torch"] = torch.get_rng_state()
         device = next(self.model.parameters()).device
         if device.type == "cuda":
@@ -81,7 +81,7 @@ class TrainingState:
             ValueError: the checkpoint belongs to a run with other settings or other data.
         """
         tensors, state = load_checkpoint(path)
-        # Version 0.1.0 of pretraining kept config and data one level deeper.
+        # Earlier checkpoints of pretraining hold config and data one level deeper.
         state |= state.get("run", {})
         self._refuse_another_run(path, state)
 
@@ -101,7 +101,7 @@ class TrainingState:
             rng = take("rng/")
             for name, generator in self.generators.items():
                 generator.set_state(rng[name])
-            if "torch" in rng:  # version 0.1.0 of pretraining kept none
+            if "torch" in rng:  # earlier checkpoints of pretraining hold no generator
                 torch.set_rng_state(rng["torch"])
             device = next(self.model.parameters()).device
             if device.type == "cuda" and "cuda" in rng:
@@ -114,7 +114,7 @@ class TrainingState:
         return {"model": self.model, **self.modules}
 
     def _refuse_another_run(self, path: Path, state: Mapping[str, Any]) -> None:
-        # What JSON makes of the settings: it has no tuples.
+        # The checkpoint's settings went through JSON, which turns tuples into lists.
         ours = json.loads(json.dumps(self.config.record())) | {"data": self.data}
         theirs = {**state.get("config", {}), "data": state.get("data")}
         for own in fields(self.config):
@@ -135,16 +135,16 @@ class TrainingState:
 def save_checkpoint(path: Path, *, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write `tensors` and `state` to `path` atomically.
 
-    Whatever interrupts the writing leaves the previous checkpoint as it was (see `spo_train.files`).
+    An interruption at any moment leaves the previous checkpoint as it was (see `spo_train.files`).
 
     Args:
         path: the checkpoint file; its folder is created if needed.
         tensors: named tensors of any dtype, shape and device (saved from the CPU, bit for bit).
-        state: anything JSON can hold; non-finite floats survive, tuples come back as lists.
+        state: anything that JSON can hold; non-finite floats survive, tuples come back as lists.
 
     Raises:
         CheckpointError: nothing was written (disk full, folder not writable, ...); a previous checkpoint still stands.
-        TypeError: `state` holds something JSON cannot.
+        TypeError: `state` holds something that JSON cannot hold.
     """
     path = Path(path)
     plain = _plain(tensors)

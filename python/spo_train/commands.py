@@ -35,7 +35,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class RenamedOption(click.Option):
-    """An option whose earlier names still work; `--help` leaves them out."""
+    """An option whose earlier names still work; `--help` shows only the present name."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         every_name, self.opts = self.opts, self.opts[:1]
@@ -48,7 +48,7 @@ class RenamedOption(click.Option):
 def settings_options(
     config: type[Settings], *, prefix: str = "", earlier_prefix: str | None = None, unset: bool = False
 ) -> Callable[[F], F]:
-    """Make one option of each field of a settings dataclass: type, default, choices, range and help are the field's.
+    """Make one option of each field of a settings dataclass, with the field's type, default, choices, range and help.
 
     Args:
         config: the dataclass.
@@ -98,7 +98,7 @@ def settings(config: type[Settings], options: dict[str, Any], *, prefix: str = "
 
 
 class Commands(click.Group):
-    """Prints failures that the user can mend as one line, without a traceback."""
+    """A command group that prints a failure as one line, without a traceback, if the user can mend it."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -127,7 +127,12 @@ prompts_option = click.option(
 
 
 def resume_option(default: bool | None, otherwise: str) -> Callable[[F], F]:
-    """Make the option of the trainers that says what to do with a run in the folder; None refuses it."""
+    """Make the option that says whether a trainer resumes or replaces the run in its folder.
+
+    Args:
+        default: True resumes; with None the command refuses such a folder.
+        otherwise: what `--help` says of the default.
+    """
     return click.option(
         "--resume/--restart",
         default=default,
@@ -141,7 +146,7 @@ def pretrain_options(function: F) -> F:
     options = (
         settings_options(PretrainConfig),
         resume_option(True, "resume; refuse a folder with a finished model"),
-        # Earlier versions needed it to replace a finished model.
+        # In earlier versions only --overwrite replaced a finished model.
         click.option("--overwrite", is_flag=True, hidden=True, help="Restart if the folder holds a finished model."),
         device_option,
     )
@@ -184,8 +189,8 @@ def pretrain(
 ) -> None:
     """Train a tokenizer and a small Llama on plain text.
 
-    TEXTS are UTF-8 text files, or folders whose .txt files are used. Called again after an interruption, it goes on
-    from the last checkpoint.
+    TEXTS are UTF-8 text files, or folders whose .txt files are used. Called again after an interruption, the command
+    goes on from the last checkpoint.
     """
     config = settings(PretrainConfig, options)
     from spo_train import pretrain as pretraining
@@ -244,8 +249,8 @@ def pairs(model: Path | None, out: Path, prompts: Path | None, device: str, **op
     """Make preference pairs: sample two texts, have both orders judged, keep clear winners.
 
     The judge is the embedded judge of stories. It scores from 0 to 10 with noise and favours the story shown second.
-    As in section 6 of the paper, a pair is kept if the same story wins in both orders, by at least 2 points when shown
-    first and 3 when shown second.
+    As in section 6 of the paper, a pair is kept if the same story wins in both orders. It must lead by at least 2
+    points where it is shown first, and by at least 3 where it is shown second.
     """
     config = settings(PairsConfig, options)
     from spo_train.sampling import read_prompts
@@ -277,7 +282,7 @@ def pairs(model: Path | None, out: Path, prompts: Path | None, device: str, **op
     type=click.Choice(["truncate", "drop"]),
     default="truncate",
     show_default=True,
-    help="What becomes of a pair with a response longer than the model's length.",
+    help="Whether to truncate a response that exceeds the model's length, or to drop its pair.",
 )
 @resume_option(None, "refuse a folder with a run")
 @settings_options(RunConfig)
@@ -365,10 +370,10 @@ def evaluate(
     device: str,
     **options: Any,
 ) -> None:
-    """Measure a MODEL's win rate against the reference, its KL to it, and its texts; JSON on standard output.
+    """Print a MODEL's win rate against the reference, its KL to the reference, and statistics of its texts, as JSON.
 
-    MODEL is the folder of a model or of an alignment run. The band of the win rate is 95 % of the sampling error only:
-    other training seeds, data or judges vary more.
+    MODEL is the folder of a model or of an alignment run. The win rate comes with a 95 % band, which covers the
+    sampling error only: other training seeds, data or judges vary the rate further.
     """
     config = settings(EvaluateConfig, options)
     from spo_train.evaluate import Evaluator
@@ -420,9 +425,9 @@ def report(runs: tuple[Path, ...], out: Path, stories: int) -> None:
 def demo(out: Path, quick: bool, fresh: bool, device: str, **options: Any) -> None:
     """The whole job on the shipped model: pairs, SPO, DPO, win rates, figure; about five minutes on two cores.
 
-    Samples stories from the shipped reference model, has pairs of them judged, aligns the model with SPO
-    (alpha 0.1, beta 0.03, soft weights) and with DPO (beta 0.1 and 0.3), and compares each with the reference while it
-    trains. Called again after an interruption, it goes on where it was.
+    The demo samples stories from the shipped reference model and has pairs of them judged. It aligns the model with SPO
+    (alpha 0.1, beta 0.03, soft weights) and with DPO (beta 0.1 and 0.3), and compares each with the reference during
+    training. Called again after an interruption, it goes on from where it stopped.
     """
     base = asdict(QUICK_DEMO) if quick else {}
     config = DemoConfig(**(base | {name: value for name, value in options.items() if value is not None}))
@@ -432,18 +437,18 @@ def demo(out: Path, quick: bool, fresh: bool, device: str, **options: Any) -> No
 
 
 def _usable(device: str) -> str:
-    """Return the device if torch can use it here."""
+    """Return the device, or raise ValueError if torch cannot use it here."""
     import torch
 
     try:
         torch.empty(0, device=device).cpu()  # a meta tensor has no values to copy
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of builds without CUDA, and of meta
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no CUDA, or meta
         raise ValueError(f"device must be one that torch can use here, got {device!r}: {error}") from error
     return device
 
 
 def _load(folder: Path | None, device: str) -> tuple[Llama, Tokenizer]:
-    """Load model and tokenizer of a folder, of the run in a folder, or (None) the shipped ones."""
+    """Load model and tokenizer from the folder of a model or of a run; None loads the shipped ones."""
     from spo_train.files import MODEL_FOLDER, RUN_FILE
     from spo_train.models.llama import load_pretrained
     from spo_train.toy.reference import load_reference

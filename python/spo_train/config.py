@@ -47,7 +47,7 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of the settings: fields made by `setting`.
+    """Base of the settings, whose fields are made by `setting`.
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -194,7 +194,7 @@ class PairsConfig(Settings):
         3,
         "at least 0",
         "How often all samples are paired anew at random, within their prompt, and judged again. Such pairs cost no "
-        "sampling, but share their samples with others.",
+        "sampling, but share their samples with other pairs.",
     )
     temperature: float = setting(1.0, "positive", "Sampling temperature.")
     max_length: int | None = setting(
@@ -208,10 +208,10 @@ class PairsConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(Settings):
-    """Sizes of the demo; everything else is fixed (see `spo_train.toy.demo`)."""
+    """Sizes, schedule and seed of the demo; `spo_train.toy.demo` has the settings that cannot be changed."""
 
     pairs: int = setting(
-        2500, "positive", "Pairs sampled and judged; about a sixth passes the filter, re-paired samples add more."
+        2500, "positive", "Pairs sampled and judged; about a sixth passes the filter, and re-pairing adds more."
     )
     steps: int = setting(200, "positive", "Optimizer steps of each of the three alignments.")
     warmup_steps: int = setting(60, "at least 0", "Steps over which the learning rate rises linearly from 0.")

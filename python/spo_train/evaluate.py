@@ -109,11 +109,11 @@ class Evaluator:
             reference_texts: texts of the reference from an earlier evaluator with the same settings; None samples them.
 
         Raises:
-            ValueError: no prompts, or one too long for the reference.
+            ValueError: no prompts, one too long for the reference, or a tokenizer that does not fit the reference.
         """
         tokenizer.check_fits(reference, "the reference")
         self.reference, self.tokenizer, self.config, self.judge = reference, tokenizer, config, judge
-        # No more prompts than each side samples: every prompt has texts of both.
+        # Neither side samples fewer texts than there are prompts, so every prompt has texts of both.
         most = min(config.samples, config.reference_samples)
         self.prompts = Prompts.encode(prompts[:most], tokenizer, reference.max_length)
         if reference_texts is None:
@@ -124,7 +124,7 @@ class Evaluator:
     def on_prompts_of(
         cls, pairs: PairDataset, reference: LanguageModel, tokenizer: Tokenizer, config: EvaluateConfig, *, judge: Judge
     ) -> Evaluator:
-        """Return an evaluator on the prompts of preference data, each once."""
+        """Return an evaluator on the prompts of the first `config.samples` pairs, each prompt once."""
         prompts = [tokenizer.decode(ids) for ids in pairs.prompts(range(min(len(pairs), config.samples)))]
         return cls(reference, tokenizer, config, judge=judge, prompts=list(dict.fromkeys(prompts)))
 
@@ -132,7 +132,7 @@ class Evaluator:
         """Sample from `policy`, judge the texts, and measure.
 
         Args:
-            policy: the model; of the reference's vocabulary.
+            policy: the model; its vocabulary is the reference's.
             step: part of the sampling's seed, so that the evaluations of one run are independent of each other.
 
         Returns:
@@ -140,7 +140,7 @@ class Evaluator:
             reference (mean over texts of the exact token KL summed over the response, nats) and `kl_error`, its
             standard error; `length` (mean tokens of the response); `finished` (share of texts that reached their eos);
             `distinct_2` (share of distinct ones among all word bigrams of all texts); `unique` (share of distinct
-            texts); and the mean of each of the judge's features, `score` among them.
+            texts); and the mean of each feature that the judge returns, `score` among them.
         """
         config = self.config
         texts, batches = self._sample(policy, config.samples, config.seed + 1 + step)

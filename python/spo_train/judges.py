@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 
-# Takes a text, and whether its author ended it (as opposed to a length limit). Returns features; "score" decides.
+# Takes a text, and whether its author ended it: False if a length limit cut it off. Returns features, of which "score"
+# decides a comparison.
 Judge = Callable[[str, bool], Mapping[str, float]]
 
 

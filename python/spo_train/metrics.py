@@ -19,7 +19,7 @@ class JsonlLog:
 
     Attributes:
         path: the file.
-        records: everything that it holds.
+        records: the records in the file.
     """
 
     def __init__(self, path: Path, *, keep_to_step: int | None = None) -> None:
@@ -34,7 +34,7 @@ class JsonlLog:
         write_jsonl(path, self.records)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record and hand it to the operating system; a resumed run places it by its `step`.
+        """Append a record and hand it to the operating system. Its `step` tells a resumed run whether to keep it.
 
         Raises:
             OSError: the file cannot be written, for instance because the disk is full; the message names the file.
@@ -68,7 +68,7 @@ class PartTimer:
 def progress_bar(
     *, total: int, desc: str, shown: bool = True, initial: int = 0, unit: str = "it", unit_scale: bool = False
 ) -> tqdm:
-    """Return a progress bar on standard error with rate and remaining time; silent where that is no terminal."""
+    """Return a progress bar with rate and remaining time. It prints nothing unless standard error is a terminal."""
     return tqdm(
         total=total,
         desc=desc,

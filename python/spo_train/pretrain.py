@@ -27,12 +27,12 @@ from spo_train.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """A pretrained model; its folder holds the same, for `spo_train.models.llama.load_pretrained`.
+    """A pretrained model. `spo_train.models.llama.load_pretrained` reads the same model from its folder.
 
     Attributes:
         model, tokenizer: the model, in eval mode, and its tokenizer.
         nll_per_token, nll_per_sequence: held-out negative log-likelihood in nats, eos counted.
-        train_sequences, held_out_sequences: how many there were.
+        train_sequences, held_out_sequences: numbers of sequences.
     """
 
     model: Llama
@@ -78,7 +78,7 @@ def pretrain(
     if not restart and holds_finished_model(out):
         raise ValueError(f"{out} already holds a model: restart, or choose another folder")
     if tokenizer is None:
-        # Training it is deterministic: a resumed run gets the same one.
+        # A resumed run gets the same tokenizer, because its training is deterministic.
         tokenizer = Tokenizer.train(documents, vocab_size=config.vocab_size)
     data = TokenSequences.encode(documents, tokenizer, config.max_length, progress=progress)
 
@@ -128,7 +128,7 @@ class Pretrainer:
 
     Attributes:
         model: what is trained.
-        train, held_out: sequences to train on, and those of the evaluations.
+        train, held_out: sequences to train on, and sequences to measure the NLL on.
         config: the settings.
         name, steps, step: see `spo_train.run.Trainer`.
     """
@@ -158,7 +158,7 @@ class Pretrainer:
             `tokens_per_second`; with an evaluation also `nll_per_token` and `nll_per_sequence` (held out, nats).
 
         Raises:
-            NonFiniteLossError: loss or gradient is NaN or infinite. Weights and optimizer are left as they were.
+            NonFiniteLossError: loss or gradient is NaN or infinite. The weights and AdamW's moments are unchanged.
         """
         start = time.perf_counter()
         lr = _learning_rate(self.step, self.config)
@@ -227,7 +227,7 @@ def _learning_rate(step: int, config: PretrainConfig) -> float:
 
 
 def _draw_batch(order: np.ndarray, step: int, config: PretrainConfig) -> np.ndarray:
-    """Return a random run of neighbours in `order`. Seed and step alone decide it, so a checkpoint needs no more."""
+    """Return neighbours in `order` from a random place. Seed and step decide the place, so checkpoints hold no more."""
     size = min(config.batch_size, len(order))
     start = np.random.default_rng((config.seed, 2, step)).integers(len(order) - size + 1)
     return order[start : start + size]

@@ -1,6 +1,6 @@
 """What the package needs of a model: logits from token ids and sampling; for training also parameters and saving.
 
-`spo_train.models.llama.Llama` has all of it. A Hugging Face model gets it from an adapter of a few lines.
+`spo_train.models.llama.Llama` has these methods. A Hugging Face model needs an adapter of a few lines.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class LanguageModel(Protocol):
         """Draw one continuation per prompt, without gradients and in eval mode; restore the training flag.
 
         Args:
-            prompts: token ids of each prompt, without bos (which the model puts in front); empty lists sample freely.
+            prompts: token ids of each prompt, without bos (the model puts it in front); an empty prompt samples freely.
             max_length: the most tokens of a whole sequence (bos + prompt + response + eos); at most `self.max_length`.
             temperature: divides the logits; must be positive.
             generator: source of randomness; the same state and prompts give the same sequences.

@@ -34,7 +34,7 @@ from spo_train.files import (
 
 FIGURE_FILE, TABLE_FILE, CSV_FILE, TEXTS_FILE = "win_rate.png", "results.md", "results.csv", "stories.md"
 
-# Okabe and Ito's colours, in the order of their contrast to white: readers with any colour vision tell them apart.
+# Okabe and Ito's colours: readers with any colour vision tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 INK, FAINT = "#333333", "#8a8a8a"
 BAND_NOTE = "Bands: 95 %, sampling error of the evaluation only (not of training seeds, data or judge)."
@@ -62,6 +62,7 @@ class Run:
 
     @property
     def best(self) -> Row:
+        """The evaluation with the highest win rate, without the one before the first step unless it is the only one."""
         return max(self.evaluations[1:] or self.evaluations, key=lambda record: record["win_rate"])
 
     @property
@@ -89,7 +90,7 @@ MAIN_COLUMNS = ("best win rate", "at step", "final win rate", "final KL", "fluen
 
 
 def label(config: dict[str, Any]) -> str:
-    """Return a short name for a run with this `AlignConfig`."""
+    """Return a short name for a run, from the record of its `AlignConfig`."""
     if config["method"] == "dpo":
         return f"DPO, β = {config['beta']:g}"
     return f"SPO, α = {config['alpha']:g}, β = {config['beta']:g}"  # noqa: RUF001 (the paper's letter)
@@ -146,7 +147,7 @@ def write_report(runs: Sequence[Run], out: StrPath, *, stories: int = 3) -> list
 
 
 def draw_figure(runs: Sequence[Run]) -> bytes:
-    """Draw win rate against steps, with bands, and beside it KL and fluency (or the judge's score). PNG."""
+    """Return a PNG: win rate against steps, with bands, and beside it KL and fluency (or the judge's score)."""
     style: dict[Any, Any] = {
         "font.size": 10,
         "axes.edgecolor": FAINT,
@@ -202,7 +203,7 @@ def draw_figure(runs: Sequence[Run]) -> bytes:
 
 
 def markdown_table(runs: Sequence[Run], columns: Sequence[str] = tuple(COLUMNS)) -> str:
-    """Return a table with a row for each run, its best and last evaluation with 95 % bands, and notes on them."""
+    """Return a table with a row for each run and notes below it. The win rates have 95 % bands."""
     heads = ["run", *columns]
     rows = [[run.label, *(COLUMNS[column](run) for column in columns)] for run in runs]
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
@@ -218,7 +219,7 @@ def markdown_table(runs: Sequence[Run], columns: Sequence[str] = tuple(COLUMNS))
 
 
 def csv_table(runs: Sequence[Run]) -> str:
-    """Return every evaluation of every run with all its metrics, one a line."""
+    """Return a line for every evaluation of every run, with all metrics."""
     keys = list(dict.fromkeys(key for run in runs for record in run.evaluations for key in record))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

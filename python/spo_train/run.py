@@ -57,8 +57,9 @@ def run(
 ) -> list[dict[str, Any]]:
     """Train to the last step, writing `metrics.jsonl`, `evaluations.jsonl` and `checkpoint.safetensors` to a folder.
 
-    A run that was killed goes on from its last checkpoint with the same losses as if nothing had happened (on the same
-    machine, with the same number of threads). SIGINT and SIGTERM end it after the current step, with a checkpoint.
+    With `resume`, a run that was killed goes on from its last checkpoint. On the same machine and with the same number
+    of threads it has the losses of an unbroken run. SIGINT and SIGTERM end a run after the current step, with a
+    checkpoint.
 
     Args:
         trainer: what to train.
@@ -66,7 +67,7 @@ def run(
         resume: go on from the checkpoint in `out`, or start if there is none yet.
         restart: start over, and replace the run in `out`.
         checkpoint_every: steps between two checkpoints; there is always one at the end.
-        evaluate_every: steps between two calls of `evaluate`, which also has one before the first step and one at the
+        evaluate_every: steps between two calls of `evaluate`; there is always one before the first step and one at the
             end.
         evaluate: takes the number of steps done, returns a record for `evaluations.jsonl`. It must leave the global
             random state alone.
@@ -77,7 +78,7 @@ def run(
 
     Raises:
         FileExistsError: `out` holds a run already, and neither `resume` nor `restart` is given.
-        NonFiniteLossError: the loss or its gradient is NaN or infinite; earlier checkpoints stand.
+        NonFiniteLossError: the loss or its gradient is NaN or infinite; the last checkpoint still stands.
         RunInterruptedError: a signal stopped the run, after a checkpoint.
         CheckpointError, OSError, ValueError: a file cannot be written or read, or belongs to another run.
     """

@@ -124,7 +124,8 @@ class TokenSequences:
     def by_length(self, seed: int, jitter: float = 6.0) -> np.ndarray:
         """Return an order in which neighbours have similar lengths, so that batches need little padding.
 
-        A sort by length alone would keep the same neighbours together for ever. The jitter, in tokens, mixes them.
+        The jitter, in tokens, mixes sequences of similar length. Without it, those of equal length would stand in the
+        order of the text.
         """
         noise = np.random.default_rng((seed, 1)).normal(0.0, jitter, len(self))
         return np.argsort(self.lengths + noise, kind="stable")

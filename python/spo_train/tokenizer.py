@@ -1,7 +1,7 @@
 """A sentencepiece BPE tokenizer whose `decode` undoes `encode` exactly.
 
-Nothing is normalised and no space is put in front. So the ids of a prompt followed by the ids of a response decode to
-the prompt's text followed by the response's text. Characters that the training text lacked fall back to their UTF-8
+The tokenizer normalises nothing and puts no space in front. So the ids of a prompt followed by the ids of a response
+decode to the prompt's text followed by the response's text. Characters that the training text lacked become their UTF-8
 bytes.
 """
 
@@ -85,7 +85,7 @@ class Tokenizer:
                 bos_id=BOS_ID,
                 eos_id=EOS_ID,
                 pad_id=PAD_ID,
-                num_threads=2,  # part of the saved model
+                num_threads=2,  # saved with the model, so another number would change the file
                 minloglevel=2,
             )
         except RuntimeError as error:

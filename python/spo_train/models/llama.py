@@ -70,7 +70,8 @@ class Attention(nn.Module):
         if cache is not None:  # [2, B, heads, positions up to and with these, head_dim]
             cache[0, :, :, -length:], cache[1, :, :, -length:] = k, v
             k, v = cache[0], cache[1]
-        # Several tokens come only with an empty cache, so the causal mask fits. A single token attends to all of it.
+        # Several tokens come only with an empty cache, where the causal mask is right. A single token attends to the
+        # whole cache.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
         return self.out(y.transpose(1, 2).reshape(batch, length, dim))
 
@@ -117,7 +118,7 @@ class Llama(nn.Module):
         angle = torch.arange(config.max_length)[:, None] * frequency
         # Cosine and sine of each position: [max_length, head_dim / 2, 2].
         self.register_buffer("rotation", torch.stack((angle.cos(), angle.sin()), -1), persistent=False)
-        # Each block adds twice to the residual stream. Scaled outputs keep the variance of all layers near that of one.
+        # Each block adds twice to the residual stream. This scale keeps the variance after all layers near that of one.
         residual_std = EMBEDDING_STD / math.sqrt(2 * config.layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
@@ -238,7 +239,7 @@ class Llama(nn.Module):
     def _prompt_rows(self, prompts: Sequence[Sequence[int]], max_length: int) -> tuple[Tensor, Tensor]:
         """Return bos and prompts as rows [B, max_length], filled up with the pad id, and their lengths [B]."""
         if len(prompts) == 0:
-            raise ValueError("prompts must hold at least one prompt (an empty list samples freely), got none")
+            raise ValueError("prompts must hold at least one prompt, got none ([[]] samples one text freely)")
         if not 2 <= max_length <= self.max_length:
             raise ValueError(f"max_length must be in [2, {self.max_length}], got {max_length}")
         tokens = torch.full((len(prompts), max_length), self.pad_id)
@@ -273,8 +274,8 @@ _DRAW_BLOCK = 128
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """Draw one id per row of logits [B, V]: invert the distribution function at uniform [B] in [0, 1).
 
-    The search goes over blocks of tokens first, then within the block that was hit. A running sum in float64 over all
-    of a large vocabulary would be a slow, serial pass.
+    The search goes over blocks of tokens first, then within the block that was hit. One running sum in float64 over a
+    large vocabulary would be slow, because it is serial.
     """
     probabilities = F.softmax(logits.float(), dim=-1)
     if padding := -probabilities.shape[-1] % _DRAW_BLOCK:
@@ -295,18 +296,19 @@ def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
 def _first_beyond(ends: Tensor, target: Tensor) -> Tensor:
     """Return the index [B, 1] of the first of the rising ends [B, n] beyond target [B, 1].
 
-    A target at the last end counts as just below it. So tokens without probability behind that end are never hit.
+    A target at or beyond the last end counts as just below that end, so trailing tokens without probability are never
+    hit.
     """
     last = ends[:, -1:]
     return torch.searchsorted(ends, torch.minimum(target, torch.nextafter(last, torch.zeros_like(last))), right=True)
 
 
 def load_model(path: StrPath, device: str | torch.device = "cpu") -> Llama:
-    """Read a folder written by `Llama.save`; weights stored in half precision are loaded as float32.
+    """Read a folder written by `Llama.save`; the weights become float32, whatever dtype the file has.
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
-        ValueError: a file is unreadable or truncated, or the weights do not match the config; names the file.
+        ValueError: a file is unreadable or truncated, or the weights do not match the config. The message names it.
     """
     config_file, weights_file = Path(path) / CONFIG_FILE, Path(path) / WEIGHTS_FILE
     config = _read_config(config_file)
@@ -331,7 +333,7 @@ def load_model(path: StrPath, device: str | torch.device = "cpu") -> Llama:
 
 
 def load_pretrained(path: StrPath, device: str | torch.device = "cpu") -> tuple[Llama, Tokenizer]:
-    """Read the model and the tokenizer of a folder written by `spo_train.pretrain`, and check that they fit."""
+    """Read the model and the tokenizer of a folder that pretraining or an alignment wrote, and check that they fit."""
     model = load_model(path, device)
     tokenizer = Tokenizer.load(Path(path) / TOKENIZER_FILE)
     tokenizer.check_fits(model, str(Path(path) / CONFIG_FILE))

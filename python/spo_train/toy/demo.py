@@ -1,7 +1,8 @@
 """The whole job, small: pairs from the shipped reference model, SPO and DPO, win rates, a figure, a table, stories.
 
-Sizes come from `DemoConfig`. Judge, grammar, seeds and the settings of the three alignments are fixed here. A stage
-whose result is in the folder is skipped, and an alignment goes on from its checkpoint.
+`DemoConfig` holds sizes, schedule and seed. The judge, the grammar and the objectives of the three alignments
+(`ALIGNMENTS`) cannot be changed. A stage whose result is in the folder is skipped, and an interrupted alignment goes on
+from its checkpoint.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from spo_train.toy.reference import load_reference
 SETTINGS_FILE, PAIRS_FILE, REFERENCE_FILE = "demo.json", "pairs.jsonl", "reference.jsonl"
 RUNS_FOLDER, REPORT_FOLDER = "runs", "report"
 
-# Settings of each alignment, by the name of its folder. SPO is that of the paper's Appendix B, but draws as many KL
-# samples as pairs; the paper draws a quarter. DPO has the usual beta, and the one that did best in a pilot.
+# Settings of each alignment, by the name of its folder. SPO has the settings of the paper's Appendix B, but draws 16 KL
+# samples, as many as the default batch has pairs; the paper draws a quarter of its batch. DPO runs with the usual beta
+# 0.1, and with 0.3, which did best in a pilot.
 ALIGNMENTS: dict[str, dict[str, Any]] = {
     "spo": {"method": "spo", "alpha": 0.1, "beta": 0.03, "weight": "soft", "gamma": 0.1, "kl_samples": 16},
     "dpo-0.1": {"method": "dpo", "beta": 0.1},
@@ -50,7 +52,7 @@ def run_demo(
         config: sizes.
         device: where the models run, as torch names it. A resumed demo may use another one.
         fresh: remove an earlier demo from `out` first; other files there stay.
-        say: takes each line that the demo has to say.
+        say: takes each line of the demo's output.
 
     Returns:
         The files of the report.

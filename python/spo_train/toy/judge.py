@@ -1,9 +1,9 @@
 """A judge of stories: it stands in for the human or model rater of preference data.
 
-The judge scores a story from 0 to 10. Readability (how mature the language is), fluency (how much of it the grammar
-could have said) and coherence (whether it keeps to its hero) give points; repetition and a missing end cost points.
-When the judge compares two stories, its scores are noisy and favour the one shown second, as raters do. The paper's
-filter keeps a pair if the same story wins by a clear margin in both orders.
+The judge scores a story from 0 to 10. Readability (how mature the language is), fluency (how many of the word trigrams
+occur in the grammar's stories) and coherence (whether the story keeps to its hero) give points. Repetition and a
+missing end cost points. When the judge compares two stories, its scores are noisy and favour the story shown second, as
+raters do. The paper's filter keeps a pair if the same story wins by a clear margin in both orders.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from functools import lru_cache
 from spo_train.judges import Judge
 from spo_train.toy.grammar import BOYS, GIRLS, stories
 
-# The judge takes the trigrams of these stories for fluent. No training set has this seed.
+# The trigrams of these stories count as fluent. No training set has this seed.
 FLUENT_STORIES, FLUENT_SEED = 20_000, 90_210
 
 HIGHEST_SCORE = 10.0
 READABILITY_POINTS, FLUENCY_POINTS, COHERENCE_POINTS = 4.5, 3.0, 2.5
 REPETITION_PENALTY, UNFINISHED_PENALTY = 3.0, 1.5
 FULL_GRADE = 11.0  # at this school grade and above, readability earns all its points
-FLUENCY_FLOOR = 0.6  # at this share of known trigrams and below, fluency earns nothing: function words reach it
+FLUENCY_FLOOR = 0.6  # fluency earns nothing up to this share of known trigrams, which function words alone reach
 FULL_WORDS = 45  # shorter stories lose points in proportion
 FEWEST_WORDS = 5  # anything shorter scores 0
 MARGIN_FIRST, MARGIN_SECOND = 2, 3  # the bias favours the story shown second, so it must win by more
@@ -47,7 +47,7 @@ class Assessment:
         fluency: share of the story's word trigrams that occur in the grammar's stories, in [0, 1].
         coherence: 1 for a story that keeps its hero, adds at most one friend and uses the right pronouns, down to 0.
         repetition: share of sentences that repeat an earlier one, in [0, 1].
-        finished: whether the story came to its end, on a full stop.
+        finished: whether its author ended the story, with a full stop, an exclamation mark or a closing quote.
         words: number of words.
     """
 

@@ -128,8 +128,8 @@ def make_pairs(
 
 
 def _random_pairs(samples: Sequence[Text], prompts: Prompts, rng: random.Random) -> list[tuple[int, int]]:
-    """Pair all samples at random with another of the same prompt; one of an odd number is left out."""
-    # By text: the same prompt may be listed twice.
+    """Pair each sample at random with another of the same prompt; an odd one is left out."""
+    # Grouped by the prompt's text, because the same prompt may be listed twice.
     by_prompt: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
         by_prompt.setdefault(prompts.texts[sample.prompt], []).append(i)
@@ -143,7 +143,7 @@ def _random_pairs(samples: Sequence[Text], prompts: Prompts, rng: random.Random)
 def _judged(
     pairs: Sequence[tuple[int, int]], samples: Sequence[Text], rater: StoryJudge, rng: random.Random
 ) -> list[tuple[int, int]]:
-    """Return (chosen, rejected) of the pairs that pass the filter; equal texts are no pair."""
+    """Return (chosen, rejected) of the pairs that pass the filter; pairs of equal texts do not."""
     kept = []
     for first, second in pairs:
         if samples[first].text == samples[second].text:
