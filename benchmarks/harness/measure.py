@@ -20,7 +20,7 @@ from spo_kernels import backends
 _MORE_ROUNDS = 20
 _ENOUGH_SECONDS = 0.5
 # A call that follows another provider's call finds its code and threads cold, which matters to calls of microseconds.
-_SHORT_SECONDS, _BURST = 0.01, 5
+_SHORT_SECONDS = 0.01
 # More than every last-level cache of a GPU holds (256 MiB on an MI300X). Reading it takes so long that the call is
 # launched meanwhile: events around the call see the device's time and not Python's.
 _FLUSH_BYTES = 512 << 20
@@ -61,7 +61,7 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-class _Clock:
+class Clock:
     """Times one call: perf_counter and process time, or on a GPU events, after evicting its caches.
 
     device: a GPU must be torch's current device, to which events belong.
@@ -87,7 +87,7 @@ class _Clock:
         return (self._start.elapsed_time(self._end) / 1e3 if self._cuda else wall), cpu
 
 
-def _time_once(clock: _Clock, entry: Entry) -> tuple[float, float]:
+def _time_once(clock: Clock, entry: Entry) -> tuple[float, float]:
     entry.prepare()
     times = clock.time(entry.call)
     entry.finish()
@@ -99,13 +99,15 @@ def interleave(
     device: torch.device,
     repeats: int,
     every_round: Callable[[], None] = nothing,
+    *,
+    burst_of_short_calls: int = 5,
 ) -> dict[str, Samples]:
     """Time all entries in turns, one call each a round, so that a change of the machine meets all of them.
 
     The first round is warm-up. There are `repeats` rounds, more where rounds are short. The order rotates, so that no
-    entry always follows the same other one. Where all calls are short, a turn is the median of a few.
+    entry always follows the same other one. Where all calls are short, a turn is the median of `burst_of_short_calls`.
     """
-    clock = _Clock(device)
+    clock = Clock(device)
     labels = list(entries)
 
     def one_round(start: int, burst: int) -> dict[str, tuple[float, float]]:
@@ -118,7 +120,7 @@ def interleave(
 
     warm_up = one_round(0, 1)
     slowest = max(wall for wall, _ in warm_up.values())
-    burst = _BURST if slowest < _SHORT_SECONDS else 1
+    burst = burst_of_short_calls if slowest < _SHORT_SECONDS else 1
     rounds = max(repeats, min(_MORE_ROUNDS * repeats, int(_ENOUGH_SECONDS / slowest)))
     samples = {label: Samples() for label in labels}
     for index in range(rounds):
@@ -138,10 +140,10 @@ class Bandwidth:
     compared with the best loop of that round: other tenants of a machine's memory may halve its rate for minutes.
     """
 
-    def __init__(self, nbytes: int, device: torch.device, threads: int) -> None:
+    def __init__(self, nbytes: int, device: torch.device, threads: int, clock: Clock | None = None) -> None:
         self._array = torch.ones(max(nbytes // 4, 1), dtype=torch.float32, device=device)
         self._nbytes = self._array.nbytes
-        self._clock = _Clock(device)
+        self._clock = clock or Clock(device)
         self._threads = threads
         self._control = None
         if device.type == "cpu" and backends.active("cpu") == "cpu":

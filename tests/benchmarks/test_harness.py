@@ -33,8 +33,7 @@ def test_peak_memory_counts_what_a_call_allocates() -> None:
     assert peak.allocator < 1 << 12
 
 
-def test_interleave_takes_turns_and_leaves_preparation_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_BURST", 1)
+def test_interleave_takes_turns_and_leaves_preparation_out() -> None:
     calls: list[str] = []
     entries = {
         name: measure.Entry(
@@ -44,7 +43,7 @@ def test_interleave_takes_turns_and_leaves_preparation_out(monkeypatch: pytest.M
         )
         for name in ("a", "b")
     }
-    samples = measure.interleave(entries, torch.device("cpu"), 2, lambda: calls.append("round"))
+    samples = measure.interleave(entries, torch.device("cpu"), 2, lambda: calls.append("round"), burst_of_short_calls=1)
     turn = [[f"prepare {name}", name, f"finish {name}"] for name in ("a", "b")]
     forwards, backwards = [*turn[0], *turn[1], "round"], [*turn[1], *turn[0], "round"]
     assert calls[:21] == [*forwards, *forwards, *backwards]  # warm-up, then the order rotates
@@ -58,7 +57,7 @@ def test_statistics() -> None:
 
 
 class FakeEvent:
-    """Stands in for torch.cuda.Event: a tick of a counter that every call of the test advances."""
+    """Stands in for torch.cuda.Event: records a counter, which the timed calls of the test advance."""
 
     now = 0.0
 
@@ -90,7 +89,7 @@ def test_a_gpu_is_timed_between_events_with_cold_caches(monkeypatch: pytest.Monk
     monkeypatch.setattr(FakeEvent, "now", 0.0)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch, "zeros", lambda *size, **options: Flush())
-    clock = measure._Clock(torch.device("cuda"))
+    clock = measure.Clock(torch.device("cuda"))
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     assert [clock.time(call)[0] for _ in range(2)] == [3e-3, 3e-3]
@@ -117,18 +116,14 @@ def test_selfcheck_sees_a_nan_in_any_result(name: str) -> None:
 
 
 def test_on_a_gpu_the_limit_is_that_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Clock:
-        def __init__(self, device: torch.device) -> None:
-            pass
-
+    class HalfASecond(measure.Clock):
         def time(self, call: Callable[[], object]) -> tuple[float, float]:
             call()
             return 0.5, 0.5
 
     ones = torch.ones
-    monkeypatch.setattr(measure, "_Clock", Clock)
     monkeypatch.setattr(torch, "ones", lambda *size, dtype, device: ones(*size, dtype=dtype))
-    limit = measure.Bandwidth(4000, torch.device("cuda"), 1)
+    limit = measure.Bandwidth(4000, torch.device("cuda"), 1, HalfASecond(torch.device("cpu")))
     limit.sample()
     assert limit.source == "torch.Tensor.copy_"
     assert limit.read == limit.update == [2 * 4000 / 0.5]
