@@ -1,8 +1,8 @@
-"""Which implementations the tests run: the CPU's backend at every SIMD level of this machine, the CUDA kernels' own
-source, emulated, and, where there is a GPU, the backends that serve it.
+"""Which implementations the tests run: the CPU's backend at every SIMD level of this machine, the emulated CUDA
+kernels, and, where there is a GPU, the backends that serve it.
 
-The suite is for the compiled kernels: without them, and without SPO_BACKEND saying that something else is meant,
-importing the package or asking for its backend fails, and so does the suite.
+The suite tests the compiled kernels. Where they are missing, importing the package or asking for its backend fails, and
+so does the suite, unless SPO_BACKEND selects another backend.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-# A thread that waits for another sleeps. Where compilers share the cores, spinning takes ten times the work.
+# Waiting threads sleep. Threads that spin make the tests many times slower while compilers use the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import emulated
@@ -29,16 +29,16 @@ from spo_kernels.backends import cpu, cuda
 
 import_benchmarks()
 
-# The oracle has tests of its own; here it stands in only where it is what serves the CPU.
+# The oracle has its own tests. It is among the implementations only if it serves the CPU.
 IMPLEMENTATIONS = [f"cpu-{level}" for level in LEVELS] if ACTIVE == "cpu" else [ACTIVE]
-NO_CUDA_HEADERS = pytest.mark.skipif(emulated.cuda_include() is None, reason="no CUDA toolkit, whose headers it takes")
+NO_CUDA_HEADERS = pytest.mark.skipif(emulated.cuda_include() is None, reason="needs the headers of a CUDA toolkit")
 GPU_BACKENDS = [name for name in ("cuda", "triton") if torch.cuda.is_available() and name in backends.available()]
 ON_GPU = [pytest.param(f"gpu-{name}", marks=pytest.mark.gpu) for name in GPU_BACKENDS]
 LEVELS_OR_SKIP: list[Any] = [*LEVELS] or [pytest.param("", marks=pytest.mark.skip(reason=f"SPO_BACKEND={ACTIVE}"))]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that wait for something at work in the background come last."""
+    """Run tests that wait for background work last."""
     items.sort(key=lambda item: bool(waits_for(item)))
 
 
@@ -62,7 +62,7 @@ def emulated_cuda(emulated_library: Path) -> backends.Backend:
 
 @pytest.fixture(params=[*IMPLEMENTATIONS, pytest.param("emulated_cuda", marks=NO_CUDA_HEADERS), *ON_GPU])
 def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
-    """The functions of one implementation; the compiled kernels at one SIMD level, for which no other may stand in."""
+    """The functions of one implementation. A test of a SIMD level fails if rows ran at another level."""
     if request.param == "emulated_cuda":
         yield request.getfixturevalue("emulated_cuda")
         return
@@ -87,7 +87,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
 
 @pytest.fixture(params=LEVELS_OR_SKIP)
 def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A SIMD level of the compiled kernels, set, with the counters at zero; for tests of the control surface."""
+    """A SIMD level of the compiled kernels, selected, with the counters of rows at zero."""
     control = cpu.load()
     before = control.simd_level()
     control.set_simd_level(request.param)
@@ -98,7 +98,7 @@ def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
-    """Two threads, so that work is split over rows, and one seed, whatever ran before."""
+    """Two threads, so that work is split over rows, and the same seed for every test."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
     yield

@@ -1,4 +1,4 @@
-"""Commands of the benchmark suite that compare or gather: bars, growth, table, all; and bad arguments."""
+"""The commands bars, growth, table and all of the benchmark suite, and bad arguments of every command."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ def test_bars_are_all_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main([*arguments, "--head-shape", "16x8x130", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith(("| token_", "| kl_loss", "| head"))]
-    # Of the ops both dtypes, two of kl_loss in float32 alone; of the head two routes in two dtypes; two of calls.
+    # Row ops: 12 bars in each of two dtypes, and 2 of kl_loss in float32 only. Head: 3 bars in each dtype for each of
+    # two routes. Calls: 2 bars.
     assert len(lines) == 2 * 12 + 2 + 4 * 3 + 2
-    # Over compile, of the AVX2 level, the share of a bandwidth that so small a case does not show.
+    # Not measured in each dtype: three ratios to compiled code, the AVX2 level, and the share of the bandwidth, for
+    # which the case is too small. In float32 also the ratio of kl_loss to compiled code.
     assert sum(line.endswith("| not measured |") for line in lines) == 2 * 5 + 1
     assert all("pass (" in line or "MISS (" in line for line in lines if "not measured" not in line)
     assert "A torch.autograd.Function that does nothing takes" in printed
@@ -150,7 +152,7 @@ def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pyt
 
 @pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
 def test_a_gpu_is_named_by_its_index(name: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.cuda.set_device` refuses a device without one."""
+    """`torch.cuda.set_device` refuses a device without an index."""
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
@@ -174,5 +176,5 @@ def test_the_unbuilt_tree_does_not_shadow_the_installed_package(tmp_path: Path) 
     installed = importlib.util.find_spec("spo_kernels")
     assert installed is not None
     assert run_python("-m", "benchmarks", cwd=tmp_path).stdout.strip() == installed.origin
-    (tmp_path / "spo_kernels" / "libspo_kernels.so").touch()  # a built tree is what should be measured
+    (tmp_path / "spo_kernels" / "libspo_kernels.so").touch()  # a built tree comes before the installed package
     assert run_python("-m", "benchmarks", cwd=tmp_path).stdout.strip() == str(ours)

@@ -20,7 +20,7 @@ HEAD_TABLES = [(loss, pass_name) for loss in ("pairs", "kl") for pass_name in ("
 
 def test_head_agrees_with_float64_and_writes_its_page(tmp_path: Path) -> None:
     sizes = ["--pairs", "2", "--tokens", "8", "--hidden", "32", "--vocabulary", "200", "--dtypes", "float32"]
-    # where they are installed
+    # peers that are installed
     peers = [name for name in ("liger", "cut_cross_entropy", "trl") if name in HEAD_PROVIDERS["pairs"]]
     providers = ["--providers", "recompute_free", "recompute", "eager", *peers]
     assert cli.main(["head", *TINY, *sizes, *providers, "--out", str(tmp_path)]) == 0
@@ -96,7 +96,7 @@ def test_step_agrees_with_float64_and_writes_its_page(tmp_path: Path) -> None:
         assert float(rows[name]["with_refresh_ms"]) == pytest.approx(float(rows[name]["wall_ms"]) + share, rel=1e-4)
     page = only(tmp_path, "step-*.md").read_text()
     assert "| ours_inplace |" in page
-    # Everyone multiplies matrices; row kernels run in our steps alone.
+    # Only our steps run row kernels.
     (row_kernels,) = (line for line in page.splitlines() if line.startswith("| row kernels |"))
     ours, eager, refresh = row_kernels.strip("| ").split(" | ")[1:]
     assert not ours.endswith("(0%)") and eager == refresh == "0.0 (0%)"
@@ -112,7 +112,7 @@ def test_a_bfloat16_step_passes_its_gate_and_names_its_dtype(tmp_path: Path) -> 
     rows = {row["provider"]: row for row in read(only(tmp_path, "step-*.csv"))}
     assert {row["status"] for row in rows.values()} == {"ok"}
     for name in providers:
-        assert 1e-5 < float(rows[name]["error_grad"]) < 5e-2  # more than float32 would leave
+        assert 1e-5 < float(rows[name]["error_grad"]) < 5e-2  # a float32 step has a smaller error
     page = only(tmp_path, "step-*.md").read_text()
     assert ", 1 layers, bfloat16. " in page and "float32" not in page
 

@@ -25,6 +25,7 @@ from benchmarks.workloads.row_ops import OPS, WORKLOADS
 
 
 def replace_provider(monkeypatch: pytest.MonkeyPatch, name: str, op: str, function: object) -> None:
+    """Let a provider compute an op by another function."""
     provider = PROVIDERS[name]
     changed = dataclasses.replace(provider, functions={**provider.functions, op: function})
     monkeypatch.setitem(PROVIDERS, name, changed)
@@ -41,7 +42,7 @@ def test_command_line_measures_and_tabulates(tmp_path: Path, capsys: pytest.Capt
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     assert {row["run"] for row in rows} == {"0", "1"}
     assert {row["status"] for row in rows} == {"ok"}
-    # eager_float is for half precision, ours_inplace for passes with a backward: neither has other rows
+    # eager_float has rows in half precision only, ours_inplace only for passes with a backward.
     assert all(row["dtype"] == "bfloat16" for row in rows if row["provider"] == "eager_float")
     assert all(row["pass_name"] != "fwd" for row in rows if row["provider"] == "ours_inplace")
     for row in rows:
@@ -60,7 +61,7 @@ def test_command_line_measures_and_tabulates(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_share_of_the_limit_and_its_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    rates = [7e9, 10e9, 20e9, 40e9]  # of the warm-up, which does not count, and of three rounds
+    rates = [7e9, 10e9, 20e9, 40e9]  # bytes a second: in the warm-up, which does not count, and in three rounds
 
     def sample(bandwidth: measure.Bandwidth) -> None:
         bandwidth.read.append(rates[len(bandwidth.read)])
@@ -79,7 +80,8 @@ def test_share_of_the_limit_and_its_plot(monkeypatch: pytest.MonkeyPatch, tmp_pa
     arguments = ["--shapes", "66x32000", "--dtypes", "float32", "--ops", "token_logps", "--providers"]
     assert cli.main(["ops", *TINY, *out, *arguments, "ours", "ours_inplace", "eager"]) == 0
     for row in read(only(tmp_path, "ops-*.csv")):
-        # Times at the limits over times taken: moved / 2e7, / 8e7 and / 4e7; of three tensors two at twice the rate.
+        # The share of a round is bytes / rate / time: moved / 2e7, moved / 8e7 and moved / 4e7, of which the last is
+        # the median. In fwd_bwd two of the three tensors move at the update rate, twice the read rate.
         tensors, at_limits = (1, 1) if row["pass_name"] == "fwd" else (3, 2 / 3)
         moved = 66 * 32000 * 4 * tensors
         assert float(row["model_mb"]) == pytest.approx(moved / 1e6, rel=1e-5)
@@ -168,7 +170,7 @@ def test_byte_model(op: str, pass_name: str, read_tensors: int, update_tensors: 
         assert moved == (read_tensors * 70 * size, update_tensors * 70 * size)
 
 
-@pytest.mark.skipif(os.environ.get("SPO_BACKEND") == "reference", reason="the oracle is not frugal")
+@pytest.mark.skipif(os.environ.get("SPO_BACKEND") == "reference", reason="plain torch allocates temporaries")
 @pytest.mark.parametrize("op", OPS)
 def test_ours_in_place_allocates_nothing_vocabulary_wide(op: str, tmp_path: Path) -> None:
     arguments = ["ops", *TINY, "--shapes", "64x8000", "--dtypes", "float32", "--ops", f"{op}.fwd_bwd"]
@@ -180,7 +182,7 @@ def test_ours_in_place_allocates_nothing_vocabulary_wide(op: str, tmp_path: Path
     assert extra["eager"] > 2.5 * tensor_mib
 
 
-def test_every_provider_that_is_measured_by_default_is_drawn() -> None:
+def test_every_default_provider_has_a_colour_and_every_provider_a_label() -> None:
     assert set(DEFAULT_PROVIDERS) <= set(plot.COLOURS)
     assert set(PROVIDERS) == set(table.PROVIDER_LABELS)
 
@@ -193,7 +195,7 @@ def test_peers_that_need_a_gpu_say_so() -> None:
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="liger_kernel is not installed")
-def test_liger_is_called_as_it_wants_to_be() -> None:
+def test_liger_gives_the_values_of_the_formula() -> None:
     program = """
 import torch
 from benchmarks.peers.eager import token_logps
@@ -232,6 +234,6 @@ def test_floors_are_bytes_over_bandwidth(capsys: pytest.CaptureFixture[str]) -> 
     table = {cells[0]: cells[h100] for cells in lines[2:] if len(cells) > h100}
     assert table["token_logps.fwd"] == f"{1e6 * 8192 * 32000 * 2 / 3.35e12:.0f}"
     assert table["token_kl.fwd_bwd"] == f"{1e6 * 8192 * 32000 * 2 * 5 / 3.35e12:.0f}"
-    # A logit is 1536 operations, and 4 bytes that a kernel which keeps it does not move.
+    # A logit takes 2 * 768 operations. A kernel that does not store it saves 4 bytes of traffic.
     product = 2 * 768 / 989e12
     assert lines[-1][:3] == ["768", "72%", f"{product / (product + 4 / 3.35e12):.0%}"]

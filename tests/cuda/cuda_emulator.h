@@ -2,9 +2,10 @@
 // blocks at a time.
 //
 // It models blocks, warps, barriers, shuffles, shared memory and vector loads. A thread runs until it waits for others.
-// Then the next warp has its turn: warps run in ascending order in even blocks and in descending order in odd ones, so
-// a missing barrier gives a wrong result in one of the orders. The program stops where a GPU may hang or compute
-// garbage: a barrier that some threads never reach, a shuffle of lanes that have exited, a misaligned vector.
+// When all threads of a warp wait, the next warp runs. Warps run in ascending order in even blocks and in descending
+// order in odd ones, so a missing barrier gives a wrong result in one of the orders. The program stops where a GPU may
+// hang or compute garbage: a barrier that some threads never reach, a shuffle of lanes that have exited, a misaligned
+// vector.
 //
 // Blocks of a cluster take turns in the same way: a block runs until it waits for the cluster's barrier or for bytes.
 // Each block has dynamic shared memory, which starts as NaN; a kernel of clusters must not have static shared memory. A
@@ -13,8 +14,8 @@
 // copy would. The program stops at a copy that nobody waits for, and at a store in a block that has not begun or has
 // returned.
 //
-// It does not model data races within a turn, nor time. The results of approximate instructions go through off_by(),
-// which moves them by a hash of the result: equal results move equally.
+// It models neither time nor data races between threads that run without waiting. The results of approximate
+// instructions go through off_by(), which moves them by a hash of the result: equal results move equally.
 //
 // Build with -std=c++20 -fno-strict-aliasing: vectors and their elements alias, as nvcc lets them.
 #pragma once
@@ -51,7 +52,7 @@ constexpr int kWarp = 32;
 constexpr std::size_t kStack = 128 * 1024;
 
 inline int capability = 90;    // compute capability of the emulated device, times ten: 90 has clusters, 80 has none
-inline long clusters_run = 0;  // of kernels with dynamic shared memory
+inline long clusters_run = 0;  // clusters that have run, of kernels with dynamic shared memory
 
 // A stack, and the place where execution left it.
 #if defined(__x86_64__)
@@ -98,7 +99,7 @@ enum class State { ready, at_collective, at_barrier, at_cluster, at_mbarrier, do
 
 struct Copy {
   void* to;
-  const void* from;  // null: the values
+  const void* from;  // null: copies `values`
   std::size_t bytes;
   float values[4] = {};
 };
@@ -361,7 +362,7 @@ inline void cluster_sync() {
 
 template <class T>
 void store_async(T* own, unsigned rank, const T& value, std::uint64_t* at) {
-  if (rank >= block->cluster->size()) stop("a store in a block that the cluster has not");
+  if (rank >= block->cluster->size()) stop("a store in a block outside the cluster");
   Block& peer = (*block->cluster)[rank];
   if (!peer.begun) stop("a store in the shared memory of a block that has not begun");
   bool left = true;
@@ -439,7 +440,7 @@ void check_aligned(const T* p) {
   if (reinterpret_cast<std::uintptr_t>(p) % sizeof(T)) stop("misaligned vector access");
 }
 
-// y, moved by up to so many ulp.
+// y, moved by up to `ulps` units in the last place.
 inline float off_by(float y, int ulps) {
   if (!std::isnormal(y)) return y;
   std::uint32_t bits;

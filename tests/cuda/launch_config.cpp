@@ -26,14 +26,14 @@ void require_blocks(int threads_per_row, std::int64_t groups, std::int64_t block
   require(blocks * in_block >= groups && (blocks - 1) * in_block < groups, "enough blocks and none idle", N, V);
 }
 
-constexpr SharedMemory kH100{232448}, kNone{0};  // a B200 has as much
+constexpr SharedMemory kH100{232448}, kNone{0};  // bytes a block; a B200 has as many as an H100
 
 void require_cluster(std::int64_t V, int element_bytes) {
   const ClusterConfig c = cluster_config(V, element_bytes, kH100);
   require(cluster_config(V, element_bytes, kNone).blocks == 0, "no clusters without shared memory for them", 0, V);
   if (c.blocks == 0) {
     const bool suits = V * element_bytes % 16 == 0 && V * element_bytes >= kClusterRowBytes;
-    require(!suits || 2 * V * element_bytes > 8 * 229000, "clusters for long rows but those that exceed them", 0, V);
+    require(!suits || 2 * V * element_bytes > 8 * 229000, "a cluster for every long row that fits one", 0, V);
     return;
   }
   require(V * element_bytes % 16 == 0, "rows of whole vectors", 0, V);
@@ -75,7 +75,7 @@ int main() {
           require_partition(r.splits, r.split_elements, N, V);
           require_blocks(r.threads_per_row, N * r.splits, r.blocks, N, V);
           require(r.splits == 1 || r.split_elements % 16 == 0, "splits that start where vectors do", N, V);
-          require(r.splits == 1 || (!deterministic && r.threads_per_row == kThreads), "few rows alone split", N, V);
+          require(r.splits == 1 || (!deterministic && r.threads_per_row == kThreads), "only long rows split", N, V);
           require(r.splits == 1 || r.blocks <= 4 * multiprocessors + N, "no more blocks than wanted", N, V);
           require(!deterministic || r.split_elements == V, "a row's work independent of N", N, V);
           for (const int packet : {2, 4, 8}) {

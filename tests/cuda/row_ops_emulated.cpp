@@ -1,6 +1,6 @@
 // Compares the emulated CUDA row ops with plain double arithmetic, on aligned, misaligned, offset and sliced rows in
-// buffers without a spare element. The sanitizers and planted bugs use this program; tests through torch check
-// accuracy. Prints "ok" or the first wrong value.
+// buffers without a spare element. The tests with sanitizers and with planted bugs run this program. tests/test_ops.py
+// checks accuracy. Prints "ok" or the first wrong value.
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -102,7 +102,7 @@ void check(DType dtype, std::int64_t V, std::int64_t pad, std::int64_t lead, int
   close("scaled", cuda::to_acc(dz.row(N - 1)[V - 1]), before / 2, rounding);
 }
 
-// kl_loss in clusters that take several rows each. Checks every KL and gradient, rows of weight 0, each row alone and
+// Checks kl_loss in clusters that take several rows each: every KL and gradient, rows of weight 0, each row alone and
 // in place, and the KL of equal rows.
 template <class T>
 void check_clusters(DType dtype, std::int64_t V, int blocks, int threads) {
@@ -150,7 +150,7 @@ void check_clusters(DType dtype, std::int64_t V, int blocks, int threads) {
   }
 }
 
-// On a device with clusters, every long row of whole aligned vectors goes to one, whatever the number of rows.
+// On a device with clusters, a cluster takes every long row of whole aligned vectors, whatever the number of rows.
 template <class T>
 void check_choice(DType dtype) {
   constexpr std::int64_t V = 16384 / sizeof(T), N = 3;

@@ -1,6 +1,6 @@
-"""The emulated CUDA kernels: under the sanitizers, with planted bugs, and the errors that stop the program.
+"""The emulated CUDA kernels under the sanitizers and with planted bugs, and the errors that stop the program.
 
-tests/test_ops.py checks their results, through the ``emulated_cuda`` parameter of the fixture ``backend``.
+tests/test_ops.py checks the results of the kernels: ``emulated_cuda`` is a parameter of the fixture ``backend``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from spo_kernels.backends import cuda
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
-pytestmark = pytest.mark.skipif(emulated.cuda_include() is None, reason="no CUDA toolkit, whose headers it takes")
+pytestmark = pytest.mark.skipif(emulated.cuda_include() is None, reason="needs the headers of a CUDA toolkit")
 
 # Without optimization: these programs take longer to compile than to run.
 ADDRESS = ["-O0", "-fsanitize=address"]
@@ -28,7 +28,7 @@ SANITIZE = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def run_program(out: Path, csrc: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """row_ops_emulated.cpp, compiled against a copy of csrc and run."""
+    """Compile row_ops_emulated.cpp against ``csrc``, and run it."""
     program = out / "row_ops_emulated"
     include = ["-isystem", str(emulated.cuda_include()), f"-I{csrc}"]
     source = HERE / "row_ops_emulated.cpp"
@@ -155,7 +155,7 @@ def test_values_on_another_device_are_refused(emulated_cuda: backends.Backend) -
         emulated_cuda.scale_(logits, elsewhere[0].float())
 
 
-def test_splitting_rows_is_left_out_where_results_must_be_deterministic(emulated_cuda: backends.Backend) -> None:
+def test_rows_are_not_split_where_results_must_be_deterministic(emulated_cuda: backends.Backend) -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 40_000), torch.tensor([0, 1, 39_999])
     split = emulated_cuda.token_stats_fwd(logits[:1], labels[:1], None, None, -100)[0]

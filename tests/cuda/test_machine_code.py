@@ -19,14 +19,15 @@ pytestmark = pytest.mark.skipif(LIBRARY is None, reason="built without CUDA")
 
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "sm_120"}
 KERNELS = ["kl_loss_fwd", "kl_loss_cluster", "token_stats_fwd", "token_stats_bwd", "merge_splits", "scale", "sum"]
-REGISTERS = {False: 80, True: 128}  # float64 kernels: True. 80 leave three blocks a multiprocessor, 128 two
-SHARED_BYTES = 4096  # of a block, 1024 for the system from sm_90 on; far too few to limit the number of blocks
+# By whether a kernel computes in float64. With 80 registers three blocks fit a multiprocessor, with 128 two.
+REGISTERS = {False: 80, True: 128}
+SHARED_BYTES = 4096  # of a block, 1024 of them the system's from sm_90 on; too few to limit the number of blocks
 
-# The busiest pipe's share of the memory's time, at most. The KL's forward on a B200 issues 8.7 instructions an element,
-# and 0.8 would allow 7.
+# Upper limits of the busiest pipe's time, as shares of the memory's time. The KL's forward on a B200 issues 8.7
+# instructions an element, and 0.8 would allow 7.
 H100_SHARE, B200_SHARE, B200_KL_FORWARD_SHARE = 0.6, 0.8, 1.02
-# Both loops of kl_loss in clusters, sums and gradient, move three vectors where kl_loss_fwd moves five. On a B200 the
-# instructions alone take longer than the memory.
+# The loops of kl_loss in clusters (sums, and gradient) move three vectors where those of kl_loss_fwd move five. On a
+# B200 the instructions take longer than the memory.
 CLUSTER_SHARE = {"H100": 0.8, "B200": 1.4}
 
 
@@ -78,7 +79,7 @@ def test_loops_leave_the_h100_bound_by_memory() -> None:
 
 def test_loops_leave_the_b200_bound_by_memory_but_for_the_kl_forward() -> None:
     def is_kl_forward(loop: Loop) -> bool:
-        """The KL finds new maxima of two tensors, log-probs of one, so it has more exponentials for the same bytes."""
+        """The KL looks for new maxima in two tensors, the log-prob in one, so the KL has more exponentials a byte."""
         return loop.stores == 0 and loop.cycles["special"] > 26
 
     loops = hot_loops("B200")
