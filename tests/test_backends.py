@@ -1,4 +1,4 @@
-"""Backend selection, what it says when it cannot have its way, and that the compiled library is what runs."""
+"""Backend selection and its errors, and that the installed library is what runs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ needs_kernels = pytest.mark.skipif(not LEVELS, reason=f"SPO_BACKEND={ACTIVE}")
 
 
 def python(*args: str, at: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A Python of its own, with only these of the variables that select a backend; ``at`` leads its path."""
+    """Run Python in a new process. No variable but those given here selects a backend; ``at`` is first on the path."""
     ours = ("SPO_BACKEND", "SPO_SIMD", "TRITON_INTERPRET")
     env = {name: value for name, value in os.environ.items() if name not in ours} | environment
     if at is not None:
         env["PYTHONPATH"] = str(at)
     command = [sys.executable, *args]
-    # Not from the repository's root, whose unbuilt tree would come before the installed package.
+    # Outside the repository's root, whose unbuilt tree would come before the installed package.
     cwd = at or tempfile.gettempdir()
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
@@ -38,7 +38,7 @@ CALL = "import torch, spo_kernels as s; print(s.token_logps(torch.zeros(1, 4), t
 
 
 def test_the_suite_runs_on_what_was_asked_for() -> None:
-    """The compiled kernels, unless SPO_BACKEND says otherwise: never silently something else."""
+    """Without SPO_BACKEND the suite runs on the compiled kernels, never silently on another backend."""
     assert backends.active("cpu") == (os.environ.get("SPO_BACKEND") or "cpu")
 
 
@@ -105,7 +105,7 @@ def test_triton_does_not_take_the_cpu_without_its_interpreter() -> None:
 
 @needs_kernels
 @pytest.mark.skipif(torch.version.cuda is not None, reason="for a torch without CUDA")
-def test_cuda_asked_for_where_it_cannot_be_had_is_an_error() -> None:
+def test_asking_for_cuda_where_it_is_not_available_is_an_error() -> None:
     ran = python("-c", CALL, SPO_BACKEND="cuda")
     assert ran.returncode != 0
     assert "ImportError: SPO_BACKEND=cuda was asked for, but " in ran.stderr

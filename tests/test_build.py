@@ -1,6 +1,6 @@
 """The build: architectures of the CUDA kernels, paths with a space, contents of libraries and sdist, versions.
 
-Tests import setup.py and do not run it, so that they need no nvcc.
+Most tests import setup.py instead of running it, and so need no nvcc.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def test_native_architectures(
 
 
 @pytest.mark.slow
-def test_errors_are_whole_where_the_compiler_links_its_library_statically(tmp_path: Path) -> None:
-    """Some images' compilers do. The loader must not mix that copy of libstdc++ with the copy that torch loads."""
+def test_error_messages_are_complete_with_a_static_libstdcxx(tmp_path: Path) -> None:
+    """Some compilers link libstdc++ statically. The loader must not mix that copy with the copy that torch loads."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("csrc", "spo_kernels", "python"):

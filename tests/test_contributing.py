@@ -1,4 +1,4 @@
-"""CONTRIBUTING names every file that adding an op touches, and no other."""
+"""CONTRIBUTING names every file that adding an op touches, and no other; the paths in all pages exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CALLERS = {"spo_kernels/linear/loops.py", "spo_kernels/linear/ops.py"}
 
 
 def listed(beginning: str) -> set[str]:
-    """Paths in the numbered list after a paragraph that begins so."""
+    """Paths in the numbered list below the paragraph that starts with ``beginning``."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     _, found, rest = text.partition(beginning)
     assert found, f"CONTRIBUTING.md has no paragraph that begins {beginning!r}"
@@ -39,7 +39,7 @@ def test_places_of_an_op_of_the_head() -> None:
 
 
 def test_every_path_exists() -> None:
-    """In every page of this repository's own documentation."""
+    """Every path and link in the pages of the root, of docs and of benchmarks."""
     if not (ROOT / ".git").exists():
         pytest.skip("the sdist has no figures")
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]

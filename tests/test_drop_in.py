@@ -1,7 +1,7 @@
-"""The README's table of projects: our functions called as each project, at the version named, calls its own.
+"""The README's table of projects: each test calls our functions as that version of a project calls its own.
 
-A test holds the call that was read in that version: parameter names, their order, keywords, and what the caller does
-with the result. None of the projects is needed or imported.
+A test copies the call from the project's source: parameter names, their order, keywords, and what the caller does with
+the result. It neither needs nor imports the project.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 import spo_kernels
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-ALPHA = 0.1  # the default of spo_loss, so that it needs no argument that the projects do not pass
+ALPHA = 0.1  # the default of spo_loss, because the projects pass no alpha
 
 Triple = tuple[Tensor, Tensor, Tensor]  # loss [] or [P], chosen and rejected rewards [P]
 ROWS: dict[str, Callable[[], None]] = {}
@@ -57,7 +57,7 @@ class Batch:
         return logps[: self.pairs], logps[self.pairs :]
 
     def policy(self) -> tuple[Tensor, Tensor]:
-        """[P] and [P]: log-probs as a project computes them that has no function of ours in their place."""
+        """Log-probs [P] of chosen and of rejected, as a project computes them without a function of ours."""
         return self.split(self.token_logps().sum(-1))
 
     def spo(self) -> Triple:
@@ -73,7 +73,7 @@ class Batch:
         return torch.autograd.grad(loss, self.logits)[0]
 
     def check(self, result: Triple) -> None:
-        """What a project got has the numbers of the plain formulas, and so has its gradient."""
+        """Compare the values that a project got, and their gradient, with the plain formulas."""
         loss, *rewards = result
         expected, *expected_rewards = self.spo()
         torch.testing.assert_close(self.gradient(loss), self.gradient(expected), rtol=1e-5, atol=1e-6)
@@ -204,7 +204,7 @@ def llama_factory() -> None:
         step(batch, spo_kernels.get_batch_logps, spo_kernels.spo_loss, ld_alpha=None)
     with pytest.raises(ValueError, match="too many values to unpack"):
         step(batch, spo_kernels.get_batch_logps, spo_kernels.spo_loss)
-    # One pair has two log-probs, which unpack as "log-probs and lengths": no error tells.
+    # The two log-probs of one pair unpack as log-probs and lengths, without an error.
     one = Batch(pairs=1)
     logps, valid_length = spo_kernels.get_batch_logps(one.logits, one.labels)
     torch.testing.assert_close((logps, valid_length), (one.policy()[0][0], one.policy()[1][0]))
@@ -229,7 +229,7 @@ def openrlhf() -> None:
 
     with pytest.raises(RuntimeError, match="grad can be implicitly created only for scalar outputs"):
         step(Batch(), spo_kernels.spo_loss)
-    step(Batch(pairs=1), spo_kernels.spo_loss)  # a loss [1] passes for a scalar
+    step(Batch(pairs=1), spo_kernels.spo_loss)  # backward takes a loss [1] for a scalar
 
     def loss_fn(*arguments: Tensor) -> Triple:
         losses, chosen_rewards, rejected_rewards = spo_kernels.spo_loss(*arguments)

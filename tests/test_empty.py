@@ -15,7 +15,7 @@ from spo_kernels import LinearSPOLoss, SoftImportance, SPOLoss, preference_loss,
 V, H = 5, 4
 ROWS = [(0,), (0, 3), (2, 0), (0, 0), (2, 0, 3)]
 BATCHES = [(0, 3), (2, 0), (0, 0)]
-BOUNDS = [[0], [0, 0, 0]]  # of no sequence, and of two without rows
+BOUNDS = [[0], [0, 0, 0]]  # no sequence, and two sequences without rows
 
 
 def logits(*rows: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The public functions: values against formulas, every way through autograd and the compiler, and every refusal."""
+"""The public functions from logits: values against formulas, autograd, the compiler, and errors."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Function = Callable[..., Tensor]
 
 
 def log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """What `token_logps` means, in the logits' dtype; 0 where ignored."""
+    """The formula of `token_logps`, in the logits' dtype; 0 where ignored."""
     valid = labels != IGNORE
     picked = logits.log_softmax(-1).gather(-1, labels.where(valid, 0)[..., None])[..., 0]
     return picked.where(valid, 0)
 
 
 def kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """What `token_kl` means."""
+    """The formula of `token_kl`."""
     return F.kl_div(ref_logits.log_softmax(-1), logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 
@@ -124,7 +124,7 @@ def test_labels_masks_and_references_need_not_be_contiguous() -> None:
 
 @INPLACE
 def test_a_slice_of_longer_logits_gets_its_gradient_in_place(inplace: bool) -> None:
-    """``logits[:, :-1]`` is read where it lies, and the rest of the logits has a zero gradient."""
+    """``logits[:, :-1]`` is read without a copy, and the rest of the logits has a zero gradient."""
     logits, labels, _, _ = batch(3, 5, 9)
 
     def ours(z: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def test_sequence_logps(average: bool, inplace: bool) -> None:
 def test_packed_sequences_are_the_padded_ones(
     leading: tuple[int, ...], dtype: torch.dtype, average: bool, inplace: bool
 ) -> None:
-    lengths = [3, 0, 5, 0, 1]  # empty sequences first inside, and next to another
+    lengths = [3, 0, 5, 0, 1]  # two empty sequences, each between two others
     logits, labels, _, _ = batch(5, 5, 9)
     keep = torch.arange(5) < torch.tensor(lengths)[:, None]
     padded = labels.where(keep, IGNORE)
@@ -173,7 +173,7 @@ def test_packed_sequences_are_the_padded_ones(
 
 
 def test_sums_of_long_sequences_are_exact_in_both_layouts() -> None:
-    """131072 terms: added one by one in float32 they are off by nats."""
+    """A sum of 131072 terms, added one by one in float32, is off by nats."""
     values = -5 * torch.rand(2, 131072)
     exact = values.double().sum(1).float()
     bounds = torch.tensor([0, 3, 3, 131075, 262147])
@@ -331,7 +331,7 @@ def test_kl_loss_within_the_budget(overwrite: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_kl_loss_of_float16_gets_its_loss_scale_before_it_is_rounded(overwrite: bool) -> None:
-    """As a gradient scaler calls: the gradient is far below float16's range, times the upstream scalar well within."""
+    """With a gradient scaler: the gradient is far below float16's range, but within it after the upstream scale."""
     logits, ref_logits = torch.randn(2, 4, 300, dtype=torch.float64)
     logits, ref_logits, row_weight = logits.half(), ref_logits.half(), torch.full((4,), 1e-6)
     leaf = logits.clone().requires_grad_()
@@ -376,8 +376,9 @@ PUBLIC = pytest.mark.parametrize("name", CALLS)
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "kl_loss"])
 def test_gradcheck(name: str) -> None:
-    """Finite differences. Not of what runs backward once (kl_loss, in place): gradcheck does so twice; they have been
-    compared with these functions above.
+    """Finite differences. kl_loss and in-place backwards are left out: they run backward once, and gradcheck twice.
+
+    The tests above compare these with the functions that are checked here.
     """
     logits, labels, ref_logits, mask = batch(2, 3, 5)
     logits.requires_grad_()
@@ -435,7 +436,7 @@ def test_nothing_v_wide_is_kept_but_the_inputs(name: str, inplace: bool) -> None
     with hooks:
         CALLS[name](z, labels, ref_logits, mask, **{OPTION[name]: inplace})
     wide = {x.data_ptr() for x in saved if x.numel() >= z.numel()} - {z.data_ptr(), ref_logits.data_ptr()}
-    # kl_loss keeps one: the gradient, computed in the forward; in the logits' memory when it may.
+    # kl_loss keeps one such tensor, the gradient from the forward, unless it may overwrite the logits with it.
     assert len(wide) == (name == "kl_loss" and not inplace)
 
 
@@ -482,14 +483,14 @@ def test_a_second_backward_of_kl_loss_raises(upstream: float) -> None:
     registered.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=KL_LOSS_ONCE):
         registered.backward()
-    half = leaf.detach().half().requires_grad_()  # whose backward computes the gradient
+    half = leaf.detach().half().requires_grad_()  # in float16 the backward computes the gradient
     out = kl_loss(half * 1, ref_logits.half(), overwrite_logits=True) * upstream
     out.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=ONCE):
         out.backward()
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "kl_loss"])  # which runs once
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "kl_loss"])  # kl_loss runs backward once
 def test_a_second_backward_out_of_place_is_the_first(name: str) -> None:
     logits, labels, ref_logits, mask = batch(4, 5, 9)
     leaf = logits.requires_grad_()
@@ -528,7 +529,7 @@ LATER_USES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", ["whole", "slice", "view of it", "rows"])
 @pytest.mark.parametrize("use", LATER_USES)
 def test_a_later_use_of_overwritten_logits_raises_in_the_backward(use: str, layout: str) -> None:
-    """Through the logits themselves, the tensor they are a part of, and a view made before they were overwritten."""
+    """A use of the logits, of the tensor that they are a part of, and of a view made before the overwriting."""
     leaf = torch.randn(3, 5, 9, requires_grad=True)
     base = leaf * 1
     earlier = base[:2]
@@ -638,8 +639,8 @@ def test_autocast_changes_nothing(name: str) -> None:
     assert_same(cast, plain)
 
 
-# The compiler. aot_eager runs everything of it that can go wrong here (tracing, fake kernels, functionalization of the
-# in-place ops) but code generation, which never looks inside these ops and takes seconds a graph.
+# The compiler. aot_eager runs every stage that can fail here: tracing, fake kernels, functionalization of the in-place
+# ops. It leaves out code generation, which takes seconds a graph and does not look inside these ops.
 @PUBLIC
 @INPLACE
 @pytest.mark.parametrize("place", ["input", "intermediate"])
@@ -731,8 +732,8 @@ def op_arguments(op: str) -> tuple[Any, ...]:
 def test_opcheck(op: str) -> None:
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if op != "kl_loss_fwd":
-        # It returns the gradient that its backward then scales in place. That test makes every output a graph output,
-        # which a graph that consumes one of them cannot have; the public function hands out the loss alone.
+        # kl_loss_fwd also returns the gradient, which its backward scales in place. The test left out makes every
+        # output an output of the graph, which must not change in place. The public function returns the loss alone.
         tests.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(OPS, op).default, op_arguments(op), test_utils=tests)
 

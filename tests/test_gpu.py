@@ -1,7 +1,7 @@
 """What only a device shows: streams, graphs, synchronization, many rows, several devices, and the public functions.
 
-The row ops themselves run on a GPU through the fixture ``backend`` (test_ops.py). What a CPU can run it does, so that a
-GPU's owner is not the first to run these tests.
+The tests of the row ops run on a GPU through the fixture ``backend`` (test_ops.py). Tests in this file that a CPU can
+run also run on the CPU, so that the owner of a GPU is not the first to run them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ on_any_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", m
 
 @pytest.fixture(params=[pytest.param(None, marks=GPU)])
 def gpu() -> Iterator[None]:
-    """For tests that need one; memory is given back to tests that count it."""
+    """A test with this fixture needs a GPU. Afterwards torch frees cached memory, for tests that measure memory."""
     yield
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -75,7 +75,7 @@ def assert_near(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], 
 
 
 def test_on_device_keeps_layouts_and_writes_in_place() -> None:
-    """The carrier of the CPU's cases, over a backend that needs none."""
+    """`OnDevice` over a backend of the CPU, whose results are known."""
     direct = backends.get(backends.active("cpu"))
     carried = OnDevice(direct, "cpu", "cpu")
     buffer = torch.randn(5, 40)
@@ -106,7 +106,7 @@ def test_a_training_step_is_that_of_float64(device: str, dtype: torch.dtype) -> 
 
 @on_any_device
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("rows", [3, 400])  # few rows, which a GPU splits, and many
+@pytest.mark.parametrize("rows", [3, 400])  # a GPU splits few rows, and does not split many
 def test_kl_loss_is_the_sum_of_token_kl(device: str, rows: int, overwrite: bool) -> None:
     inputs = make_inputs(device, rows, 40_000)
     weight = torch.rand(rows, generator=torch.Generator().manual_seed(1)).to(device)
@@ -205,7 +205,7 @@ def test_the_selected_backend_is_the_default_of_this_machine() -> None:
 
 @on_gpu
 def test_kernels_run_on_the_current_stream() -> None:
-    """The logits are ready only when the stream says so: another stream would read what was there before."""
+    """The logits are written late on the current stream. Another stream would read the zeros before."""
     inputs = make_inputs("cuda", 64, 32_000)
     logits = inputs["logits"].detach()
     expected = spo_kernels.token_logps(logits, inputs["labels"])
@@ -251,7 +251,7 @@ def test_a_captured_graph_computes_on_new_logits(name: str, rows: int) -> None:
 @on_gpu
 def test_a_step_never_waits_for_the_gpu() -> None:
     inputs = make_inputs("cuda", 4, 6, 1003)
-    gradient(objective, inputs)  # whatever is loaded or compiled once
+    gradient(objective, inputs)  # loads and compiles what is loaded and compiled once
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -294,7 +294,7 @@ def test_a_device_that_is_not_the_current_one() -> None:
 
 @on_gpu
 def test_values_on_another_device_are_refused() -> None:
-    """The row ops check it themselves: a kernel that reads a host pointer ends the context."""
+    """The row ops check devices themselves, because a kernel that reads a host pointer ends the context."""
     logits, ones = torch.randn(4, 9, device="cuda"), torch.ones(4)
     op = torch.ops.spo_kernels.token_stats_fwd
     for name, arguments in {
@@ -312,7 +312,7 @@ def test_values_on_another_device_are_refused() -> None:
 
 @on_any_device
 def test_an_error_in_the_library_reaches_python(device: str, tmp_path: Path) -> None:
-    """In a process of its own: on one machine with a GPU an exception of the library once ended the interpreter."""
+    """In a new process: on one machine with a GPU an exception of the library once ended the interpreter."""
     program = (
         "import torch, spo_kernels\n"
         f"logits = torch.randn(2, 5, device='{device}')\n"
@@ -321,7 +321,7 @@ def test_an_error_in_the_library_reaches_python(device: str, tmp_path: Path) -> 
         "except RuntimeError as error:\n"
         "    print(error)\n"
     )
-    # Elsewhere: from the repository's root Python would import the source tree before the installed package.
+    # In another folder: from the repository's root Python would import the source tree, not the installed package.
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, "labels has the wrong dtype" in done.stdout) == (0, True), done.stderr
 
@@ -329,7 +329,7 @@ def test_an_error_in_the_library_reaches_python(device: str, tmp_path: Path) -> 
 @on_gpu
 @pytest.mark.parametrize("name", [name for name in ("cuda", "triton") if name in backends.available()])
 def test_a_label_out_of_range_stops_the_program(name: str, tmp_path: Path) -> None:
-    """A trap leaves the GPU unusable for its process, so it has one of its own."""
+    """In a new process, because a trap leaves the GPU unusable for its process."""
     program = (
         "import torch, spo_kernels\n"
         "labels = torch.full((8,), 1000, device='cuda')\n"
@@ -337,7 +337,7 @@ def test_a_label_out_of_range_stops_the_program(name: str, tmp_path: Path) -> No
         "torch.randn(8, 1000, device='cuda'), labels, None, None, -100)\n"
         "torch.cuda.synchronize()\n"
     )
-    # Elsewhere: from the repository's root Python would import the source tree before the installed package.
+    # In another folder: from the repository's root Python would import the source tree, not the installed package.
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "assert" in done.stderr.lower()

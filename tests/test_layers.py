@@ -1,4 +1,4 @@
-"""Imports point down only: spo_train -> public functions -> losses and ops -> backends -> compiled module."""
+"""Imports point down only: a module imports modules of lower layers (`LAYERS`, `LOWER`), and spo_train public names."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ LAYERS = [  # a module may import the modules of its package that stand before i
     "functional",
     "modules",
 ]
-# Selection registers backends for the row ops; a backend itself knows the oracle at most.
+# `backends` registers backends for the row ops, so it is above them. A single backend imports the oracle and the dtypes
+# at most.
 LOWER = {
     f"spo_kernels.{name}": tuple(f"spo_kernels.{lower}" for lower in LAYERS[:i]) for i, name in enumerate(LAYERS)
 } | {
@@ -92,7 +93,7 @@ def test_every_module_has_a_layer() -> None:
 @pytest.mark.parametrize("module", LOWER)
 def test_library_modules_import_only_what_lies_below(module: str) -> None:
     own = [name for name in imports(module, KERNELS[module]) if is_within(name, "spo_kernels")]
-    # `from spo_kernels import ops` reads as spo_kernels.ops, so that a bare package name is a name of the top level.
+    # `from spo_kernels import ops` gives spo_kernels.ops, so `import spo_kernels` alone is an import of the top level.
     upward = [name for name in own if not any(is_within(name, lower) for lower in LOWER[module])]
     assert not upward, f"{module} imports {upward}"
 
@@ -133,7 +134,7 @@ def test_the_trainer_uses_public_names_only() -> None:
 
 @pytest.mark.parametrize("module", modules("spo_train"))
 def test_the_trainer_does_not_know_its_toy_domain(module: str) -> None:
-    """Nothing outside toy/ imports it, but for the command line and the table of judges; the loop knows no model."""
+    """Outside toy/ only the command line and the table of judges import it. The loop imports no model."""
     used = [name for name in imports(module, modules("spo_train")[module]) if is_within(name, "spo_train")]
     if not is_within(module, "spo_train.toy") and module not in ("spo_train.commands", "spo_train.judges"):
         assert not [name for name in used if is_within(name, "spo_train.toy")]

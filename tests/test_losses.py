@@ -35,7 +35,7 @@ def pairs(dtype: torch.dtype = torch.float64, p: int = 6, seed: int = 0) -> tupl
 
 
 def exact_preference(margin: float, alpha: float, center: bool) -> mpmath.mpf:
-    """Eq. 8 and 9 from probabilities, 60 digits; centred: without log(2)/alpha."""
+    """Eq. 8 and 9 from probabilities, with 100 digits; centred means without log(2)/alpha."""
     with mpmath.workdps(100):
         if alpha == 0:
             return mpmath.mpf(-margin) / 2
@@ -812,7 +812,7 @@ class TestSPOLoss:
             SPOLoss(beta=0.1)(logits, labels, **{name: value[0] for name, value in samples.items()})
 
     def test_a_step_moves_the_running_average_once(self) -> None:
-        """And its metrics have the weights, so that reading them takes no second call."""
+        """The metrics hold the weights, so reading the weights takes no second call."""
         batch = Batch()
         module = SPOLoss(0.3, weight=SoftImportance(0.1, "ema"))
         _, metrics = module(batch.logits, batch.labels)
@@ -831,7 +831,7 @@ class TestSPOLoss:
     @pytest.mark.parametrize("module", [SPOLoss, LinearSPOLoss])
     @pytest.mark.parametrize("prefix", ["", "loss."])
     def test_states_saved_under_the_earlier_name_load(self, prefix: str, module: Any) -> None:
-        """There the importance was called weight."""
+        """The earlier name of the importance is weight."""
         target = module(weight=SoftImportance(0.1, "ema"))
         model = torch.nn.ModuleDict({"loss": target}) if prefix else target
         saved = {"weight.running_mean": torch.tensor(-7.0), "weight.num_updates": torch.tensor(3)}
@@ -873,7 +873,7 @@ class TestCompile:
         ids=["spo", "alpha0_kl", "centred_batch", "ema", "given", "dpo", "by_name"],
     )
     def test_losses(self, make: Callable[[], Callable[..., Tensor]]) -> None:
-        torch.compiler.reset()  # the cases share a function, and it a limit on recompilations
+        torch.compiler.reset()  # all cases compile one function, whose recompilations are limited
         eager, compiled = make(), torch.compile(make(), backend="aot_eager", fullgraph=True)
         for p in (6, 3, 0):  # recompiled for another size, and for none
             logp_w, logp_l = pairs(p=p)

@@ -47,7 +47,7 @@ def test_undefined_symbols_are_stable(library: Path) -> None:
 
 
 @pytest.mark.skipif(cuda.library_path() is None, reason="built without CUDA")
-def test_the_cuda_library_brings_the_library_with_the_stream() -> None:
+def test_the_cuda_library_depends_on_the_library_with_the_stream_function() -> None:
     """The stream function is a weak symbol: without libtorch.so the library links and loads, and every call fails."""
     if shutil.which("readelf") is None:
         pytest.skip("readelf is not installed")
@@ -69,14 +69,14 @@ def test_sources_are_legal_with_the_headers_of_torch(torch_version: str, source:
     if headers is None:
         pytest.skip("SPO_OLDEST_TORCH_HEADERS is not set")
     if source == "ops_cuda.cpp" and cuda_headers is None:
-        pytest.skip("no CUDA toolkit, whose headers it takes")
+        pytest.skip("needs the headers of a CUDA toolkit")
     include = ["-isystem", headers, *(["-isystem", cuda_headers] if cuda_headers else [])]
     flags = ["-std=c++20", "-fsyntax-only", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     subprocess.run(["g++", *flags, *include, ROOT / "csrc/torch" / source], check=True, timeout=300)
 
 
 def setup_constant(name: str) -> dict[str, str]:
-    """The value of a constant of setup.py, which stays the one place for flags."""
+    """The value of a constant of setup.py, so that flags are written in one place."""
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
             return ast.literal_eval(node.value)

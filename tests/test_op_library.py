@@ -1,4 +1,4 @@
-"""Ops by the signature of a function: schemas, records across the boundary, shapes, gradients, autocast."""
+"""Ops defined by the signature of a function: schemas, records as arguments, shapes, gradients, autocast."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 
 @op_library.op
 def library_test_line(line: Line, other: Line | None, x: Tensor, times: int, plan: Plan) -> tuple[Tensor, Tensor]:
-    """(value of both lines at x times the factor, the first line's alone)."""
+    """(the scaled sum of both lines at x, the value of the first line)."""
     assert isinstance(line, Line) and isinstance(plan.settings, Settings)
     first = line.slope * x + (0 if line.offset is None else line.offset)
     second = 0 if other is None else other.slope * x
@@ -103,7 +103,7 @@ def test_compiled_in_one_graph() -> None:
     assert [x.tolist() for x in torch.autograd.grad(value.sum(), given)] == [[1, 2], [1, 1]]
 
 
-def test_fakes_take_the_parameters_they_name() -> None:
+def test_a_fake_function_gets_the_parameters_that_it_names() -> None:
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in (X, X)]
         value, first = library_test_line(Line(*fakes), None, mode.from_tensor(X), 2, PLAN)
@@ -127,7 +127,7 @@ def test_autocast_is_off_inside() -> None:
     assert seen == [False]
 
 
-def test_a_call_with_an_argument_too_few_is_refused() -> None:
+def test_a_call_with_a_wrong_number_of_arguments_is_refused() -> None:
     for call in (lambda: library_test_line(line(), None, X, 2), lambda: library_test_line(line(), None, X, 2, PLAN, 1)):
         with pytest.raises(TypeError, match="library_test_line takes 5 arguments: line, other, x, times, plan"):
             call()
@@ -142,7 +142,7 @@ def test_a_record_of_one_field_is_a_record() -> None:
     class Single(NamedTuple):
         x: Tensor
 
-    globals()["Single"] = Single  # where annotations are looked up
+    globals()["Single"] = Single  # the annotation is looked up there
 
     @op_library.op
     def library_test_single(single: Single, by: float) -> Tensor:

@@ -43,12 +43,12 @@ from spo_kernels.backends import Backend, cpu
 from spo_kernels.backends.cuda import CompiledOps
 
 INF, NAN = math.inf, math.nan
-FLOAT32_DTYPES = (torch.float32, *HALF_DTYPES)  # those that accumulate in float32
-GPU_CODE = (CompiledOps, OnDevice)  # written for a GPU, wherever it runs
+FLOAT32_DTYPES = (torch.float32, *HALF_DTYPES)  # dtypes that accumulate in float32
+GPU_CODE = (CompiledOps, OnDevice)  # kernels for a GPU, also where they are emulated
 needs_kernels = pytest.mark.skipif(not LEVELS, reason=f"SPO_BACKEND={ACTIVE}")
 
 # V around each SIMD width (1, 15 .. 65), a round one, two around a block, and realistic ones (50257 = GPT-2, odd;
-# 128256 = Llama 3). 8 in many rows: an exponential's own error shows where probabilities are large.
+# 128256 = Llama 3). 8 has many rows: with few, large probabilities the error of a single exponential shows.
 VOCABULARIES = (1, 8, 15, 16, 31, 33, 63, 65, 1000, 4096, 4097, 50257, 128256)
 
 
@@ -56,7 +56,7 @@ VOCABULARIES = (1, 8, 15, 16, 31, 33, 63, 65, 1000, 4096, 4097, 50257, 128256)
 def judged(
     n: int, v: int, dtype: torch.dtype, mode: str, rows: str, ref_dtype: torch.dtype
 ) -> tuple[Case, Result, Result | None]:
-    """A case with its truth and its budget, computed once for all implementations."""
+    """A case, its truth and its rounding error, computed once for all implementations."""
     case = make_case(n, v, dtype, rows=rows, mode=mode, ref_dtype=ref_dtype)
     return case, truth(case), rounding(case)
 
@@ -70,7 +70,7 @@ def check(
     rows: str = "noise",
     ref_dtype: torch.dtype | None = None,
 ) -> None:
-    """Out of place within the budget, in place the same bits."""
+    """The result is within the budget, and in place it has the same bits."""
     case, true, rounded = judged(n, v, dtype, mode, rows, ref_dtype or dtype)
     own = case.logits.clone()
     result = run(backend, case)
@@ -198,7 +198,7 @@ LAYOUTS: tuple[Layout, ...] = (
 
 
 def assert_same_in_any_layout(backend: Backend, actual: Result, expected: Result, case: Case) -> None:
-    """The same bits. On a GPU Triton groups a row's sums by what it knows of the strides: there, within the budget."""
+    """The same bits. On a GPU Triton orders a row's sums by its strides, so results are compared with the budget."""
     if isinstance(backend, OnDevice) and backend.name == "triton":
         assert_within_budget(actual, truth(case), rounding(case))
     else:
@@ -236,7 +236,7 @@ def test_layouts_give_the_same_bits_and_padding_is_left_alone(
 
 
 def test_expanded_logits_and_upstream_gradients(backend: Backend) -> None:
-    """Elements that share memory can be read; ``.sum().backward()`` sends such gradients."""
+    """Elements may share memory where they are only read. ``.sum().backward()`` sends such gradients."""
     case = make_case(1, 65)
     one = torch.ones((), dtype=torch.float32)
     expanded = Case(
@@ -341,7 +341,7 @@ def test_a_row_of_only_minus_inf_is_nan(backend: Backend, v: int, dtype: torch.d
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", [33, 1000, 4097])
 def test_a_block_of_only_minus_inf(backend: Backend, v: int, dtype: torch.dtype) -> None:
-    """Everything a kernel sees at first, or at last, or but for one element, may be -inf."""
+    """The first elements that a kernel reads may be -inf, or the last, or all but one."""
     case = make_case(96, v, dtype)
     case.logits[0::3, : v - 2] = -INF
     case.logits[1::3, 2:] = -INF
@@ -385,7 +385,7 @@ def test_a_reference_probability_of_zero(backend: Backend, v: int, dtype: torch.
 def test_kl_to_oneself_is_exactly_zero(backend: Backend, rows: str, dtype: torch.dtype) -> None:
     for v in (1, 33, 1000, 4097):
         case = make_case(6, v, dtype, rows=rows, mode="kl")
-        # Elsewhere in memory, so that another alignment does not count as another distribution.
+        # The reference has another alignment, which must not change its distribution.
         _, elsewhere = off_by_one_element(case.logits)
         result = run(backend, replace(case, mask=None, ref_logits=elsewhere.copy_(case.logits)))
         assert not result.kl.any(), f"V = {v}: {result.kl.tolist()}"
@@ -395,7 +395,7 @@ def test_kl_to_oneself_is_exactly_zero(backend: Backend, rows: str, dtype: torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("noise", [1e-1, 1e-3])
 def test_kl_of_close_distributions(backend: Backend, noise: float, dtype: torch.dtype) -> None:
-    """KL is quadratic in the distance: what remains after cancellation must still be right, and not below -1 ulp."""
+    """The KL is quadratic in the distance of the logits, so its terms cancel. The rest must be within the budget."""
     case = make_case(16, 1000, dtype, mode="kl")
     case = replace(case, ref_logits=(case.logits.double() + noise * case.ref_logits.double()).to(dtype))
     assert_within_budget(run(backend, case), truth(case), rounding(case))
@@ -447,7 +447,7 @@ def test_label_out_of_range_is_named_and_nothing_is_written(backend: Backend, la
         pytest.skip("a GPU kernel traps instead: tests/cuda/test_cuda_emulator.py, tests/test_gpu.py")
     case = make_case(300, 65, mode="logps")
     good = backend.token_stats_fwd(case.logits, case.labels, None, None, IGNORE)
-    case.labels[299] = label  # in the last worker's rows
+    case.labels[299] = label  # among the rows of the last thread
     before = case.logits.clone()
     with pytest.raises(RuntimeError, match=rf"labels must be in \[0, 65\).*got {label}\b"):
         run(backend, case)
@@ -463,7 +463,7 @@ def test_label_out_of_range_is_named_and_nothing_is_written(backend: Backend, la
 @pytest.mark.parametrize("rows", ["noise", "ramp", "denormal"])
 @pytest.mark.parametrize("v", [1, 33, 1000, 4097])
 def test_a_row_does_not_depend_on_its_batch(backend: Backend, v: int, rows: str, dtype: torch.dtype) -> None:
-    """Bitwise: alone, at another place, in a batch of another size, on one thread or two."""
+    """The same bits alone, at another place, in a batch of another size, on one thread or two."""
     case = make_case(37, v, dtype, rows=rows)
     whole = run(backend, case)
     torch.set_num_threads(1)
@@ -478,20 +478,20 @@ PART = 16384  # kPart of csrc/cpu/row_kernels.h
 
 
 def rows_of_unlike_parts(dtype: torch.dtype, v: int) -> Case:
-    """[7, v] of several parts: what their sums must not lose when they come together."""
+    """Rows [7, v] whose parts differ so much that a careless sum over parts loses one of them."""
     case = make_case(7, v, dtype)
     logits, ref_logits = case.logits, case.ref_logits
-    logits[0, :PART] += 40  # all of the probability in the first part, in the last, and of the reference in another
-    logits[1, -9:] += 40
+    logits[0, :PART] += 40  # almost all probability in the first part
+    logits[1, -9:] += 40  # in the last part, and that of the reference in the first
     ref_logits[1, :PART] += 90
     logits[2, PART : 2 * PART] = -INF
     ref_logits[2, 2 * PART :] = -INF
     logits[2, 2 * PART :] = -INF
-    logits[3, :-1] = -INF  # a part, and the row with it, of one token
-    logits[4, 5] = 200  # p = 1 in a part whose shift is not the row's in the reference
+    logits[3, :-1] = -INF  # one token has all probability
+    logits[4, 5] = 200  # p = 1 in the first part, where the reference's shift is not that of its row
     ref_logits[4, -5] = 300
     ref_logits[5] = logits[5]
-    logits[6] *= 40  # one stretch after another outgrows its shift
+    logits[6] *= 40  # one block after another needs a larger shift
     case.labels[:] = torch.tensor([0, v - 1, 7, v - 1, 5, PART, 0])
     case.mask[:] = True
     return case
@@ -505,11 +505,11 @@ def test_parts_of_a_row(backend: Backend, dtype: torch.dtype) -> None:
     assert result.kl[5] == 0
 
 
-def test_a_reference_without_the_policys_heaviest_stretch(backend: Backend) -> None:
+def test_a_reference_without_the_policys_heaviest_block(backend: Backend) -> None:
     case = make_case(2, 3 * PART, mode="kl")
     case.logits[:, 100] += 50
     case.ref_logits[:, 100] = -INF
-    case.ref_logits[1, -100] += 60  # raises the reference's shift beyond that of the part
+    case.ref_logits[1, -100] += 60  # the row's shift of the reference is larger than the first part's
     case.mask[:] = True
     assert (run(backend, case).kl == INF).all()
 
@@ -517,7 +517,7 @@ def test_a_reference_without_the_policys_heaviest_stretch(backend: Backend) -> N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", [9001, 2 * PART + 9])
 def test_a_reference_of_zero_where_the_policy_underflows(backend: Backend, v: int, dtype: torch.dtype) -> None:
-    """The term is infinite until a logit 800 above it has been seen, and 0 from then on."""
+    """The term is infinite until the kernel reads a logit that is larger by 800, and then it is 0."""
     case = make_case(4, v, dtype, mode="kl")
     case.logits[:, -5:] += 800
     case.ref_logits[:, 7] = -INF
@@ -528,8 +528,8 @@ def test_a_reference_of_zero_where_the_policy_underflows(backend: Backend, v: in
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kl_of_a_policy_with_itself_is_0_where_a_stretch_is_summed_again(backend: Backend, dtype: torch.dtype) -> None:
-    """Most of the probability in one stretch, the largest logit in a later part."""
+def test_kl_of_a_policy_with_itself_is_0_where_a_block_is_summed_again(backend: Backend, dtype: torch.dtype) -> None:
+    """Most of the probability is in one block, the largest logit in a later part."""
     case = make_case(16, 3 * PART, dtype, mode="kl")
     case.logits[:, :2048] += 12
     case.logits[:, 2 * PART] = 17
@@ -540,7 +540,7 @@ def test_kl_of_a_policy_with_itself_is_0_where_a_stretch_is_summed_again(backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", [PART + 1, 2 * PART + 4101])
 def test_a_row_does_not_depend_on_who_shares_it(backend: Backend, v: int, dtype: torch.dtype) -> None:
-    """Bitwise: rows that threads take whole, and rows that they take in parts."""
+    """The same bits whether threads take whole rows or share the parts of rows."""
     case = rows_of_unlike_parts(dtype, 2 * PART + 4101)
     case = replace(case, logits=case.logits[:, -v:], ref_logits=case.ref_logits[:, -v:], labels=case.labels % v)
     weight = torch.rand(7, dtype=precision.accumulate_dtype(dtype))
@@ -586,7 +586,7 @@ def test_the_callers_floating_point_mode_changes_nothing_and_is_kept(backend: Ba
     finally:
         torch.set_flush_denormal(False)
     assert kept
-    if ACTIVE == "cpu" and backend is not reference:  # plain torch follows the mode it finds
+    if ACTIVE == "cpu" and backend is not reference:  # plain torch follows the caller's mode
         assert_same_bits(result, expected)
 
 
@@ -618,8 +618,8 @@ def test_kl_loss(backend: Backend, v: int, weighted: bool, dtype: torch.dtype) -
     assert_same(alone_loss, loss, "loss on one thread")
 
 
-# A GPU shares such rows out among blocks: evenly (32000 = Llama 2), with few vectors in the last piece of a block's
-# share (32776), and with less for the last block (40008).
+# On a GPU several blocks share such a row: evenly (32000 = Llama 2), with few vectors in the last piece of a block's
+# share (32776), and with a smaller share for the last block (40008).
 @pytest.mark.parametrize("dtype", FLOAT32_DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("v", "rows"), [(32000, "noise"), (40008, "noise"), *((32776, rows) for rows in ("noise", "offset", "ramp"))]
@@ -631,7 +631,7 @@ def test_kl_loss_of_long_rows(backend: Backend, v: int, rows: str, dtype: torch.
     case.ref_logits[4] = case.logits[4]
     true, rounded = truth(case), rounding(case)
     assert rounded is not None
-    with poisoned_memory():  # and with results that do not depend on the number of rows
+    with poisoned_memory():  # which also asks for results that do not depend on the number of rows
         loss, dlogits = backend.kl_loss_fwd(case.logits, case.ref_logits, weight, False)
         assert_rounded(loss, (weight * true.kl).sum(), loss_rounding(rounded, true, weight), "loss")
         assert_rounded(dlogits, true.dlogits, rounded.dlogits, "dlogits")

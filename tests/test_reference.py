@@ -1,4 +1,4 @@
-"""The oracle itself, against torch's own formulas in float64, and its rules at the edges."""
+"""The oracle against torch's formulas in float64, its rules at the edges, and the error budget against faults."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_impossible_tokens() -> None:
     on, off = torch.tensor([0]), torch.tensor([1])
     assert stats_fwd(logits, on)[0].item() == pytest.approx(-math.log(2))
     assert stats_fwd(logits, off)[0].item() == -INF
-    # p = 0 contributes nothing whatever the reference gives that token, q = 0 where p > 0 makes the KL infinite.
+    # A token with p = 0 contributes nothing, whatever its q. One with p > 0 and q = 0 makes the KL infinite.
     uniform = torch.zeros(1, 3, dtype=torch.float64)
     assert stats_fwd(logits, None, uniform)[1].item() == pytest.approx(math.log(3 / 2))
     assert stats_fwd(logits, None, logits)[1].item() == 0
@@ -168,7 +168,7 @@ def test_float64_oracle_does_not_depend_on_the_batch(mode: str) -> None:
         assert_same_bits(alone, whole.map(itemgetter(slice(row, row + 1))))
 
 
-# Faults of a float32 kernel, planted in the oracle's own float32 arithmetic, which is within the budget without them.
+# Faults of a float32 kernel, planted in the oracle's float32 arithmetic. Without a fault it is within the budget.
 FLOAT32_STATS, BACKWARD, EXP = reference._log_softmax_stats, reference.token_stats_bwd, Tensor.exp
 EPS = torch.finfo(torch.float32).eps
 
@@ -191,7 +191,7 @@ def in_one_number(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def rough_exp(x: Tensor) -> Tensor:
-    """Four times as far off as a float32 exponential that multiplies by log2(e), either way."""
+    """exp with four times the error, up or down, of a float32 exponential that multiplies by log2(e)."""
     return EXP(x) * (1 + 4 * EPS * (1 + x.abs()) * torch.randint(0, 2, x.shape).mul(2).sub(1))
 
 
@@ -210,7 +210,7 @@ FAULTS: dict[str, tuple[object, str, object]] = {
 
 
 def judge(case: Case, fault: str = "") -> list[str]:
-    """Which of the results of float32 arithmetic with a fault are over the budget."""
+    """The names of the results that are over the budget, in float32 arithmetic with a fault."""
     true, rounded = truth(case), rounding(case)
     with pytest.MonkeyPatch.context() as patch:
         if fault:

@@ -1,4 +1,4 @@
-"""A vocabulary split over processes: every function gives what it gives for the whole one."""
+"""A vocabulary split over processes: every function gives the same as for the whole vocabulary in one process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from spo_kernels.linear import tiles
 from spo_kernels.shards import digest
 
 V, H = 37, 8
-# Even where one is a divisor of V, uneven, with a single column, in another order than by size.
+# Uneven, because V is prime; one shard of a single column; not in the order of size. Even shards have their own test.
 SHARDS = [(30, 7), (10, 1, 22, 4)]
 IGNORE = -100
 WORLD = pytest.mark.parametrize("shards", SHARDS, ids=["2", "4"])
@@ -48,7 +48,7 @@ def noise(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def own(tensor: Tensor, group: ProcessGroup | None, shards: tuple[int, ...], dim: int) -> Tensor:
-    """This process's columns as a leaf that wants a gradient; all of them without a group."""
+    """This process's columns, or all without a group, as a leaf that requires grad."""
     part = tensor if group is None else tensor.split(shards, dim)[group.rank()]
     return part.detach().clone().requires_grad_()
 
@@ -73,7 +73,7 @@ def row_inputs(dtype: torch.dtype, rows: str) -> dict[str, Tensor]:
     logits, ref_logits = 3 * noise(2, 6, V, seed=0), 3 * noise(2, 6, V, seed=1)
     if rows == "far":
         logits += 1e4 * torch.arange(12).view(2, 6, 1)
-    if rows == "empty":  # the first process's columns, and for some rows all but the last's, have no probability
+    if rows == "empty":  # of 4 shards the first has no probability, and in one sequence only the last has any
         logits[..., :10] = -torch.inf
         logits[0, :, :33] = -torch.inf
     labels = torch.randint(0, V, (2, 6), generator=torch.Generator().manual_seed(2))
@@ -112,7 +112,7 @@ ROW_FUNCTIONS: dict[str, Function] = {
 def rows_result(
     group: ProcessGroup | None, shards: tuple[int, ...], name: str, inputs: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(outputs, gradient of this process's logits), for an upstream gradient that differs from row to row."""
+    """(outputs, gradient of this process's logits), with an upstream gradient that differs from row to row."""
     logits = own(inputs["logits"], group, shards, -1)
     ref_logits = own(inputs["ref_logits"], group, shards, -1).detach()
     outputs = ROW_FUNCTIONS[name](logits, ref_logits, inputs["labels"], inputs["mask"], **split_options(group, shards))
@@ -138,7 +138,7 @@ def test_functions_of_logits(
     processes: Processes, dtype: torch.dtype, rows: str, name: str, shards: tuple[int, ...]
 ) -> None:
     inputs = row_inputs(dtype, rows)
-    if rows == "empty":  # a label without probability has a log-prob of -inf, whose loss says nothing
+    if rows == "empty":  # only labels with probability: a log-prob of -inf would make the loss infinite
         inputs["labels"] = inputs["labels"].where(inputs["labels"] == IGNORE, 33 + inputs["labels"] % 4)
     expected, gradient = rows_result(None, shards, name, inputs)
     results = processes.run(len(shards), rows_result, shards, name, inputs)
@@ -171,7 +171,7 @@ def test_even_shards_need_no_sizes(processes: Processes, size: int) -> None:
 
 
 def ignore_index_is_a_column(group: ProcessGroup, shards: tuple[int, ...]) -> Tensor:
-    """0 is ignored, though it is column 0 of every shard; label 10 is a column 0 that counts."""
+    """Label 0 is ignored. Label 10 is not, though with 4 shards it is column 0 of the second shard."""
     logits = own(noise(3, V, seed=5), group, shards, -1)
     labels = torch.tensor([0, 10, 31])
     out = token_logps(logits, labels, ignore_index=0, **split_options(group, shards))
@@ -268,9 +268,9 @@ HEAD_FUNCTIONS: dict[str, Function] = {
 def head_result(
     group: ProcessGroup | None, shards: tuple[int, ...], name: str, inputs: dict[str, Tensor]
 ) -> tuple[Tensor, ...]:
-    """(outputs, gradient of hidden, of this process's weight, of its bias (0 if it has none))."""
+    """(outputs, gradient of hidden, of this process's weight, of its bias or 0 if the function takes none)."""
     with pytest.MonkeyPatch.context() as patch:
-        # So small that there are several, and of other sizes in every process.
+        # Tiles so small that there are several, with other sizes in every process.
         patch.setitem(tiles.TILE_SIZES, "cpu", TILES)
         x = dict(inputs)
         x["hidden"] = inputs["hidden"].detach().clone().requires_grad_()
@@ -305,7 +305,7 @@ def test_functions_of_hidden_states(
 
 
 def wide_forward(group: ProcessGroup | None, shards: tuple[int, ...], inputs: dict[str, Tensor]) -> Tensor:
-    """Tiles of whole rows, as a GPU takes them: as many rows as fit a process's columns, which differ."""
+    """Tiles of whole rows, as on a GPU. The rows that fit a tile depend on the columns, which differ by process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiles.TILE_SIZES, "cpu", TILES._replace(least_forward_rows=1, bytes=60 * 8))
         weight = own(inputs["weight"], group, shards, 0)
@@ -330,7 +330,7 @@ def half_gradient_of_hidden(group: ProcessGroup | None, shards: tuple[int, ...],
 
 
 def test_the_gradient_of_half_precision_hidden_states_is_rounded_once(processes: Processes) -> None:
-    """The processes' parts cancel but for 1/64: rounded before they are added, they would be off by 64 * 2**-9."""
+    """The gradients of two processes cancel but for 1/64. Rounding each before the sum would be off by 64 * 2**-9."""
     inputs = head_inputs(torch.bfloat16)
     inputs["weight"] = 64 + inputs["weight"]
     truth = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
@@ -354,7 +354,7 @@ NO_SAMPLE_IS_AN_ERROR = ("SPOLoss", "recompute", "recompute_free", "long_pairs")
     ids=str,
 )
 def test_no_rows(processes: Processes, name: str, shape: tuple[int, int]) -> None:
-    """No sequence, or none with a row."""
+    """No sequence, or only sequences without rows."""
     rows = name in ROW_FUNCTIONS
     inputs = row_inputs(torch.float64, "noise") if rows else head_inputs(torch.float64)
     per_row = ("logits", "ref_logits", "labels", "mask", "hidden", "ref_hidden")
@@ -397,12 +397,12 @@ def test_bad_shards_are_named_in_every_process(
 
 
 def differ(tensor: Tensor, group: ProcessGroup, kind: str) -> Tensor:
-    """The tensor, another one in the last process."""
+    """The tensor, with a change in the last process."""
     other = tensor.clone()
     flat = other.view(-1)
     if kind == "value":
         flat[5] = ~flat[5] if tensor.dtype == torch.bool else flat[5] / 2 if tensor.is_floating_point() else flat[5] + 1
-    elif kind == "order":  # of two that are not equal
+    elif kind == "order":  # swaps two unequal elements
         at = next(i for i in range(1, flat.numel()) if flat[i] != flat[0])
         flat[[0, at]] = flat[[at, 0]]
     elif kind == "ignored":

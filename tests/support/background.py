@@ -1,7 +1,7 @@
-"""Compilers and child processes that tests wait for, at work beside the other tests from the start of a run.
+"""Background work: compilers and child processes that start with the test run, beside the other tests.
 
-Tests that wait for one run last (`waits_for` and pytest_collection_modifyitems in conftest.py), and what no selected
-test waits for is not started.
+Tests that need a result of such work run last (`waits_for`, and pytest_collection_modifyitems in conftest.py). Work
+that no selected test needs is not started.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FUNCTIONS: dict[str, Callable[[Path], Any]] = {}
 
 
 def background(function: Callable[[Path], Any]) -> Any:
-    """A fixture with the result of ``function(an empty folder)``, computed once. Its exception reaches every user."""
+    """A fixture with the result of ``function(an empty folder)``, computed once. An exception fails every user."""
     name = function.__name__
     _FUNCTIONS[name] = function
 
@@ -33,13 +33,13 @@ def waits_for(item: pytest.Item) -> list[str]:
     """The background functions whose results a test takes."""
     names = [name for name in getattr(item, "fixturenames", ()) if name in _FUNCTIONS]
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    if params.get("backend") == "emulated_cuda":  # which the fixture backend asks for by itself
+    if params.get("backend") == "emulated_cuda":  # the fixture `backend` asks for it
         names.append("emulated_library")
     return names
 
 
 class Work:
-    """As many threads as cores take the functions in the order in which tests will ask for them."""
+    """Runs the functions on as many threads as cores, in the order in which tests will ask for the results."""
 
     def __init__(self, items: Iterable[pytest.Item], folders: pytest.TempPathFactory) -> None:
         self._folders = folders

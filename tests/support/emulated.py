@@ -14,13 +14,14 @@ from repository import ROOT
 CSRC = ROOT / "csrc"
 EMULATOR = ROOT / "tests/cuda"  # cuda_emulator.h
 
-# The kernels write contraction out, as on the CPU. Vectors and their elements alias, which nvcc allows.
+# The kernels call fma where they want it, so the compiler must not contract. Vectors alias their elements, which nvcc
+# allows.
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{EMULATOR}"]
 FLAGS += ["-DSPO_CUDA_EMULATOR", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
 
 
 def cuda_include() -> Path | None:
-    """The toolkit's headers, which declare vector types and half precision for the host too. None without a toolkit."""
+    """The toolkit's headers, which declare vector types and half precision for the host too; None without a toolkit."""
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), nvcc and str(Path(nvcc).resolve().parent.parent), "/usr/local/cuda"]
     found = (Path(home) / "include" for home in homes if home)
@@ -28,7 +29,7 @@ def cuda_include() -> Path | None:
 
 
 def compile_objects(out: Path, flags: list[str]) -> list[str]:
-    """Objects of the kernels and launches, without torch, and of the ops."""
+    """Compile the kernels and launches, without torch, and the ops; return the object files."""
     kernels = sorted((CSRC / "cuda").glob("*.cu"))
     include = cuda_include()
     assert include is not None and kernels

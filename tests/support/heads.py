@@ -1,4 +1,4 @@
-"""Two heads over one vocabulary, the formulas of their functions in plain torch, and instruments of the tests."""
+"""For tests of heads: two heads over one vocabulary, the formulas in plain torch, and counters of work and memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from spo_kernels.linear import tiles
 Options = dict[str, Any]
 
 
-# Each option alone, then all: Gemma 2 caps, Cohere scales, a temperature is what sampling used.
+# Each option alone, then all. Gemma 2 has a softcap, Cohere a logit scale, and sampling a temperature.
 OPTIONS: dict[str, Options] = {
     "plain": {},
     "temperature": {"temperature": 0.7},
@@ -45,7 +45,7 @@ def logits_of(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """What the options mean, in the dtype of the operands."""
+    """The logits of a head by their formula, in the dtype of the operands."""
     z = logit_scale * F.linear(hidden, weight, bias)
     return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
 
@@ -91,7 +91,7 @@ class Inputs:
 
 
 def differentiate(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], upstream: Any = 1.0) -> list[Tensor]:
-    """The function's value and the gradients of its product with upstream, by each input."""
+    """The function's value, and the gradient of ``(value * upstream).sum()`` by each input."""
     leaves = tuple(x.detach().clone().requires_grad_() for x in inputs)
     out = function(*leaves)
     loss = (out * torch.as_tensor(upstream, dtype=out.dtype)).sum()
@@ -141,7 +141,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 
 def pair_inputs(average_rows: int = 6, **kwargs: Any) -> Inputs:
-    """Three pairs: 6 sequences."""
+    """Three pairs: 6 sequences of ``average_rows`` tokens."""
     return Inputs(6, average_rows, **kwargs)
 
 
@@ -159,7 +159,7 @@ def objective_of(
     wide: torch.dtype | None = None,
     **options: Any,
 ) -> Tensor:
-    """`SPOLoss` on the logits, in dtype wide if given, plus the NLL term."""
+    """`SPOLoss` of the logits, cast to ``wide`` if given, plus the NLL term."""
     z, ref_z = (logits_of(*of, **options).to(wide or of[0].dtype) for of in (policy, x.reference))
     importance = (lambda *_: pair_weight) if pair_weight is not None else weight
     loss = SPOLoss(alpha, beta, importance, center=center, average=average)
@@ -180,7 +180,7 @@ ROUTE = pytest.mark.parametrize("route", ["recompute", "recompute_free", "auto"]
 
 
 class Calls(TorchDispatchMode):
-    """Operations with the sizes of what they return."""
+    """Records the names of operations, the largest tensor they return, and the rows of each matrix product."""
 
     def __init__(self) -> None:
         super().__init__()

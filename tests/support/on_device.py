@@ -1,4 +1,4 @@
-"""A backend that computes on a device and is called with CPU tensors, so that the cases of the CPU run there too."""
+"""A backend that takes CPU tensors and computes on a device, so that the tests of the CPU run on the device too."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from spo_kernels.backends import Backend
 
 
 class OnDevice:
-    """The functions of a backend. What they get is copied there and, since they may write to it, copied back.
+    """The functions of a backend. Their tensors are copied to the device and, since functions may write, back again.
 
-    Whole storages are: a slice keeps its strides, offset and neighbours, and two views of one tensor stay that. Results
-    are on the CPU; one in place is the caller's own tensor, as from any backend.
+    Whole storages are copied, so a slice keeps its strides, offset and neighbours, and two views of one tensor still
+    share memory. Results are on the CPU. A result in place is the caller's own tensor, as from any backend.
     """
 
     def __init__(self, backend: Backend, name: str, device: str) -> None:

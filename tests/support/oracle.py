@@ -1,9 +1,9 @@
 """What the numerical tests share: the float64 truth, the error budget, and the rows that bite.
 
-The budget is one for every backend, dtype and machine, and each output and gradient element has its own. It is derived
-from the float64 result of the same rounded inputs: `FACTOR` times what float32 arithmetic must round on the way to this
-number (`rounding`), and nothing that another implementation happens to do on this machine. Half-precision gradients may
-be off by their final rounding more.
+Each output and each element of a gradient has its own budget, which is the same for all kernels and on every machine.
+The budget is `FACTOR` times the rounding error that float32 arithmetic cannot avoid on the way to this number
+(`rounding`). It is derived from the float64 result of the same rounded inputs, not from another implementation.
+Half-precision gradients may also have the error of their final rounding.
 """
 
 from __future__ import annotations
@@ -27,34 +27,35 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF_DTYPES, torch.float64)
 MODES = ("logps", "kl", "both")
 
-# Of what float32 must round, for exponentials within two ulp and sums in float32. The kernels need up to 1.2. Plain
-# torch needs 2.3: it rounds log p, and on the grid of float16 logits most of a row has the same error.
+# The budget over the unavoidable rounding error of float32. The kernels need up to 1.2, with exponentials within two
+# ulp and sums in float32. Plain torch needs 2.3: it rounds log p, and with float16 logits, which have few distinct
+# values, the error is the same in most of a row.
 FACTOR = 3.0 if ACTIVE == "reference" else 1.5
-# A half-precision gradient is rounded once; up to 1 in 64 of its ulp may be lost before.
+# A half-precision gradient is rounded once. Up to 1/64 of its ulp may be lost before.
 HALF_ULPS = 0.5 + 1 / 64
 
-# float64 has no wider truth to be measured against: the two float64 computations must agree to this many ulp of the
-# largest value involved, a sum of V terms in another order included.
+# A float64 result has no wider truth to compare with. Two float64 computations, which may sum V terms in another order,
+# must agree to this many ulp of the largest value.
 FLOAT64_ULPS = 256
-# What float64 itself leaves undecided: log(1 + 1e-30) is 0 there too.
+# The error of the float64 truth itself, in which log(1 + 1e-30) is 0.
 TRUTH_ERROR = 16 * torch.finfo(torch.float64).eps
 
 
 class Result(NamedTuple):
-    """Per-row outputs and the gradient; logps or kl is None where it was not asked for."""
+    """Outputs of rows and the gradient. logps or kl is None if it was not asked for."""
 
     logps: Any
     kl: Any
     dlogits: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Result:
-        """The same with a function applied to every tensor."""
+        """A result with a function applied to every tensor."""
         return Result(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of the row ops: logits ``[N, V]``, the rest per row; Tensors, or None where a mode lacks them."""
+    """Inputs of the row ops: logits ``[N, V]``; reference logits and values of each row, or None if unused."""
 
     logits: Tensor
     labels: Any
@@ -64,11 +65,11 @@ class Case:
     dkl: Any
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Case:
-        """The same with a function applied to every tensor."""
+        """A case with a function applied to every tensor."""
         return Case(*(None if x is None else function(x) for x in vars(self).values()))  # type: ignore[arg-type]
 
     def only(self, mode: str) -> Case:
-        """The same rows for one of `MODES`."""
+        """The inputs that one of `MODES` needs."""
         if mode == "logps":
             return Case(self.logits, self.labels, None, None, self.dlogps, None)
         if mode == "kl":
@@ -76,14 +77,15 @@ class Case:
         return self
 
     def to(self, dtype: torch.dtype) -> Case:
-        """The same (already rounded) numbers in a wider dtype."""
+        """The same numbers, which are rounded already, in a wider dtype."""
         return self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
 def run(backend: Backend, case: Case, *, inplace: bool = False, deterministic: bool = True) -> Result:
     """Forward and backward of a case through the functions of a backend.
 
-    Deterministic: every fresh output is poisoned with NaN. Otherwise a GPU may split a row over several blocks.
+    With ``deterministic`` every new output holds NaN before a kernel writes it. Without, a GPU may split a row over
+    several blocks.
     """
     with poisoned_memory() if deterministic else nullcontext():
         logps, kl, stats = backend.token_stats_fwd(case.logits, case.labels, case.ref_logits, case.mask, IGNORE)
@@ -95,7 +97,7 @@ def run(backend: Backend, case: Case, *, inplace: bool = False, deterministic: b
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Within this block ``torch.empty`` returns NaN, so that an element nobody wrote shows."""
+    """Within this block ``torch.empty`` returns NaN, so that an element that no kernel writes shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -110,14 +112,14 @@ def truth(case: Case) -> Result:
 
 
 class SoftmaxRounding(NamedTuple):
-    """Of rows of logits in float64: ``s = z - shift``, ``logsum``, ``log p``, p, and what float32 rounds of them."""
+    """``s = z - shift``, ``logsum``, ``log p`` and p of rows of logits in float64, with the errors of float32."""
 
     s: Tensor
     logsum: Tensor
     log_p: Tensor
     p: Tensor
     p_error: Tensor  # relative
-    sum_error: Tensor  # relative, of the sum whose logarithm logsum is
+    sum_error: Tensor  # relative, of the sum of exponentials whose logarithm is logsum
 
     @property
     def logsum_error(self) -> Tensor:
@@ -139,23 +141,24 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def rounding(case: Case) -> Result | None:
-    """What float32 rounds on the way to each output and to each element of the gradient; None for float64.
+    """The rounding error of float32 in each output and in each element of the gradient; None for float64.
 
-    With ``s = z - shift`` and ``t = r - ref_shift``, in the first order, a rounding half an ulp of what is rounded:
+    ``s = z - shift`` and ``t = r - ref_shift``. Errors are of the first order. A rounding is half an ulp of the rounded
+    number. These are the errors of each quantity:
 
-    - An exponential is off by ``eps (1 + |log p|)`` of itself: by the roundings of s and of ``s log2(e)``, which become
-      relative errors of ``eps |s| / 2``, and by an ulp of its own.
-    - The errors of different elements are independent, and a sum over the vocabulary has the root of the sum of their
-      squares.
-    - logsum is off by that of its sum and by an ulp: what the C and the CUDA library promise of a logarithm.
-    - ``logp = s_y - logsum``: by the rounding of s_y, and the error of logsum.
-    - ``kl = E_p[s - t] + (ref_logsum - logsum)``: by the rounding of s, of t and of ``s - t`` in each element, by the
-      error of each weight times how far its log-ratio is from the mean, by the errors of the two logsums, and by the
-      rounding of the two terms.
-    - ``g (1[v = y] - p)``: by the error of p, to which that of logsum adds as a relative one, by the rounding of the
-      difference and of the product.
-    - ``g p (log p - log q - kl)``: by the same error of p times what stands in parentheses, by p times the error of
-      that (the roundings of s, t, ``s - t`` and itself, the errors of the logsums and of kl), and by its rounding.
+    - An exponential: ``eps (1 + |log p|)``, relative. The roundings of s and of ``s log2(e)`` become relative errors of
+      ``eps |s| / 2``, and the exponential itself is off by an ulp.
+    - A sum over the vocabulary: the root of the sum of the squared errors of its terms, which are independent.
+    - logsum: the error of its sum, and an ulp, which the C and the CUDA library promise for a logarithm.
+    - ``logp = s_y - logsum``: the rounding of s_y, and the error of logsum.
+    - ``kl = E_p[s - t] + (ref_logsum - logsum)``: in each element the roundings of s, of t and of ``s - t``, and the
+      error of p times the distance of the log-ratio from its mean; the errors of the two logsums; the rounding of the
+      two terms.
+    - ``g (1[v = y] - p)``: the error of p, which includes the error of logsum as a relative one, and the roundings of
+      the difference and of the product.
+    - ``g p (log p - log q - kl)``: the same error of p times the parenthesis; p times the error of the parenthesis (the
+      roundings of s, t, ``s - t`` and of the parenthesis, the errors of the logsums and of kl); the rounding of the
+      product.
 
     The final rounding of a result is not counted here.
     """
@@ -168,7 +171,7 @@ def rounding(case: Case) -> Result | None:
     logps = kl = None
     dlogits = torch.zeros_like(p)
     if wide.labels is not None:
-        at = wide.labels.clamp(0, p.shape[-1] - 1)[..., None]  # of labels that are not here the result is exact
+        at = wide.labels.clamp(0, p.shape[-1] - 1)[..., None]  # a label that is not in the row has an exact result
         logps = half_ulp(policy.s.gather(-1, at)[..., 0]) + policy.logsum_error
         if wide.dlogps is not None:
             g = wide.dlogps.abs().where(wide.labels != IGNORE, 0)[..., None]
@@ -187,11 +190,11 @@ def rounding(case: Case) -> Result | None:
             g = (wide.dkl.abs() if wide.mask is None else wide.dkl.abs().where(wide.mask, 0))[..., None]
             ratio_error = gap_error + half_ulp(off_mean) + (logsums_error + kl)[..., None]
             dlogits += g * p * (off_mean.abs() * p_error + ratio_error) + half_ulp(g * p * off_mean)
-    return Result(logps, kl, dlogits).map(lambda x: x.nan_to_num(0, 0, 0))  # where the truth is not finite
+    return Result(logps, kl, dlogits).map(lambda x: x.nan_to_num(0, 0, 0))  # 0 where the truth is not finite
 
 
 def loss_rounding(rounded: Result | None, true: Result, weight: Tensor) -> Tensor | None:
-    """What float32 rounds of ``sum_i weight_i kl_i``: of each KL, of each product, and of their sum."""
+    """The rounding error of float32 in ``sum_i weight_i kl_i``: of each KL, of each product, and of the sum."""
     if rounded is None:
         return None
     terms = (weight * true.kl).abs()
@@ -199,19 +202,19 @@ def loss_rounding(rounded: Result | None, true: Result, weight: Tensor) -> Tenso
 
 
 def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance of neighbouring numbers of a dtype at ``|x|``, float64; the smallest normal number's below it."""
+    """Distance of neighbouring numbers of a dtype at ``|x|``, or at the smallest normal number if that is larger."""
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(x.abs().double().clamp(min=info.tiny))
     return torch.ldexp(torch.full_like(x, info.eps, dtype=torch.float64), exponent - 1)
 
 
 def half_ulp(x: Tensor) -> Tensor:
-    """The most that rounding ``x`` to float32 takes."""
+    """The largest error of rounding ``x`` to float32."""
     return 0.5 * ulp(x, torch.float32)
 
 
 def assert_within_budget(actual: Result, true: Result, rounded: Result | None) -> None:
-    """Every field of ``actual`` against float64; ``rounded``, of `rounding`, None where the computation was float64."""
+    """Every field of ``actual`` against float64. ``rounded`` is from `rounding`, or None for a float64 computation."""
     for name in Result._fields:
         got, want = getattr(actual, name), getattr(true, name)
         if want is None:
@@ -223,7 +226,7 @@ def assert_within_budget(actual: Result, true: Result, rounded: Result | None) -
 def assert_stats_within_budget(stats: Tensor, case: Case) -> None:
     """``shift + logsum`` of the policy and of the reference against their log-sum-exp.
 
-    A backend's shift may lie below the maximum; its logsum is larger for that and rounded more.
+    A backend's shift may lie below the maximum. Its logsum is then larger, and has a larger rounding error.
     """
     pairs = ((case.logits, stats[:2]), (case.ref_logits, stats[2:]))
     for logits, (shift, logsum) in [(logits.double(), pair) for logits, pair in pairs if logits is not None]:
@@ -237,7 +240,7 @@ def assert_stats_within_budget(stats: Tensor, case: Case) -> None:
 
 
 def assert_rounded(actual: Tensor, true: Tensor, rounded: Tensor | None, name: str = "value") -> None:
-    """``actual`` within the budget of ``true``, of which float32 rounds ``rounded``; None: computed in float64."""
+    """``actual`` within the budget of ``true``. ``rounded`` is the error of float32; None if computed in float64."""
     if rounded is None:
         _assert_within(actual, true, _float64_budget(true), name)
         return
@@ -248,9 +251,9 @@ def assert_rounded(actual: Tensor, true: Tensor, rounded: Tensor | None, name: s
 
 
 def assert_close(actual: Tensor, true: Tensor, yardstick: Tensor | None, name: str = "value") -> None:
-    """``actual`` no further from ``true`` than twice as far as the ``yardstick`` is at its worst, and two ulp.
+    """The error of ``actual`` is at most two ulp more than twice the largest error of ``yardstick``.
 
-    For what matrix products round, whose order of sums no analysis foresees. ``yardstick`` None: computed in float64.
+    For results of matrix products, whose order of sums is not known. ``yardstick`` is None if computed in float64.
     """
     if yardstick is None:
         _assert_within(actual, true, _float64_budget(true), name)
@@ -270,7 +273,7 @@ def _float64_budget(true: Tensor) -> Tensor:
 
 
 def _assert_within(actual: Tensor, true: Tensor, budget: Tensor, name: str) -> None:
-    """Where the truth is not finite, ``actual`` must be the same NaN or infinity."""
+    """Errors within the budget. Where the truth is not finite, ``actual`` must be the same NaN or infinity."""
     assert actual.shape == true.shape, f"{name}: {list(actual.shape)} is not {list(true.shape)}"
     got, finite = actual.double(), true.isfinite()
     odd = ~(got == true) & ~(got.isnan() & true.isnan()) & ~finite
@@ -288,7 +291,7 @@ def _assert_within(actual: Tensor, true: Tensor, budget: Tensor, name: str) -> N
 
 
 def assert_labels_may_lie_elsewhere(backend: Backend, case: Case) -> None:
-    """Rows whose label is in another part of the vocabulary: those of one more column, where no probability is."""
+    """Rows whose label is in another shard give what they give with one more column of -inf that has the label."""
     v = case.logits.shape[-1]
     elsewhere = (torch.arange(case.logits.shape[0]) % 2 == 0) & (case.labels != IGNORE)
     assert elsewhere.any() and not elsewhere.all()
@@ -323,7 +326,7 @@ def assert_same(actual: Tensor, expected: Tensor, name: str = "value") -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{name}: {text}")
 
 
-# Rows by what they do to a kernel that keeps a running maximum and works in blocks. Each takes noise [N, V] and
+# Rows that are hard for a kernel that keeps a running maximum and works in blocks. Each function takes noise [N, V] and
 # returns logits.
 def _offset(x: Tensor) -> Tensor:
     return x + 1e4
@@ -335,7 +338,7 @@ def _peaked(x: Tensor) -> Tensor:
 
 
 def _late_maximum(x: Tensor) -> Tensor:
-    """The maximum outside the first 512 elements, where a kernel may start from theirs, and high enough to overflow."""
+    """The maximum is not among the first 512 elements, from which a kernel may take its shift, and would overflow."""
     x[..., -1] = 120
     x[..., : x.shape[-1] // 2] -= 30
     return x
@@ -347,7 +350,7 @@ def _ramp(x: Tensor) -> Tensor:
 
 
 def _falling(x: Tensor) -> Tensor:
-    """The mirror image: everything after the first blocks underflows."""
+    """The mirror image of `_ramp`: everything after the first blocks underflows."""
     return x - 50 * torch.arange(x.shape[-1]).div(256, rounding_mode="floor")
 
 
@@ -357,7 +360,7 @@ def _slope(x: Tensor) -> Tensor:
 
 
 def _holes(value: float) -> Callable[[Tensor], Tensor]:
-    """Two thirds of the vocabulary masked out with this value, the rest as it was."""
+    """Two thirds of the vocabulary have this value, as in a masked row."""
 
     def fill(x: Tensor) -> Tensor:
         x[..., 1::3] = value
@@ -397,7 +400,7 @@ def make_case(
     mode: str = "both",
     seed: int = 0,
 ) -> Case:
-    """A case with every fourth row ignored, every third masked, and upstream gradients that are neither 1 nor equal."""
+    """A case in which every fourth row is ignored, every third is masked, and all upstream gradients differ from 1."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise() -> Tensor:

@@ -21,7 +21,7 @@ _TIMEOUT = 120  # seconds
 
 
 def _import(name: str, file: str) -> None:
-    """Import a test module under the name that pytest gave it, for pickle to find. No search path leads to it."""
+    """Import a test module, which no search path leads to, under the name that pytest gave it, for pickle to find."""
     package = name.rpartition(".")[0]
     if package and package not in sys.modules:
         sys.modules[package] = ModuleType(package)
@@ -50,7 +50,7 @@ def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
 
 
 class Processes:
-    """`run` calls a function of a test module in the first few of the processes, with their group."""
+    """`run` calls a function of a test module in the first processes of the pool, with their group."""
 
     def __init__(self, world: int, folder: Path) -> None:
         if sys.platform == "linux":
@@ -66,7 +66,7 @@ class Processes:
             self._processes.append(process)
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """The results by rank; an exception is a result. Raises TimeoutError where a process does not come back."""
+        """The results by rank; an exception is a result. Raises TimeoutError if a process does not answer."""
         call = pickle.dumps((function, arguments))
         message = pickle.dumps((function.__module__, inspect.getfile(function), size, call))
         for connection in self._connections:
