@@ -87,7 +87,7 @@ def test_dynamic_shapes_compile_once() -> None:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[type]:
-    """Types of the operands that `native_products` measures with, not yet called."""
+    """Types of the operands of the products that `native_products` measures; it has not measured yet."""
     precision.native_products.cache_clear()
     operands: list[type] = []
     product = torch.mm
@@ -96,7 +96,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[type]:
 
 
 def test_fake_tensors_do_not_measure(measured: list[type]) -> None:
-    """They have no data and take no time: what they measured would be wrong for good."""
+    """Products of fake tensors take no time, and a wrong measurement would stay for the whole process."""
     x = pair_inputs(dtype=torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         hidden, weight = (mode.from_tensor(tensor).requires_grad_() for tensor in x.policy[:2])
@@ -151,7 +151,7 @@ def test_compile_dynamic_shapes() -> None:
 
 
 def op_arguments(op: str) -> tuple[Any, ...]:
-    """Arguments of an op with its records, among which every option is set."""
+    """Arguments of an op, records included, with every option set."""
     x = Inputs(12, dtype=torch.float32)
     head, ref_head = Head(*(tensor.requires_grad_() for tensor in x.policy)), Head(*x.reference)
     options = HeadOptions(LogitOptions(1.3, 3.0, 0.6), 5, Columns(0, x.weight.shape[0], None))
@@ -194,6 +194,6 @@ def op_arguments(op: str) -> tuple[Any, ...]:
 def test_opcheck(op: str) -> None:
     op_of: Op = getattr(ops, op)
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if "loss" not in op:  # whose backward scales an output in place; see test_functional.test_opcheck
+    if "loss" not in op:  # a backward that scales an output in place fails there; see test_functional.test_opcheck
         tests.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(op_of.packet.default, tuple(op_of.flat(*op_arguments(op))), test_utils=tests)

@@ -167,8 +167,11 @@ def test_gradcheck(function: str, small_tiles: None) -> None:
 def test_within_the_budget(
     chunk_size: int | None, options: str, name: str, dtype: torch.dtype, native: bool, small_tiles: None
 ) -> None:
-    """Against float64 of the same rounded inputs. The yardstick is eager on float32 logits: of float32 products, or of
-    products in the inputs' dtype where those are native (which a softcap rules out)."""
+    """Compared with float64 of the same rounded inputs.
+
+    The yardstick is eager PyTorch on float32 logits. Its products are in the inputs' dtype if native products are
+    selected and no softcap is given, else in float32.
+    """
     if dtype == torch.float32 and native:
         pytest.skip("the choice is of half precision alone")
     x = Inputs(48, h=32, v=211, dtype=dtype)
@@ -192,7 +195,7 @@ def test_within_the_budget(
 
 
 def test_the_weight_is_summed_in_float32_over_tiles(native: bool) -> None:
-    """Many tiles of equal rows: a sum in bfloat16 stops growing at 256 times its terms."""
+    """The tiles are many and equal, so a sum in bfloat16 would stop growing at 256 times its terms."""
     rows = 2048
     hidden = torch.ones(rows, 4, dtype=torch.bfloat16)
     weight = torch.zeros(3, 4, dtype=torch.bfloat16)
@@ -219,7 +222,7 @@ def test_equal_heads_have_a_kl_of_exactly_zero() -> None:
 
 
 def test_minus_infinity_in_the_bias_masks_tokens(small_tiles: None) -> None:
-    """Whole blocks of the vocabulary without probability, the first and the last among them; logits near 1e4."""
+    """Whole blocks of the vocabulary have no probability, also the first and the last; logits are near 1e4."""
     x = Inputs(6)
     hidden, weight, bias = (tensor.float() for tensor in x.policy)
     labels = torch.full((6,), 15)
@@ -345,7 +348,7 @@ def test_a_changed_weight_is_noticed() -> None:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_autocast_casts_as_linear_does(name: str, native: bool) -> None:
-    """The same as with inputs cast by hand; gradients have the dtype of the parameters."""
+    """Results equal those of inputs cast by hand. Gradients have the dtype of the parameters."""
     x = Inputs(3, 7, dtype=torch.float32)
     ours, _ = FUNCTIONS[name]
 

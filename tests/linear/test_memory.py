@@ -35,7 +35,7 @@ def plain_options(head: Head) -> HeadOptions:
 
 
 def forward_loop(head: Head, labels: Tensor) -> Calls:
-    """What the forward does, seen from inside: the op itself is opaque."""
+    """The operations inside the forward, which a call of the op would hide."""
     with Calls() as calls:
         loops.token_stats_fwd(head, labels, None, labels != IGNORE, plain_options(head))
     return calls
@@ -56,7 +56,7 @@ def test_masked_rows_are_dropped_before_the_product() -> None:
 
 
 def test_a_tile_of_whole_rows_takes_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product, a row op, and copies of the results; blocks of columns have their parts merged on top."""
+    """A tile of whole rows takes a product, a row op, and copies of results. It needs no merge of column blocks."""
     x = Inputs(96, v=1024, dtype=torch.float32)
     labels = x.labels.clamp(min=0)
 
@@ -96,7 +96,7 @@ def test_without_gradients_nothing_is_saved() -> None:
     assert not saved
 
 
-# N x V and everything else far apart: 2048 x 8192 float32 logits are 64 MiB, hidden states and weight 0.5 MiB or less.
+# Logits are far larger than all else: 2048 x 8192 in float32 are 64 MiB, hidden states and weight 0.5 MiB or less.
 @pytest.mark.skipif(ACTIVE == "reference", reason="plain torch makes temporaries of its own, several a tile")
 @pytest.mark.parametrize("route", ["recompute", "recompute_free"])
 def test_peak_memory_does_not_grow_with_the_rows(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_the_routes_do_the_products_they_say(work: list[int]) -> None:
-    """4 with recomputation, 3 without, 1 without gradients."""
+    """4 products with recomputation, 3 without, 1 if there are no gradients."""
     x = pair_inputs(8)
     one = int((x.labels != IGNORE).sum()) * x.weight.numel()
     for route, expected in (("recompute", 4), ("recompute_free", 3), ("auto", 3)):
@@ -147,7 +147,7 @@ def test_the_routes_do_the_products_they_say(work: list[int]) -> None:
 
 
 def test_the_kl_in_one_sweep_does_the_products_it_says(work: list[int]) -> None:
-    """Four with its backward, where `linear_token_kl` needs six, of rows with a weight alone; two without gradients."""
+    """4 products with the backward (`linear_token_kl`: 6), 2 without gradients, all of rows with a weight only."""
     x = Inputs(40)
     row_weight = x.upstream.where(x.labels != IGNORE, 0)
     rows = int((x.mask & (row_weight != 0)).sum())
@@ -173,7 +173,7 @@ def test_the_kl_in_one_sweep_does_the_products_it_says(work: list[int]) -> None:
 def test_gradients_made_in_the_forward_wait_as_wide_as_they_need(
     dtype: torch.dtype, loss: Callable[..., Tensor], native: bool
 ) -> None:
-    """bfloat16 that native products have rounded stays that."""
+    """At least float32, except that gradients which native products have rounded to bfloat16 stay bfloat16."""
     x = pair_inputs(dtype=dtype)
     policy = tuple(tensor.requires_grad_() for tensor in x.policy)
     saved: list[Tensor] = []
@@ -202,7 +202,7 @@ def test_gradients_do_not_read_what_their_memory_held(
             assert gradient.isfinite().all()
 
 
-# The gradients themselves are 2 MiB, and a sum of the weight's in float32 would be 4; a tile of 8 rows is small.
+# The gradient of the weight is 2 MiB. A float32 sum of it would take 4 MiB, a tile of 8 rows takes little.
 @pytest.mark.skipif(ACTIVE == "reference", reason="plain torch makes temporaries of its own, several a tile")
 def test_a_single_tile_needs_no_wider_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "native_products", lambda device_type, dtype: True)

@@ -1,4 +1,4 @@
-"""What the head refuses, and by which words."""
+"""Errors of the head's functions: what is refused, and the messages."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def half_ulp_of_the_largest(x: Tensor, dtype: torch.dtype) -> float:
 
 
 class HalvedImportance(SoftImportance):
-    """A subclass, whose weights only its forward knows."""
+    """A subclass that changes the weights, so the head must call its forward."""
 
     def forward(self, logp_w: Tensor, logp_l: Tensor) -> Tensor:
         return 0.5 * super().forward(logp_w, logp_l)
@@ -135,7 +135,7 @@ def test_packed_pairs_are_the_padded_ones(route: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_both_routes_give_the_same_sums_of_the_same_token_logps(layout: str, dtype: torch.dtype) -> None:
-    """Logits are rows of the weight, so that no shape of a product changes them; one pair's sums round in float32."""
+    """Hidden states are one-hot, so a logit is an entry of the weight, whatever the shape of the product."""
     n, v = 4000, 16
     hidden = torch.eye(v, dtype=dtype)[torch.randint(0, v, (4, n))].requires_grad_()
     labels = torch.randint(0, v, (4, n))
@@ -158,7 +158,7 @@ def test_both_routes_give_the_same_sums_of_the_same_token_logps(layout: str, dty
 
 
 def test_the_kl_of_many_tiles_is_summed_in_float64() -> None:
-    """20000 tiles of one row: in float32 one after the other they are off by thousands of roundings."""
+    """With 20000 tiles of one row, a float32 sum would be off by thousands of roundings."""
     n, v = 20000, 4
     weight, ref_weight = torch.eye(v), torch.eye(v).roll(1, 0)
     hidden = 3 * torch.eye(v)[torch.randint(0, v, (n,))]
@@ -172,7 +172,7 @@ def test_the_kl_of_many_tiles_is_summed_in_float64() -> None:
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_a_pair_of_weight_zero_is_not_read(route: str, layout: str, average: bool, poison: float) -> None:
-    """Loss and gradients are those of the batch in which the pair's rows are ignored; P is still its pairs."""
+    """Loss and gradients equal those of a batch in which the pair's rows are ignored. P still counts the pair."""
     x = pair_inputs()
     pair_weight = torch.tensor([0.3, 0.0, 1.2], dtype=torch.float64)
     unread = [1, 4]
@@ -198,7 +198,7 @@ def test_a_pair_of_weight_zero_is_not_read(route: str, layout: str, average: boo
 
 
 def test_a_pair_that_the_weight_leaves_out_is_not_read() -> None:
-    """A callable's weights are known after the forward has read the rows; the backward does not read them."""
+    """The forward reads the rows, because a callable gives the weights only afterwards. The backward does not."""
     x = pair_inputs()
     pair_weight = torch.tensor([0.3, 0.0, 1.2], dtype=torch.float64)
     loss = LinearSPOLoss(alpha=0.4, weight=lambda logp_w, logp_l: pair_weight)
@@ -215,7 +215,7 @@ def test_a_pair_that_the_weight_leaves_out_is_not_read() -> None:
 )
 @pytest.mark.parametrize("by", ["marked", "upstream"])
 def test_rows_that_are_not_wanted_are_not_read(name: str, by: str, poison: float) -> None:
-    """Ignored, masked and weightless rows; and rows that were read, but whose upstream gradient is 0."""
+    """Ignored rows, masked rows, rows of weight 0, and rows whose upstream gradient is 0."""
     x = Inputs(3, 4)
     wanted = torch.ones(3, 4, dtype=torch.bool)
     wanted[1, 1:3] = wanted[2, 0] = False
@@ -316,7 +316,7 @@ def test_a_second_backward_of_gradients_made_in_the_forward_raises() -> None:
 
 @pytest.mark.parametrize("route", ["recompute", "auto"])
 def test_float16_gradients_get_their_loss_scale_before_they_are_rounded(route: str, native: bool) -> None:
-    """As a gradient scaler calls: the gradient is far below float16's range, times the upstream scalar within."""
+    """With a gradient scaler: the gradient is far below float16's range, but within it after the upstream scale."""
     x = pair_inputs(h=16, v=300, dtype=torch.float16)
     loss = LinearSPOLoss(beta=1e-5, route=route)
     pair_weight = torch.full((3,), 1e-6)
@@ -374,7 +374,7 @@ def test_both_routes_within_the_budget(upstream: float, route: str, dtype: torch
     assert_close(got[0], truth[0], yardstick[0], "objective")
     for label, actual, true, eager in zip(("hidden", "weight", "bias"), got[1:], truth[1:], yardstick[1:], strict=True):
         assert actual.dtype == dtype
-        # Two losses share these leaves: autograd adds their gradients after each was rounded to a half dtype.
+        # The pair loss and the KL share these leaves. Autograd adds their gradients, each rounded to half precision.
         extra = 0 if dtype == torch.float32 else 2 * half_ulp_of_the_largest(true, dtype)
         off = (actual.double() - true).abs() - extra
         assert_close(true + off.clamp(min=0), true, eager, label)

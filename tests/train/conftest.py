@@ -20,7 +20,7 @@ MAX_LENGTH = 48
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors are so small here that threads cost more than they save, most of all on a busy machine."""
+    """Tensors are so small that threads cost more than they save, most of all on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ def make_model(tokenizer: Tokenizer) -> Callable[..., Llama]:
                 tokenizer.vocab_size, dim=32, layers=2, heads=2, ffn_dim=48, max_length=MAX_LENGTH, bos_id=1, eos_id=2
             )
             model = Llama(config).to(dtype)
-            # At its initial scale a model is uniform: larger weights make log-probs differ from token to token.
+            # A new model is almost uniform. Larger weights make log-probs differ from token to token.
             for parameter in model.parameters():
                 parameter.data *= 3 if parameter.dim() > 1 else 1
         return model

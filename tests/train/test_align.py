@@ -56,7 +56,7 @@ def plain_kl(policy: Llama, reference: Llama, samples: Sequences) -> torch.Tenso
 
 
 def capture_gradient(aligner: Aligner, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Makes the optimizer's step a no-op and does one update; returns the unclipped gradients."""
+    """Do one update whose optimizer step is a no-op; return the gradients, after clipping."""
     monkeypatch.setattr(aligner._optimizer, "step", lambda: None)
     aligner.update()
     return [parameter.grad for parameter in aligner.policy.parameters()]
@@ -162,7 +162,7 @@ def test_kl_samples_are_drawn_every_k_steps_and_kept_between(make_aligner: Calla
     assert not torch.equal(drawn[0].samples.tokens, drawn[4].samples.tokens)
 
 
-def test_no_beta_means_no_sampling(make_aligner: Callable[..., Aligner], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beta_zero_means_no_sampling(make_aligner: Callable[..., Aligner], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Llama, "sample", None)
     record = make_aligner(**SPO | {"beta": 0.0}).update()
     assert record["kl"] is None
@@ -207,7 +207,7 @@ class KilledError(Exception):
 
 
 def kill_after(aligner: Aligner, step: int) -> None:
-    """Lets `aligner` die in the middle of the step after `step`, as by SIGKILL: without saving anything."""
+    """Let `aligner` die in the middle of the step after `step`, without saving anything, as by SIGKILL."""
     update = aligner.update
 
     def dying() -> dict:
@@ -219,7 +219,8 @@ def kill_after(aligner: Aligner, step: int) -> None:
     aligner.update = dying
 
 
-# Checkpoints every 5 steps, KL samples every 4: the run dies after step 7 and goes on from step 5, between two draws.
+# With a checkpoint every 5 steps and KL samples every 4, the run dies after step 7 and goes on from step 5, between two
+# draws.
 @pytest.mark.parametrize(
     "settings",
     [
@@ -263,7 +264,7 @@ def test_resume_is_exact(make_aligner: Callable[..., Aligner], tmp_path: Path, s
 
 
 def test_resume_needs_the_running_average(make_aligner: Callable[..., Aligner], tmp_path: Path) -> None:
-    """The exactness test above would pass without the average in the checkpoint if it did not matter."""
+    """The running average changes the loss, so `test_resume_is_exact` fails if a checkpoint lacks the average."""
     aligner = make_aligner(**SPO | {"normalizer": "ema", "steps": 5})
     run(aligner, tmp_path)
     resumed, forgetful = (make_aligner(**SPO | {"normalizer": "ema", "steps": 8}) for _ in range(2))

@@ -27,7 +27,7 @@ from spo_train.tokenizer import Tokenizer
 
 
 class Bigram(nn.Module):
-    """A model of one's own, with nothing but what the protocol asks for: logits depend on the last token alone."""
+    """A user's model with only the methods of `TrainableModel`. Its logits depend on the last token alone."""
 
     max_length = 48
 
@@ -62,7 +62,7 @@ class Bigram(nn.Module):
         torch.save(self.state_dict(), folder / "bigram.pt")
 
 
-def test_a_model_of_ones_own_is_aligned(tokenizer: Tokenizer, pairs: PairDataset, tmp_path: Path) -> None:
+def test_a_model_of_the_user_is_aligned(tokenizer: Tokenizer, pairs: PairDataset, tmp_path: Path) -> None:
     policy, reference = Bigram(tokenizer.vocab_size), Bigram(tokenizer.vocab_size)
     config = EvaluateConfig(samples=3, reference_samples=3)
     evaluator = Evaluator(reference, tokenizer, config, judge=lambda text, _: {"score": float(len(text))})

@@ -46,7 +46,7 @@ def test_round_trip_is_bitwise(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0, equal_nan=True)
 
 
-def test_replaces_the_previous_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_checkpoint_replaces_the_previous_and_leaves_no_other_file(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
     for step in (1, 2):
         save_checkpoint(path, tensors={"x": torch.full((3,), float(step))}, state={"step": step})
@@ -73,7 +73,7 @@ def test_a_flipped_bit_anywhere_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
     save_checkpoint(path, tensors={"x": torch.arange(8.0), "y": torch.ones(3, dtype=torch.int64)}, state={"step": 31})
     good = path.read_bytes()
-    # Spaces pad the header, where nothing can be damaged; every other byte of header and data counts.
+    # Spaces only pad the header. Every other byte of header and data counts.
     for position in [i for i, byte in enumerate(good) if byte != ord(" ")]:
         bad = bytearray(good)
         bad[position] ^= 0x02

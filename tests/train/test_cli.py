@@ -40,7 +40,7 @@ def ok(*arguments: object) -> Result:
 
 
 def refused(*arguments: object, code: int = 2) -> str:
-    """The message of a command that fails: one line of its own, no traceback."""
+    """The error message of a command that fails, after a check that no traceback is printed."""
     result = spo_train(*arguments)
     assert result.exit_code == code, result.output
     assert isinstance(result.exception, SystemExit)
@@ -147,7 +147,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_from_text_to_report(tmp_path: Path, story_texts: list[str]) -> None:
-    """pretrain, align by both methods, evaluate, report: each on what the one before wrote."""
+    """pretrain, align by both methods, evaluate, report: each command reads what the one before wrote."""
     (tmp_path / "texts").mkdir()
     for i, text in enumerate(story_texts[:60]):
         (tmp_path / "texts" / f"{i:03}.txt").write_text(text)
@@ -193,7 +193,7 @@ def test_reference_command_trains_on_the_grammar(tmp_path: Path) -> None:
 
 
 def test_pairs_command_writes_what_align_reads(tmp_path: Path, model: Path) -> None:
-    # With so much noise and bias pairs of even an untrained model pass the filter.
+    # With so much noise some pairs pass the filter even for an untrained model.
     out = tmp_path / "made.jsonl"
     result = ok("pairs", "--model", model, "--out", out, "--pairs", "40", "--noise", "8")
     made = [json.loads(line) for line in out.read_text().splitlines()]
@@ -300,7 +300,7 @@ def test_traceback_on_request(tmp_path: Path) -> None:
 
 
 def test_demo(tmp_path: Path) -> None:
-    """The demo on the shipped model at sizes that show nothing but that it works; stopped, resumed, repeated."""
+    """The demo on the shipped model at sizes that only show that it works: from the start, and with one run missing."""
     tiny = ["--pairs", "60", "--steps", "2", "--batch-size", "2", "--evaluate-every", "1", "--samples", "4"]
     arguments = ["demo", "--out", tmp_path, "--quick", *tiny, "--reference-samples", "4"]
     output = ok(*arguments).output
@@ -311,7 +311,7 @@ def test_demo(tmp_path: Path) -> None:
         assert steps(tmp_path / "runs" / name / "evaluations.jsonl") == [0, 1, 2]
     assert "SPO, α = 0.1, β = 0.03" in output.split("best win rate")[1]  # noqa: RUF001 (the paper's letter)
 
-    # A run that lost its end is finished, the others are left alone.
+    # A run without run.json and checkpoint is trained again. The others are left alone.
     files = [tmp_path / "pairs.jsonl", *(tmp_path / "runs" / name / "metrics.jsonl" for name in ("spo", "dpo-0.3"))]
     before = [file.stat().st_mtime_ns for file in files]
     (tmp_path / "runs" / "dpo-0.1" / "run.json").unlink()

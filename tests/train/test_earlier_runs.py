@@ -1,4 +1,4 @@
-"""Runs written by earlier code (8efd150, see `earlier_runs`) are still read, reported and resumed."""
+"""The runs in `earlier_runs`, which earlier code wrote (8efd150), can still be read, reported and resumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ SHAPE = ModelConfig(12, dim=4, layers=1, heads=1, ffn_dim=4, max_length=12)
 PAIRS = [([4], [5, 6, 2], [7, 2]), ([], [8, 2], [9, 10, 2]), ([11], [4, 2], [5, 5, 2])]
 ALIGN = {"batch_size": 2, "kl_samples": 2, "kl_every": 2, "warmup_steps": 2, "lr": 1e-2}
 METHODS: dict[str, dict[str, Any]] = {"spo": {"normalizer": "ema"}, "dpo": {"method": "dpo"}}
-# The loss of each step as the earlier code continued these runs. Alignments stopped after 3 steps, pretraining after 4.
+# The loss of each step. The runs stopped after 3 steps (alignments) and 4 steps (pretraining); the later losses are
+# those with which the earlier code continued.
 LOSSES = {
     "spo": [3.8100211918354034, 2.888922220095992, 3.6385719296088285, 2.795130642130971, 3.678213946521282],
     "dpo": [0.6683401465415955, 0.7177990674972534, 0.7122385501861572, 0.6955453157424927, 0.6397653818130493],
@@ -52,7 +53,7 @@ def make_aligner(method: str, steps: int) -> Aligner:
 
 
 class Letters:
-    """Stands for a tokenizer: a character is an id."""
+    """A stand-in for a tokenizer: each character is one id."""
 
     bos_id, eos_id = 1, 2
 
@@ -90,7 +91,7 @@ def test_an_earlier_checkpoint_is_taken_over_whole(name: str, tmp_path: Path) ->
     before, state = load_checkpoint(EARLIER / name / CHECKPOINT_FILE)
     after, _ = load_checkpoint(tmp_path / CHECKPOINT_FILE)
     assert trainer.step == state["step"]
-    # Pretraining had no generator in its checkpoints.
+    # The earlier checkpoints of pretraining hold no generator.
     assert after.keys() - before.keys() == ({"rng/torch"} if name == "pretrain" else set())
     for key, tensor in before.items():
         torch.testing.assert_close(after[key], tensor, rtol=0, atol=0, equal_nan=True)

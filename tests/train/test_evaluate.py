@@ -33,8 +33,8 @@ def test_win_rate_is_the_share_of_comparisons_won_with_ties_half() -> None:
 
 
 def test_win_rate_band_covers_the_truth_at_its_level() -> None:
-    # Normal scores one apart: the true rate is Phi(1 / sqrt 2) = 0.760. Of 400 bands about 380 hold it; 360 and 396 are
-    # more than four standard deviations away.
+    # Means of normal scores one apart: the true rate is Phi(1 / sqrt 2) = 0.760. About 380 of 400 bands hold it. 360
+    # and 396 are more than three standard deviations away.
     rng = np.random.default_rng(0)
     bands = [win_rate(rng.normal(1, 1, 80), rng.normal(0, 1, 120)) for _ in range(400)]
     assert 360 <= sum(band.low <= 0.7602 <= band.high for band in bands) <= 396

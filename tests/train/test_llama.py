@@ -69,7 +69,7 @@ def test_logits_are_those_of_a_llama(make_model: Callable[..., Llama]) -> None:
     model = make_model(dtype=torch.float64)
     tokens = torch.tensor([[1, 40, 7, 300, 12, 12, 99], [1, 2, 3, 5, 8, 13, 21]])
     expected = torch.stack([plain_llama(model, row) for row in tokens])
-    # The rotation table is float32 whatever the weights are: 1e-7 relative.
+    # The table of rotations is float32, whatever the dtype of the weights, so it is off by 1e-7, relative.
     torch.testing.assert_close(model(tokens), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -120,7 +120,7 @@ def test_sample_layout(model: Llama) -> None:
         assert model.eos_id not in response[:-1]
         assert length == 30 or response[-1] == model.eos_id
         ends += response[-1] == model.eos_id
-    # Otherwise neither ending nor compaction was tried.
+    # Some rows end before the others, so that the cache is compacted.
     assert 0 < ends < len(prompts)
 
 
@@ -148,7 +148,7 @@ def test_sample_is_deterministic_and_rows_are_independent(model: Llama) -> None:
     other = model.sample(PROMPTS, max_length=40, generator=generator(4))
     assert torch.equal(first.tokens, again.tokens)
     assert not torch.equal(first.tokens, other.tokens)
-    # Row 1 alone changes: when the others end, and with which prompt, must not matter to the rest.
+    # Only row 1 changes. Its prompt, and the step at which it ends, must not matter to the other rows.
     changed = model.sample([[], [30, 31], *PROMPTS[2:]], max_length=40, generator=generator(3))
     for row in (0, 2, 3):
         length = int(first.lengths[row])
@@ -186,7 +186,8 @@ def test_draws_follow_the_distribution() -> None:
     assert frequencies[probabilities == 0].sum() == 0
 
 
-@pytest.mark.parametrize("vocabulary", [4, 128, 129, 1500])  # within a block, one, one and a token, several
+# Part of a block, one block, a block and a token, several blocks.
+@pytest.mark.parametrize("vocabulary", [4, 128, 129, 1500])
 def test_draw_inverts_the_distribution_function(vocabulary: int) -> None:
     rows = 500
     logits = 3 * torch.randn(rows, vocabulary, generator=generator())

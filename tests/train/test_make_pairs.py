@@ -87,7 +87,7 @@ def test_lines_and_summary_agree(make: Callable) -> None:
     assert summary.agreement > 0.9
     judge = StoryJudge()
     ended = [row for row in rows if row["score_chosen"] == round(judge.assess(row["chosen"]).quality, 3)]
-    # The scores of the stories that were cut off are lower than those of the same texts ended.
+    # Stories that were cut off have a lower score than the same text with its end.
     assert 0.8 * len(rows) < len(ended) < len(rows)
 
 
@@ -105,7 +105,7 @@ def test_given_judge_decides(make: Callable) -> None:
     assert all(min(10, row["chosen"].count("y") * 2) > 2 * row["rejected"].count("y") for row in rows)
 
 
-def test_nothing_passes_a_judge_that_minds_only_the_order(make: Callable) -> None:
+def test_nothing_passes_a_judge_that_only_sees_the_order(make: Callable) -> None:
     rows, summary = make(pairs=20, bias=20.0)
     assert rows == []
     assert (summary.kept, summary.keep_rate) == (0, 0.0)

@@ -57,7 +57,7 @@ def test_part_timer_adds_up() -> None:
     assert set(timer.seconds) == {"nap"}
 
 
-def test_progress_is_silent_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar(total=3, desc="work") as bar:
         bar.update(3)
     assert capsys.readouterr() == ("", "")

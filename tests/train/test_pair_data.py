@@ -107,7 +107,7 @@ def test_fingerprint_tells_data_apart() -> None:
     assert len({fingerprint(a), fingerprint(b), fingerprint(a, b), fingerprint(b, a)}) == 4
 
 
-# 7 and 4: epochs end inside batches; 8 and 4: at their ends; 3 and 8: a batch holds several epochs.
+# 7 and 4: epochs end inside batches. 8 and 4: epochs end with batches. 3 and 8: a batch holds several epochs.
 @pytest.mark.parametrize(("size", "batch_size"), [(7, 4), (8, 4), (3, 8), (1, 1)])
 def test_batches_go_through_shuffled_epochs(size: int, batch_size: int) -> None:
     order = BatchOrder(size, batch_size, seed=3)

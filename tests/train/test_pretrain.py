@@ -60,7 +60,7 @@ def same(a: PretrainResult, b: PretrainResult) -> bool:
 
 
 class KilledError(Exception):
-    """Stands for whatever ends a process."""
+    """Stands for anything that ends a process."""
 
 
 def kill_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_same_seed_same_weights(story_texts: list[str], tokenizer: Tokenizer, tm
     assert not same(runs[0], runs[2])
 
 
-# 7: between two checkpoints; 5: on one; 3: before the first.
+# 7: between two checkpoints. 5: at a checkpoint. 3: before the first.
 @pytest.mark.parametrize("killed_after", [3, 5, 7])
 def test_resumed_run_ends_with_the_same_bits(
     story_texts: list[str], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
@@ -141,7 +141,7 @@ def test_a_signal_ends_pretraining_with_a_checkpoint(
     assert same(resumed, train(story_texts, tmp_path / "whole", tokenizer))
 
 
-def test_resume_can_be_declined(
+def test_another_run_is_refused_and_restart_replaces_it(
     story_texts: list[str], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kill_after(7, monkeypatch)
@@ -232,7 +232,7 @@ def test_too_little_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_long_document_is_enough(story_texts: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_one_long_document_is_split(story_texts: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
     result = train(["\n".join(story_texts[:20])], tmp_path, tokenizer, steps=2)
     assert result.train_sequences > 20
     assert result.held_out_sequences == (result.train_sequences + result.held_out_sequences) // 10

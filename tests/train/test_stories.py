@@ -29,7 +29,7 @@ def exact(bias: float = 0.0) -> StoryJudge:
 
 
 def test_grammar_is_frozen() -> None:
-    # The shipped model, the judge's trigrams and all measured results hang on these very stories.
+    # The shipped model, the judge's trigrams and all measured results depend on exactly these stories.
     digest = hashlib.sha256("\n".join(stories(1000, seed=1)).encode()).hexdigest()
     assert digest == "d06a5defee66da18be43c1fbacbd79d86397109a4f733052a7cbe2e38f051a7f"
 
@@ -123,7 +123,7 @@ def test_unfinished_costs_a_point_and_a_half(judge: StoryJudge) -> None:
     assert not judge.assess(FIRST.removesuffix(".")).finished
 
 
-def test_short_stories_lose_points_in_proportion() -> None:
+def test_stories_of_fewer_than_five_words_score_zero() -> None:
     judge = StoryJudge()
     assert judge.assess(FIRST).words >= 45
     for text, words in (("", 0), ("?!", 0), ("Tom had a kite.", 4)):
@@ -140,7 +140,7 @@ def test_quality_stays_in_range(judge: StoryJudge) -> None:
 
 @pytest.mark.parametrize(
     ("first", "second", "kept"),
-    # Without noise and bias: the story shown second must lead by 3 in one of the two orders, whoever it is.
+    # Without noise and bias. The better story is shown second in one of the two orders, so it must lead by 3.
     [(8, 5, 1), (5, 8, -1), (7, 5, 0), (5, 7, 0), (5, 5, 0), (10, 0, 1), (7.6, 5.4, 1), (7.4, 4.6, 0)],
 )
 def test_filter_needs_the_margin_in_both_orders(first: float, second: float, kept: int) -> None:
@@ -150,7 +150,7 @@ def test_filter_needs_the_margin_in_both_orders(first: float, second: float, kep
 def test_bias_favours_the_story_shown_second() -> None:
     judge = exact(bias=2.0)
     assert judge.scores(5, 5, random.Random(0)) == (5, 7)
-    # A lead of 3 shrinks to 1 where the better story is shown first: not consistent, dropped.
+    # Where the better story is shown first, the bias makes its lead of 3 a lead of 1: the pair is dropped.
     assert exact().prefer(8, 5, random.Random(0)) == 1
     assert judge.prefer(8, 5, random.Random(0)) == 0
     assert judge.prefer(9, 5, random.Random(0)) == 1

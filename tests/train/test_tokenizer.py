@@ -7,7 +7,7 @@ import pytest
 from spo_train.models.llama import Llama, ModelConfig
 from spo_train.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer
 
-# Spaces at every place, line breaks, and characters that no story has (they become bytes).
+# Spaces at every place, line breaks, and characters that no story has, which become bytes.
 TEXTS = ["", " ", "Once upon a time", "  two  spaces ", "a\tb\n\nc\r\n", "Zoë ate 3 naïve 日本 🦊s", 'said, "No!"']
 
 

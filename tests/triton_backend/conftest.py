@@ -1,7 +1,7 @@
 """Triton in the interpreter: bf16 as a GPU treats it, and which of these tests a process can run.
 
-``TRITON_INTERPRET=1`` must be set before triton is first imported, and changes every kernel of the process. So the
-interpreted tests have a process of their own, started by test_triton_interpreter.py; elsewhere they are not collected.
+``TRITON_INTERPRET=1`` must be set before triton is first imported, and changes every kernel of the process. So
+test_triton_interpreter.py starts a new process for the interpreted tests, and other processes do not collect them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ collect_ignore = ["test_triton_interpreter.py", "test_triton_compiles.py"] if IN
 
 @pytest.fixture(autouse=True, scope="session")
 def bfloat16_as_on_a_gpu() -> Iterator[None]:
-    """Casts to bf16 round to nearest even, and arithmetic in bf16 is refused, products of matrices excepted.
+    """Casts to bf16 round to nearest even. Arithmetic in bf16 is refused, except products of matrices.
 
-    The interpreter holds bf16 as 16-bit integers. It truncates where a GPU rounds, and adds, multiplies and compares
-    the integers, in products of matrices too; but for products, kernels must widen before they compute.
+    The interpreter holds bf16 as 16-bit integers. In casts it truncates where a GPU rounds. In arithmetic, products of
+    matrices included, it computes with the integers. So products of matrices are widened here, and for other
+    arithmetic the kernels themselves must widen.
     """
     if not INTERPRETING:
         yield
@@ -62,9 +63,9 @@ def bfloat16_as_on_a_gpu() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def language_patched_once_per_launch() -> Iterator[None]:
-    """The interpreter replaces triton.language anew at every call of a helper function, which is most of its time.
+    """A launch patches all of triton.language once, and calls of helper functions within it do not patch again.
 
-    Here a launch replaces all of it, and the calls within rely on that.
+    The interpreter itself patches the language at every call of a helper function, which takes most of its time.
     """
     if not INTERPRETING:
         yield
@@ -84,7 +85,7 @@ def language_patched_once_per_launch() -> Iterator[None]:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Number of unmasked elements of every block that kernels load in this test; scalars do not count."""
+    """Number of unmasked elements of every block that kernels load in this test. Loads of scalars do not count."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     sizes: list[int] = []

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every GPU, in every configuration: without spills, its loops limited by memory."""
+"""Every Triton kernel compiles for every GPU, in every configuration: without spills, and with loops within limits."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from benchmarks.models.machine_code import GPUS, Loop
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
-# One process each: a test machine has two cores, and cuda:90 compiles more than the others.
+# One process a group, since a test machine has two cores. cuda:90 compiles more than the others.
 GROUPS = (("cuda:90", "cuda:80"), ("cuda:100", "cuda:120", "hip:gfx942"))
 
-# The busiest pipe's share of the memory's time, at most. Two steps a tile cost more instructions than four or eight,
-# but an H100 is up to twice as fast with them (`row_config`). On a B200, where nothing was measured, the exponentials
-# alone take 97 % of the memory's time, and the KL's instructions need 118 %; the CUDA kernels compute a quarter of the
-# exponentials by a polynomial.
+# Upper limits of the busiest pipe's time, as shares of the memory's time. Two steps a tile cost more instructions than
+# four or eight, but an H100 is up to twice as fast with two (`row_config`). Nothing was measured on a B200. There the
+# exponentials take 97 % of the memory's time, and the KL's instructions 118 %. The CUDA kernels are below that, because
+# they compute a quarter of the exponentials by a polynomial.
 SHARES = {"A100": 0.6, "H100": 0.65, "B200": 1.2}
 
 
 @background
 def compiled(out: Path) -> list[dict[str, Any]]:
-    """What cross_compile.py says of every target, from an empty cache."""
+    """The results of cross_compile.py for every target, from an empty cache."""
     command = [sys.executable, "-m", "benchmarks.models.cross_compile"]
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
@@ -62,14 +62,14 @@ def test_kernels_compile_without_spills(compiled: list[dict[str, Any]], target: 
 
 
 def test_quotients_are_rounded_once(compiled: list[dict[str, Any]]) -> None:
-    """Where x / x is not 1, the KL of equal rows is not 0; the interpreter divides exactly in any case."""
+    """If x / x is not 1, the KL of equal rows is not 0. The interpreter cannot show that: it divides exactly."""
     kl = [result for result in compiled if result["target"].startswith("cuda") and result["ref_dtype"]]
     kinds = {kind for result in kl for kind in result["divisions"]}
     assert kinds == {"div.rn.f32", "div.rn.f64"}
 
 
 def shares(compiled: list[dict[str, Any]], gpu: str, *, planted: bool) -> dict[tuple[str, bool, bool], float]:
-    """Of the memory's time, what each loop over bfloat16 vectors needs: by kernel, with a reference, with stores."""
+    """The share of the memory's time that each loop over bfloat16 vectors needs, by kernel, reference and stores."""
     target = f"cuda:{GPUS[gpu].arch.removeprefix('sm_')}"
     found: dict[tuple[str, bool, bool], float] = {}
     for result in compiled:

@@ -1,4 +1,4 @@
-"""Runs test_triton_ops.py under Triton's interpreter, in a process where it is set before anything imports triton."""
+"""Runs test_triton_ops.py under Triton's interpreter, in a process that selects it before anything imports triton."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels in the interpreter against float64: few rows, for each program costs tens of milliseconds.
+"""The Triton kernels in the interpreter against float64. Rows are few: each program costs tens of milliseconds.
 
 The interpreter models arithmetic and addresses. It does not model threads, alignment or out-of-bounds access.
 """
@@ -39,7 +39,7 @@ from spo_kernels.backends import Backend
 
 INF, NAN = math.inf, math.nan
 
-# numpy, under the interpreter, warns of what the kernels mean to compute: log(0), -inf - -inf.
+# The interpreter uses numpy, which warns of log(0) and -inf - -inf. The kernels compute both on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -57,7 +57,8 @@ def check(backend: Backend, case: Case) -> Result:
     return result
 
 
-# Of 6 rows one is ignored, two are masked, none is both. 4097: one element in the last tile of every configuration.
+# Of 6 rows one is ignored, two are masked, none is both. With V = 4097 the last tile of every configuration has one
+# element.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", [1, 31, 33, 1000, 4097])
 def test_token_stats_over_vocabularies(backend: Backend, v: int, dtype: torch.dtype) -> None:
@@ -174,7 +175,7 @@ def test_layouts_give_the_same_bits_and_padding_is_left_alone(backend: Backend, 
 
     buffer, logits = all_but_the_last_token(case.logits)
     ref_logits = time_first_wide_and_misaligned(case.ref_logits)[1]
-    # Labels, masks and upstream gradients strided too.
+    # Labels, masks and upstream gradients are strided too.
     strided = [
         None if x is None else x.repeat_interleave(2, 1)[:, ::2]
         for x in (case.labels, case.mask, case.dlogps, case.dkl, weight)
@@ -247,7 +248,7 @@ def test_outputs_not_asked_for_are_empty(backend: Backend) -> None:
 def test_unwanted_rows_cost_no_read_and_are_exactly_zero(backend: Backend, loads: list[int]) -> None:
     v = 100
     case = make_case(4, v)
-    # One row for each: nothing, the log-probability alone, the KL alone, both.
+    # One row wants nothing, one the log-probability, one the KL, one both.
     case = replace(case, labels=torch.tensor([IGNORE, 1, IGNORE, 3]), mask=torch.tensor([False, False, True, True]))
     clean = run(backend, case)
     assert sum(loads) == 2 * (0 + 1 + 2 + 2) * v  # forward and backward
@@ -261,7 +262,7 @@ def test_unwanted_rows_cost_no_read_and_are_exactly_zero(backend: Backend, loads
 
 def test_rows_with_upstream_gradients_of_zero_are_not_read(backend: Backend, loads: list[int]) -> None:
     case = replace(make_case(4, 100), labels=torch.arange(4), mask=torch.ones(4, dtype=torch.bool))
-    # One row for each: nothing, the log-probability alone, the KL alone, both.
+    # One row has no upstream gradient, one that of the log-probability, one that of the KL, one both.
     case.dlogps[[0, 2]] = case.dkl[:2] = 0
     clean = run(backend, case)
     assert sum(loads) == (8 + 0 + 1 + 2 + 2) * 100  # the forward reads all
@@ -370,9 +371,6 @@ def test_scale(backend: Backend, dtype: torch.dtype, loads: list[int]) -> None:
     backend.scale_(tensor, torch.ones((), dtype=wide))
     assert not loads
     assert_same(tensor, values, "times 1")
-
-
-HEAD_DTYPES = [torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("inplace", [False, True])
