@@ -1,6 +1,7 @@
 """Fused kernels for preference alignment: per-sequence log-probs, the SPO loss, exact token KL. See README.md."""
 
 from spo_kernels import backends
+from spo_kernels.distributed import GatheredHead, gather_head
 from spo_kernels.functional import (
     get_batch_logps,
     kl_loss,
@@ -14,10 +15,12 @@ from spo_kernels.losses import SoftImportance, preference_loss, spo_loss
 from spo_kernels.modules import LinearSPOLoss, SPOLoss
 
 __all__ = [
+    "GatheredHead",
     "LinearSPOLoss",
     "SPOLoss",
     "SoftImportance",
     "backends",
+    "gather_head",
     "get_batch_logps",
     "kl_loss",
     "linear_kl_loss",

@@ -39,6 +39,7 @@ from spo_kernels.checks import (
     checked_row_weight,
     differentiated_eagerly,
 )
+from spo_kernels.distributed import takes_dtensors
 from spo_kernels.precision import can_precompute_gradient
 from spo_kernels.sequences import checked_sums
 from spo_kernels.shards import Columns, sharded_token_stats_fwd
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@takes_dtensors(logits=-1)
 def token_logps(
     logits: Tensor,
     labels: Tensor,
@@ -81,6 +83,7 @@ def token_logps(
     return logps
 
 
+@takes_dtensors(logits=-1)
 def sequence_logps(
     logits: Tensor,
     labels: Tensor,
@@ -119,6 +122,7 @@ def sequence_logps(
     return sums if counts is None else sums / checked_sums(counts, cu_seqlens, "labels").clamp(min=1)
 
 
+@takes_dtensors(logits=-1, ref_logits=-1)
 def token_kl(
     logits: Tensor,
     ref_logits: Tensor,
@@ -154,6 +158,7 @@ def token_kl(
     return kl
 
 
+@takes_dtensors(logits=-1, ref_logits=-1)
 def token_logps_kl(
     logits: Tensor,
     labels: Tensor,
@@ -183,6 +188,7 @@ def token_logps_kl(
     return _row_stats(logits, labels, ref_logits, mask, ignore_index, inplace_backward, columns)
 
 
+@takes_dtensors(logits=-1, ref_logits=-1)
 def kl_loss(
     logits: Tensor,
     ref_logits: Tensor,

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from spo_kernels.checks import check_float, check_like, check_number, checked_pair, checked_references
+from spo_kernels.distributed import HoldsProcessGroup, takes_dtensors
 from spo_kernels.precision import upcast
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def mean_or_zero(x: Tensor) -> Tensor:
     return x.sum() / max(x.numel(), 1)
 
 
+@takes_dtensors()
 def spo_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -182,6 +184,7 @@ def _rewards(
     return scale * chosen, scale * rejected
 
 
+@takes_dtensors()
 def dpo_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -273,7 +276,7 @@ def preference_loss(
     )
 
 
-class SoftImportance(nn.Module):
+class SoftImportance(HoldsProcessGroup):
     """Pair weights by how likely the policy finds the pair (eq. 24): (L_w [P], L_l [P]) -> mu [P], no gradient.
 
         mu = sigmoid(s - normalizer),    s = gamma log(pi(y_w) + pi(y_l)) = gamma logaddexp(L_w, L_l)
@@ -319,6 +322,7 @@ class SoftImportance(nn.Module):
         self.decay = decay
         self.set_normalizer(normalizer)
 
+    @takes_dtensors()
     def set_normalizer(self, normalizer: str | float | Tensor) -> None:
         """Change the normalizer to "batch", "ema", a float or a 0-d Tensor, which is held detached, not copied.
 
@@ -361,6 +365,7 @@ class SoftImportance(nn.Module):
         return f"gamma={self.gamma}, normalizer={self.normalizer!r}{ema}"
 
     @torch.no_grad()
+    @takes_dtensors()
     def forward(self, logp_w: Tensor, logp_l: Tensor) -> Tensor:
         """mu [P] in (0, 1), float32 (float64 for float64 log-probs)."""
         scores = self._scores(logp_w, logp_l)
@@ -370,6 +375,7 @@ class SoftImportance(nn.Module):
         return torch.sigmoid(scores - normalizer)
 
     @torch.no_grad()
+    @takes_dtensors()
     def batch_normalizer(self, logp_w: Tensor, logp_l: Tensor) -> Tensor:
         """Mean of s over these pairs and the process group, 0-d; NaN over no pair."""
         return self._mean(self._scores(logp_w, logp_l))

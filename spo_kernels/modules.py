@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spo_kernels import sequences
 from spo_kernels.checks import IGNORE_INDEX, check_cu_seqlens, check_like, check_number, check_rows, check_sequences
+from spo_kernels.distributed import HoldsProcessGroup, takes_dtensors
 from spo_kernels.functional import sequence_logps, token_kl
 from spo_kernels.linear.checks import (
     check_chunk_size,
@@ -59,7 +60,7 @@ def _checked_importance(weight: float | Importance | None) -> Importance | None:
     return SoftImportance(weight)
 
 
-class _PairObjective(nn.Module):
+class _PairObjective(HoldsProcessGroup):
     """What both modules have in common: the options of the pair loss, and the objective from log-probs and KL."""
 
     importance: Importance | None
@@ -227,6 +228,7 @@ class SPOLoss(_PairObjective):
         )
         self.inplace_backward = inplace_backward
 
+    @takes_dtensors(logits=-1, kl_logits=-1, kl_ref_logits=-1)
     def forward(
         self,
         logits: Tensor,
@@ -355,6 +357,7 @@ class LinearSPOLoss(_PairObjective):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, nll_weight={self.nll_weight}, route={self.route!r}"
 
+    @takes_dtensors(weight=0, bias=0, kl_ref_weight=0, kl_ref_bias=0)
     def forward(
         self,
         hidden: Tensor,

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels.checks import IGNORE_INDEX, check_rows, checked_row_weight
+from spo_kernels.distributed import takes_dtensors
 from spo_kernels.linear.checks import checked_head, checked_options, checked_ref_head
 from spo_kernels.linear.ops import linear_kl_loss_fwd, linear_token_stats_fwd
 from spo_kernels.linear.records import Head, HeadOptions, Needs
@@ -88,6 +89,7 @@ def linear_token_logps(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@takes_dtensors(weight=0, bias=0)
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -129,6 +131,7 @@ def linear_token_logps(
     return logps.view(labels.shape), torch.where(labels != ignore_index, entropy, 0)
 
 
+@takes_dtensors(weight=0, bias=0)
 def linear_sequence_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -180,6 +183,7 @@ def linear_sequence_logps(
     return sums / counts.clamp(min=1)
 
 
+@takes_dtensors(weight=0, bias=0, ref_weight=0, ref_bias=0)
 def linear_token_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -228,6 +232,7 @@ def kl_of(head: Head, ref_head: Head, mask: Tensor | None, options: HeadOptions)
     return kl
 
 
+@takes_dtensors(weight=0, bias=0, ref_weight=0, ref_bias=0)
 def linear_kl_loss(
     hidden: Tensor,
     weight: Tensor,
