@@ -10,6 +10,7 @@ from spo_kernels.functional import (
     token_logps,
     token_logps_kl,
 )
+from spo_kernels.huggingface import head_options
 from spo_kernels.linear import linear_kl_loss, linear_sequence_logps, linear_token_kl, linear_token_logps
 from spo_kernels.losses import SoftImportance, preference_loss, spo_loss
 from spo_kernels.modules import LinearSPOLoss, SPOLoss
@@ -22,6 +23,7 @@ __all__ = [
     "backends",
     "gather_head",
     "get_batch_logps",
+    "head_options",
     "kl_loss",
     "linear_kl_loss",
     "linear_sequence_logps",

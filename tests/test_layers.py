@@ -52,6 +52,7 @@ KERNELS = modules("spo_kernels")
 LAYERS = [  # a module may import the modules of its package that stand before it
     "precision",
     "checks",
+    "huggingface",
     "op_library",
     "reference",
     "row_ops",
