@@ -206,7 +206,7 @@ def _split_dim(dtensors: Mapping[str, Any], vocabulary: Mapping[str, int], mesh:
             if placement == shard:
                 splits.add(dim)
             if placement != shard or len(splits) > 1:
-                taken = "" if shard is None else f", or {shard} over one mesh dimension"
+                taken = "" if shard is None else f", or {shard!r} over one mesh dimension"
                 raise ValueError(f"{name} must be replicated{taken}, got {_described(tensor)}; {_REMEDY}")
     return splits.pop() if splits else None
 
@@ -228,10 +228,10 @@ def _check_plain(
             )
     wanting = [name for name, x in dtensors.items() if x.requires_grad] if torch.is_grad_enabled() else []
     if plain and wanting and any(mesh.size(dim) > 1 for dim in range(mesh.ndim) if dim != split):
-        name = wanting[0]
+        first, name = next(iter(plain)), wanting[0]
         raise ValueError(
-            f"{', '.join(plain)} must be DTensors like {name}, got Tensors with {name} {_described(dtensors[name])}: "
-            f"its gradient depends on whether they are the same in every process; {_REMEDY}"
+            f"{first} must be a DTensor like {name}, got a Tensor with {name} {_described(dtensors[name])}: the "
+            f"gradient of {name} depends on whether {first} is the same in every process; {_REMEDY}"
         )
 
 
@@ -287,28 +287,31 @@ def _vocabulary(mesh: DeviceMesh, split: int, sizes: Mapping[str, int]) -> tuple
     (first, vocab_size), *others = sizes.items()
     for name, size in others:
         if size != vocab_size:
-            raise ValueError(f"{name} must have the {vocab_size} columns of {first}, got {size}")
-    group = mesh.get_group(split)
-    ranks = torch.distributed.get_process_group_ranks(group)
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    along: tuple[Any, ...] = tuple(slice(None) if dim == split else at for dim, at in enumerate(coordinate))
-    if mesh.mesh[along].tolist() != ranks:
-        raise ValueError(f"the mesh must list its processes in the order of ranks, got {mesh.mesh.tolist()}")
+            raise ValueError(f"{name} must have the vocabulary of {first}, {vocab_size}, got {size}")
+    if not _in_order_of_ranks(mesh, split):
+        raise ValueError(f"the mesh must list its processes in the order of ranks, got {mesh}")
     count = mesh.size(split)
     rows = -(-vocab_size // count)  # as torch.chunk splits
     shards = tuple(max(0, min(rows, vocab_size - rank * rows)) for rank in range(count))
     if shards[-1] == 0:
-        raise ValueError(f"{first} must have a column for each of {count} processes, got {shards}")
-    return group, shards
+        raise ValueError(f"{first} must have a vocabulary for {count} processes, got {vocab_size}: shards {shards}")
+    return mesh.get_group(split), shards
+
+
+@torch.compiler.assume_constant_result
+def _in_order_of_ranks(mesh: DeviceMesh, dim: int) -> bool:
+    """Whether a mesh dimension lists its processes as their group does, which sorts them."""
+    ranks = mesh.mesh.movedim(dim, -1)
+    return bool((ranks.diff() > 0).all())
 
 
 def _check_same(plain: Mapping[str, Tensor], group: ProcessGroup) -> None:
     """ValueError for Tensors that differ between processes; compares the first number of each row.
 
-    A parameter of FSDP looks like a shard of the vocabulary. Its processes have different batches.
+    A parameter of FSDP looks like a shard of the vocabulary, but its processes have different batches. Compiled code
+    cannot raise here: it relies on the ops, which check labels, masks and weights.
     """
-    if not plain:
+    if not plain or torch.compiler.is_compiling():
         return
     try:
         first = {name: torch.atleast_1d(x.detach())[..., :1] for name, x in plain.items()}

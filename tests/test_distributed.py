@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from processes import Processes
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -51,9 +50,9 @@ def near(actual: Tensor, expected: Tensor) -> None:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """ids and labels, [B, T]; the same number of unignored labels in each half, as a mean over processes wants."""
+    """ids and labels, [B, T]; as many unignored labels in each sequence, so that a mean of means is the mean."""
     labels = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
-    labels[0, 0] = labels[3, 2] = IGNORE
+    labels[torch.arange(B), torch.arange(B) % T] = IGNORE
     return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(2)), labels
 
 
@@ -134,10 +133,31 @@ def test_fsdp_head(processes: Processes, place: str, tied: bool, steps: int) -> 
             near(gradients[name], expected[name])
 
 
-def one_process_head(scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias for the mean loss of the batch, times scale."""
+def hybrid_gradients(group: ProcessGroup, place: str) -> dict[str, Tensor]:
+    """Parameters replicated over one dimension of the mesh and sharded over the other."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = Model(tied=False)
+    if place == "own":
+        fully_shard(model.head, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    ids, labels = (x.chunk(4)[group.rank()] for x in batch())
+    step(model, place, ids, labels)
+    assert model.head.weight.placements == (Replicate(), Shard(0))
+    return whole_gradients(model)
+
+
+@pytest.mark.parametrize("place", ["own", "outside"])
+def test_hybrid_sharded_head(processes: Processes, place: str) -> None:
+    expected = gradients_of_one_process(False, 1)
+    for gradients in results_of(processes, 4, hybrid_gradients, place):
+        for name in expected:
+            near(gradients[name], expected[name])
+
+
+def one_process_head() -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias for the mean loss of the batch."""
     hidden, weight, bias = (x.requires_grad_() for x in head_tensors())
-    (loss_of(hidden, sk.gather_head(weight, bias), batch()[1]) * scale).backward()
+    loss_of(hidden, sk.gather_head(weight, bias), batch()[1]).backward()
     assert hidden.grad is not None and weight.grad is not None and bias.grad is not None
     return hidden.grad, weight.grad, bias.grad
 
@@ -228,3 +248,408 @@ def test_data_and_tensor_parallel_head(processes: Processes, place: str, steps: 
         assert gradients.keys() == expected.keys()
         for name in expected:
             near(gradients[name], expected[name])
+
+
+VOCABULARY = {"logits": -1, "ref_logits": -1, "weight": 0, "bias": 0, "ref_weight": 0, "ref_bias": 0}
+WANT_GRADIENTS = ("logits", "hidden", "weight", "bias", "chosen", "rejected")
+
+
+def inputs() -> dict[str, Tensor]:
+    hidden, weight, bias = head_tensors()
+    ref_hidden, ref_weight, ref_bias = noise(B, T, H, seed=6), noise(V, H, seed=7), noise(V, seed=8)
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[1, 1] = False
+    return {
+        "logits": hidden @ weight.T + bias,
+        "ref_logits": ref_hidden @ ref_weight.T + ref_bias,
+        "hidden": hidden,
+        "weight": weight,
+        "bias": bias,
+        "ref_hidden": ref_hidden,
+        "ref_weight": ref_weight,
+        "ref_bias": ref_bias,
+        "labels": batch()[1],
+        "mask": mask,
+        "row_weight": torch.linspace(0, 2, B * T, dtype=torch.float64).view(B, T),
+        "chosen": noise(B, seed=9),
+        "rejected": noise(B, seed=10),
+        "pair_weight": torch.linspace(0, 1, B // 2, dtype=torch.float64),
+    }
+
+
+def kl_of_heads(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return x["hidden"], x["weight"], x["ref_hidden"], x["ref_weight"], x["mask"], x["bias"], x["ref_bias"]
+
+
+def linear_spo_loss(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    objective, metrics = sk.LinearSPOLoss(0.1, 0.2, nll_weight=0.1)(
+        x["hidden"],
+        x["weight"],
+        x["labels"],
+        x["bias"],
+        pair_weight=x["pair_weight"],
+        kl_hidden=x["hidden"],
+        kl_ref_hidden=x["ref_hidden"],
+        kl_ref_weight=x["ref_weight"],
+        kl_ref_bias=x["ref_bias"],
+        kl_mask=x["mask"],
+    )
+    return objective, *metrics
+
+
+def spo_loss_of_logits(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    module = sk.SPOLoss(0.1, 0.2, sk.SoftImportance(0.1, "ema"))
+    objective, metrics = module(
+        x["logits"], x["labels"], kl_logits=x["logits"], kl_ref_logits=x["ref_logits"], kl_mask=x["mask"]
+    )
+    assert module.importance.num_updates == 1  # the caller's module, not a copy of it
+    return objective, *metrics
+
+
+FUNCTIONS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "token_logps": lambda x: sk.token_logps(x["logits"], x["labels"]),
+    "sequence_logps": lambda x: sk.sequence_logps(x["logits"], labels=x["labels"], average=True),
+    "get_batch_logps": lambda x: sk.get_batch_logps(x["logits"], x["labels"]),
+    "token_kl": lambda x: sk.token_kl(x["logits"], x["ref_logits"], x["mask"]),
+    "token_logps_kl": lambda x: sk.token_logps_kl(x["logits"], x["labels"], x["ref_logits"]),
+    "kl_loss": lambda x: sk.kl_loss(x["logits"], x["ref_logits"], row_weight=x["row_weight"]),
+    "SPOLoss": spo_loss_of_logits,
+    "linear_token_logps": lambda x: sk.linear_token_logps(
+        x["hidden"], x["weight"], x["labels"], x["bias"], return_entropy=True
+    ),
+    "linear_sequence_logps": lambda x: sk.linear_sequence_logps(x["hidden"], x["weight"], x["labels"]),
+    "linear_token_kl": lambda x: sk.linear_token_kl(*kl_of_heads(x)),
+    "linear_kl_loss": lambda x: sk.linear_kl_loss(*kl_of_heads(x), row_weight=x["row_weight"]),
+    "LinearSPOLoss": linear_spo_loss,
+    "spo_loss": lambda x: sk.spo_loss(x["chosen"], x["rejected"], weight=sk.SoftImportance(0.1)),
+    "preference_loss": lambda x: sk.preference_loss("dpo", x["chosen"], x["rejected"], x["rejected"], x["chosen"]),
+    "SoftImportance": lambda x: sk.SoftImportance(0.1)(x["chosen"], x["rejected"]),
+    "batch_normalizer": lambda x: sk.SoftImportance(0.1).batch_normalizer(x["chosen"], x["rejected"]),
+}
+WITHOUT_VOCABULARY = ("spo_loss", "preference_loss", "SoftImportance", "batch_normalizer")
+
+
+def outcome(name: str, x: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Results, and the gradients of half their sum."""
+    results = FUNCTIONS[name](x)
+    results = [results] if isinstance(results, Tensor) else list(results)
+    for result in results:
+        if result.requires_grad:
+            result.backward(torch.full_like(result, 0.5), retain_graph=True)
+    return [result.detach() for result in results], {
+        key: x[key].grad for key in WANT_GRADIENTS if x[key].grad is not None
+    }
+
+
+def dtensor_outcome(group: ProcessGroup, name: str, kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """kind: "replicated"; "sharded" along the vocabulary, the rest replicated; "beside": the rest plain Tensors."""
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
+    x = inputs()
+    for key, tensor in x.items():
+        if kind == "beside" and key not in VOCABULARY:
+            x[key] = tensor.requires_grad_(key in WANT_GRADIENTS)
+            continue
+        placement = (
+            Replicate() if kind == "replicated" or key not in VOCABULARY else Shard(VOCABULARY[key] % tensor.dim())
+        )
+        x[key] = distribute_tensor(tensor, mesh, [placement]).requires_grad_(key in WANT_GRADIENTS)
+    results, gradients = outcome(name, x)
+    for key, gradient in gradients.items():
+        assert type(gradient) is type(x[key])
+        if isinstance(gradient, DTensor):
+            assert gradient.placements == x[key].placements
+    for result in results:
+        assert isinstance(result, DTensor) == (kind != "beside")
+        assert not isinstance(result, DTensor) or result.placements == (Replicate(),)
+    local = lambda x: x.full_tensor() if isinstance(x, DTensor) else x  # noqa: E731
+    return [local(result) for result in results], {key: local(gradient) for key, gradient in gradients.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in FUNCTIONS
+        for kind in ("replicated", "sharded", "beside")
+        if kind == "replicated" or name not in WITHOUT_VOCABULARY
+    ],
+)
+def test_dtensor_arguments(processes: Processes, name: str, kind: str) -> None:
+    expected = {key: tensor.requires_grad_(key in WANT_GRADIENTS) for key, tensor in inputs().items()}
+    results, gradients = outcome(name, expected)
+    assert gradients or name in ("SoftImportance", "batch_normalizer")
+    for actual, actual_gradients in results_of(processes, 2, dtensor_outcome, name, kind):
+        for got, wanted in zip(actual, results, strict=True):
+            near(got, wanted)
+        assert actual_gradients.keys() == gradients.keys()
+        for key in gradients:
+            near(actual_gradients[key], gradients[key])
+
+
+def refused(group: ProcessGroup, name: str) -> Any:
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
+    other = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("other",)) if name == "another mesh" else mesh
+    x = inputs()
+
+    def on(key: str, *placements: Placement, mesh: DeviceMesh = mesh) -> Tensor:
+        return distribute_tensor(x[key], mesh, placements).requires_grad_(x[key].is_floating_point())
+
+    wrong = [Partial(), Partial()]
+    calls: dict[str, Callable[[], Any]] = {
+        "rows sharded": lambda: sk.token_logps(on("logits", Shard(0)), on("labels", Shard(0))),
+        "labels sharded": lambda: sk.token_logps(on("logits", Replicate()), on("labels", Shard(0))),
+        "features sharded": lambda: sk.linear_token_logps(x["hidden"], on("weight", Shard(1)), x["labels"]),
+        "hidden sharded": lambda: sk.linear_token_logps(on("hidden", Shard(0)), on("weight", Shard(0)), x["labels"]),
+        "partial": lambda: sk.token_logps(DTensor.from_local(x["logits"], mesh, wrong[:1]), x["labels"]),
+        "replicated beside": lambda: sk.linear_token_logps(x["hidden"], on("weight", Replicate()), x["labels"]),
+        "reference plain": lambda: sk.token_kl(on("logits", Shard(2)), x["ref_logits"]),
+        "bias plain": lambda: sk.LinearSPOLoss()(x["hidden"], on("weight", Shard(0)), x["labels"], x["bias"]),
+        "another mesh": lambda: sk.token_kl(on("logits", Replicate()), on("ref_logits", Replicate(), mesh=other)),
+        "group": lambda: sk.linear_token_logps(x["hidden"], on("weight", Shard(0)), x["labels"], process_group=group),
+        "group of the module": lambda: sk.SPOLoss(process_group=group)(on("logits", Shard(2)), x["labels"]),
+        "shards": lambda: sk.token_logps(on("logits", Shard(2)), x["labels"], vocab_shards=(7, 6)),
+        "in place": lambda: sk.token_logps(on("logits", Shard(2)), x["labels"], inplace_backward=True),
+        "module in place": lambda: sk.SPOLoss(inplace_backward=True)(on("logits", Replicate()), x["labels"]),
+        "overwritten": lambda: sk.kl_loss(
+            on("logits", Replicate()), on("ref_logits", Replicate()), overwrite_logits=True
+        ),
+        "other batches": lambda: sk.linear_token_kl(
+            x["hidden"] + group.rank(), on("weight", Shard(0)), x["ref_hidden"], on("ref_weight", Shard(0)).detach()
+        ),
+        "other labels": lambda: sk.linear_token_logps(
+            x["hidden"], on("weight", Shard(0)), x["labels"].roll(group.rank(), 0)
+        ),
+        "two vocabularies": lambda: sk.token_kl(
+            on("logits", Shard(2)), distribute_tensor(x["ref_logits"][..., 1:], mesh, [Shard(2)])
+        ),
+        "too few columns": lambda: sk.token_logps(
+            distribute_tensor(x["logits"][..., :1], mesh, [Shard(2)]), torch.zeros_like(x["labels"])
+        ),
+        "losses": lambda: sk.spo_loss(on("chosen", Shard(0)), on("rejected", Shard(0))),
+        "losses beside": lambda: sk.spo_loss(on("chosen", Replicate()), x["rejected"]),
+        "normalizer": lambda: sk.SoftImportance(0.1, DTensor.from_local(torch.ones(()), mesh, wrong[:1])),
+    }
+    return calls[name]()
+
+
+REFUSED = {
+    "rows sharded": r"logits must be replicated, or Shard\(dim=2\) over one mesh dimension, got placements "
+    r"\(Shard\(dim=0\),\) on the mesh \{'tp': 2\}; spo_kernels.gather_head",
+    "labels sharded": r"labels must be replicated, got placements \(Shard\(dim=0\),\) .* spo_kernels.gather_head",
+    "features sharded": r"weight must be replicated, or Shard\(dim=0\) .* \(Shard\(dim=1\),\) .*gather_head",
+    "hidden sharded": r"hidden must be replicated, got placements \(Shard\(dim=0\),\) .* spo_kernels.gather_head",
+    "partial": r"logits must be replicated, or .* got placements \(Partial\(sum\),\) .* spo_kernels.gather_head",
+    "replicated beside": "hidden must be a DTensor like weight, got a Tensor with .* spo_kernels.gather_head",
+    "reference plain": "ref_logits must be a DTensor like logits, got a Tensor .* spo_kernels.gather_head",
+    "bias plain": "bias must be a DTensor like weight, got a Tensor .* spo_kernels.gather_head",
+    "another mesh": "ref_logits must be a DTensor on the mesh of logits, got .*'other': 2.* spo_kernels.gather_head",
+    "group": "process_group must be None for DTensors.* with weight",
+    "group of the module": "process_group must be None for DTensors.* with logits",
+    "shards": r"vocab_shards must be None for DTensors.* got \(7, 6\) with logits",
+    "in place": "inplace_backward must be False for DTensors, got True with logits",
+    "module in place": "inplace_backward must be False for DTensors, got True with logits",
+    "overwritten": "overwrite_logits must be False for DTensors, got True with logits, ref_logits",
+    "other batches": "hidden must be the same in every process .* spo_kernels.gather_head",
+    "other labels": "labels must be the same in every process .* spo_kernels.gather_head",
+    "two vocabularies": "ref_logits must have the vocabulary of logits, 13, got 12",
+    "too few columns": r"logits must have a vocabulary for 2 processes, got 1: shards \(1, 0\)",
+    "losses": r"policy_chosen_logps must be replicated, got .* \(Shard\(dim=0\),\) .* spo_kernels.gather_head",
+    "losses beside": "policy_rejected_logps must be a DTensor like policy_chosen_logps, .* spo_kernels.gather_head",
+    "normalizer": "normalizer must be replicated, got placements .* spo_kernels.gather_head",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_dtensors(processes: Processes, name: str) -> None:
+    for error in processes.run(2, refused, name):
+        assert isinstance(error, ValueError), error
+        with pytest.raises(ValueError, match=f"^{REFUSED[name]}"):
+            raise error
+
+
+def refused_2d(group: ProcessGroup, name: str) -> Any:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    x = inputs()
+    both = distribute_tensor(x["weight"], mesh, [Shard(0), Shard(0)])
+    one = distribute_tensor(x["weight"], mesh, [Replicate(), Shard(0)]).requires_grad_()
+    calls: dict[str, Callable[[], Any]] = {
+        "over two dimensions": lambda: sk.linear_token_logps(x["hidden"], both, x["labels"]),
+        "beside, over the other": lambda: sk.linear_token_logps(x["hidden"], one, x["labels"]),
+        "no gradient": lambda: sk.linear_token_logps(x["hidden"], one.detach(), x["labels"]),
+        "in another order": lambda: sk.gather_head(
+            distribute_tensor(x["weight"], DeviceMesh("cpu", [3, 2, 1, 0]), [Shard(0)]), vocab_dim=0
+        ),
+    }
+    return calls[name]()
+
+
+def test_placements_on_two_dimensions(processes: Processes) -> None:
+    for name, message in {
+        "over two dimensions": r"^weight must be replicated, or Shard\(dim=0\) over one mesh dimension, .*gather_head",
+        "in another order": "^the mesh must list its processes in the order of ranks, got DeviceMesh",
+        "beside, over the other": r"^hidden must be a DTensor like weight, got .*'dp': 2, 'tp': 2.*gather_head",
+    }.items():
+        for error in processes.run(4, refused_2d, name):
+            with pytest.raises(ValueError, match=message):
+                raise error
+    x = inputs()
+    expected = sk.linear_token_logps(x["hidden"], x["weight"], x["labels"])
+    for result in results_of(processes, 4, refused_2d, "no gradient"):
+        near(result, expected)
+
+
+def refused_head(group: ProcessGroup, name: str) -> Any:
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
+    other = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("other",)) if name == "another mesh" else mesh
+    _, weight, bias = head_tensors()
+    rows, row_bias = sharded(weight, mesh, Shard(0)), sharded(bias, other, Shard(0))
+    calls: dict[str, Callable[[], Any]] = {
+        "reduction": lambda: sk.gather_head(rows, reduction="mean"),  # type: ignore[arg-type]
+        "kind": lambda: sk.gather_head(weight, row_bias),
+        "plain bias": lambda: sk.gather_head(rows, bias, vocab_dim="tp"),
+        "another mesh": lambda: sk.gather_head(rows, row_bias),
+        "partial": lambda: sk.gather_head(DTensor.from_local(weight, mesh, [Partial()])),
+        "plain weight": lambda: sk.gather_head(weight, vocab_dim="tp"),
+        "no such dimension": lambda: sk.gather_head(rows, vocab_dim="dp"),
+        "no such index": lambda: sk.gather_head(rows, vocab_dim=1),
+        "replicated": lambda: sk.gather_head(sharded(weight, mesh, Replicate()), vocab_dim="tp"),
+        "empty shard": lambda: sk.gather_head(sharded(weight[:1], mesh, Shard(0)), vocab_dim="tp"),
+    }
+    return calls[name]()
+
+
+REFUSED_HEADS = {
+    "reduction": 'reduction must be "avg" or "sum", got \'mean\'',
+    "kind": r"bias must be a Tensor like weight, got placements \(Shard\(dim=0\),\)",
+    "plain bias": "bias must be a DTensor on the mesh of weight, got a Tensor with weight placements",
+    "another mesh": "bias must be a DTensor on the mesh of weight, got placements .*'other': 2",
+    "partial": r"weight must be sharded or replicated, got placements \(Partial\(sum\),\)",
+    "plain weight": "weight must be a DTensor whose mesh has the dimension vocab_dim='tp', got a Tensor",
+    "no such dimension": "vocab_dim must be a dimension of the mesh of weight: 'tp', 0; got 'dp'",
+    "no such index": "vocab_dim must be a dimension of the mesh of weight: 'tp', 0; got 1",
+    "replicated": r"weight must be Shard\(0\) over vocab_dim, got placements \(Replicate\(\),\)",
+    "empty shard": r"weight must have a vocabulary for 2 processes, got 1: shards \(1, 0\)",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_HEADS)
+def test_refused_heads(processes: Processes, name: str) -> None:
+    for error in processes.run(2, refused_head, name):
+        assert isinstance(error, ValueError), error
+        with pytest.raises(ValueError, match=f"^{REFUSED_HEADS[name]}"):
+            raise error
+
+
+def test_tensors_pass() -> None:
+    weight, bias = nn.Parameter(torch.zeros(3, 2)), torch.zeros(3)
+    assert sk.gather_head(weight) == (weight, None, None, None)
+    head = sk.gather_head(weight, bias)
+    assert head.weight is weight and head.bias is bias
+
+
+def compiled(group: ProcessGroup, kind: str) -> tuple[Tensor, Tensor]:
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
+    x = inputs()
+    weight = sharded(x["weight"], mesh, Replicate() if kind == "replicated" else Shard(0))
+    rest = (x["hidden"], x["labels"])
+    if kind == "replicated":
+        rest = tuple(distribute_tensor(tensor, mesh, [Replicate()]) for tensor in rest)
+
+    def loss(weight: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
+        if kind == "gathered":
+            weight = sk.gather_head(weight).weight
+        return -sk.linear_token_logps(hidden, weight, labels).mean()
+
+    result = torch.compile(loss, fullgraph=True, backend="aot_eager")(weight, *rest)
+    result.backward()
+    assert isinstance(weight.grad, DTensor) and weight.grad.placements == weight.placements
+    return result.full_tensor() if isinstance(result, DTensor) else result.detach(), weight.grad.full_tensor()
+
+
+@pytest.mark.parametrize("kind", ["replicated", "sharded", "gathered"])
+def test_compiled(processes: Processes, kind: str) -> None:
+    x = inputs()
+    weight = x["weight"].requires_grad_()
+    loss = -sk.linear_token_logps(x["hidden"], weight, x["labels"]).mean()
+    (dweight,) = torch.autograd.grad(loss, weight)
+    for result, gradient in results_of(processes, 2, compiled, kind):
+        near(result, loss)
+        near(gradient, dweight)
+
+
+def modules(group: ProcessGroup | None) -> dict[str, nn.Module]:
+    return {
+        "SPOLoss": sk.SPOLoss(0.1, 0.2, 0.1, process_group=group, vocab_shards=None if group is None else (7, 6)),
+        "LinearSPOLoss": sk.LinearSPOLoss(weight=sk.SoftImportance(0.1, "ema", group), process_group=group),
+        "SoftImportance": sk.SoftImportance(0.1, "batch", group),
+    }
+
+
+def copied(group: ProcessGroup, name: str) -> bytes:
+    """The pickle; its copies have the group itself."""
+    module = modules(group)[name]
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    pickled = pickle.dumps(module)
+    ways = (copy.copy(module), copy.deepcopy(module), pickle.loads(pickled), torch.load(file, weights_only=False))
+    for other in ways:
+        assert type(other) is type(module) and repr(other) == repr(module)
+        for held, wanted in zip(other.modules(), module.modules(), strict=True):
+            assert held.process_group is wanted.process_group
+        assert copy.deepcopy({"a": other, "b": other})["b"].process_group is module.process_group
+    assert module.process_group is group  # untouched by what it was made into
+    chosen = torch.tensor([-1.0, -2.0])[group.rank() :]
+    importance = ways[1] if name == "SoftImportance" else ways[1].importance
+    again = sk.SoftImportance(0.1, importance.normalizer, importance.process_group)
+    assert torch.equal(importance(chosen, chosen), again(chosen, chosen))
+    return pickled
+
+
+@pytest.mark.parametrize("name", ["SPOLoss", "LinearSPOLoss", "SoftImportance"])
+def test_copies_of_a_module_with_a_group(processes: Processes, name: str) -> None:
+    pickled, _ = results_of(processes, 2, copied, name)
+    module = pickle.loads(pickled)  # this process has no group
+    module = copy.deepcopy(pickle.loads(pickle.dumps(module)))
+    module.load_state_dict(modules(None)[name].state_dict())
+    with pytest.raises(RuntimeError, match="pickled with the process group '.*', which this process does not have"):
+        module.process_group  # noqa: B018
+    x = inputs()
+    call = {
+        "SPOLoss": lambda: module(x["logits"], x["labels"], kl_logits=x["logits"], kl_ref_logits=x["ref_logits"]),
+        "LinearSPOLoss": lambda: module(x["hidden"], x["weight"], x["labels"]),
+        "SoftImportance": lambda: module(x["chosen"], x["rejected"]),
+    }[name]
+    with pytest.raises(RuntimeError, match="make it before the first call, or assign the module's process_group"):
+        call()
+    for held in module.modules():
+        held.process_group = None
+    if name == "SPOLoss":
+        module.vocab_shards = None
+    call()
+
+
+@pytest.mark.parametrize("name", ["SPOLoss", "LinearSPOLoss", "SoftImportance"])
+def test_copies_of_a_module_without_a_group(name: str) -> None:
+    module = modules(None)[name]
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert other.process_group is None and repr(other) == repr(module)
+        other.load_state_dict(module.state_dict())
+
+
+def test_torch_without_distributed() -> None:
+    """A build of torch without it has the module, and is_available() is False."""
+    code = """
+import torch._dynamo, torch.distributed
+torch.distributed.is_available = lambda: False
+for name in ("ProcessGroup", "all_reduce", "distributed_c10d", "is_initialized"):
+    delattr(torch.distributed, name)
+import copy, pickle, spo_kernels
+class Subclass(torch.Tensor): pass
+logits, labels = torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)
+assert spo_kernels.token_logps(logits.as_subclass(Subclass), labels).shape == (2,)
+assert spo_kernels.gather_head(logits).weight is logits
+module = pickle.loads(pickle.dumps(copy.deepcopy(spo_kernels.LinearSPOLoss(weight=0.1))))
+module(logits[:, None], torch.ones(3, 4), labels[:, None])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
