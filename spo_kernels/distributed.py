@@ -43,9 +43,10 @@ def gather_head(
     """The head of a sharded model as Tensors for the ``linear_*`` functions and `LinearSPOLoss`.
 
     The parameters get the gradient of a single process, as DTensors with their own placements. All processes of the
-    mesh must call, and all must run the backward. Inside the ``forward`` of its FSDP unit a parameter is a Tensor:
-    Tensors are returned as they are, so one call serves both places. With ``weight.full_tensor()`` alone, torch keeps
-    one process's gradient and reduces nothing, which is silently wrong wherever the processes have different batches.
+    mesh must call, and all must run the backward. The gathered weight stays in memory until then. Inside the
+    ``forward`` of its FSDP unit a parameter is already gathered: Tensors are returned as they are, so one call serves
+    inside and outside. With ``weight.full_tensor()`` alone, each process keeps the gradient of its own batch and torch
+    reduces nothing: the gradient is silently wrong.
 
         head = gather_head(model.lm_head.weight, model.lm_head.bias, vocab_dim="tp")
         split = {"process_group": head.process_group, "vocab_shards": head.vocab_shards}
@@ -111,16 +112,16 @@ def _local_rows(name: str, tensor: Any, split: int | None, reduction: str) -> Te
 def takes_dtensors(**vocabulary: int) -> Callable[[Function], Function]:
     """Decorator of a public function or a module's forward: DTensor arguments are taken, or refused by a sentence.
 
-    A call without DTensors goes to the function as it is. DTensors are taken in two cases. All must lie on one mesh:
+    A call without DTensors goes to the function as it is. DTensors of one mesh are taken in two cases:
 
-    - Each is replicated over the mesh: the function gets the local Tensors.
-    - Logits or a head are sharded over one dimension of the mesh, along the vocabulary, evenly or not. All other
-      DTensors are replicated. The function gets the local Tensors with the process_group and vocab_shards of that
-      dimension. Plain Tensors must then be the same in each of its processes.
+    - Each is replicated over the mesh. The function gets the local Tensors.
+    - Logits or a head are sharded along the vocabulary over one dimension of the mesh, evenly or not. All other
+      DTensors are replicated. The function gets the local Tensors, and the process_group and vocab_shards of that
+      dimension. Plain Tensors must be the same in each of its processes.
 
-    The result is made of replicated DTensors if every tensor argument is a DTensor, else of Tensors. A Tensor beside a
-    DTensor that needs a gradient may differ from process to process, so it is refused unless the group is the mesh. A
-    mesh dimension of one process counts as replicated.
+    The result is made of replicated DTensors if every tensor argument is a DTensor, else of Tensors. A mesh dimension
+    of one process counts as replicated. Over another mesh dimension a plain Tensor may differ between processes, and
+    the gradient of a DTensor depends on that: plain Tensors are refused there, unless no DTensor needs a gradient.
 
     Args:
         vocabulary: the dimension of the vocabulary, by the name of each argument that has it.
@@ -361,7 +362,8 @@ class HoldsProcessGroup(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | {"_process_group": state["_process_group"].group})
+        held = state.get("_process_group", _Shared(None))  # versions before 0.1.0 pickled modules without a group only
+        super().__setstate__(state | {"_process_group": held.group})
 
 
 class _Shared:

@@ -12,6 +12,9 @@ of its own logits. The forward is one all-gather of a few numbers a row; the bac
 processes must call. Labels and masks that differ between them are a ValueError in all (a device-side assertion on a
 GPU).
 
+DTensors are taken where all are replicated, or where logits are sharded along the vocabulary over one dimension of
+their mesh; see `spo_kernels.distributed.takes_dtensors`. In place they are refused.
+
 Every function raises ValueError where a shape, dtype or device is wrong, naming the argument, what it must be and what
 came. A label outside ``[0, V)`` that is not ``ignore_index`` is a RuntimeError (a device-side assertion on a GPU). NaN
 logits give NaN for their own row and affect no other. Rows that are ignored, masked or of weight 0 are not read: their

@@ -293,7 +293,8 @@ class SoftImportance(HoldsProcessGroup):
               the batch's mean stands in.
             - a number: for instance what `batch_normalizer` gave for all pairs of an accumulated step.
         process_group: sums and counts of s are all-reduced over it, so ranks may hold different numbers of pairs, or
-            none. Every rank must call. None: no communication.
+            none. Every rank must call. None: no communication. Copies have the same group, pickles its name: see
+            `spo_kernels.distributed.HoldsProcessGroup`.
         decay: share of the old value that an "ema" update keeps, in [0, 1).
 
     A batch whose mean is not finite (no pair, or a pair with both log-probs -inf) leaves the running average alone.

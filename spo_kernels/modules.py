@@ -200,7 +200,8 @@ class SPOLoss(_PairObjective):
         inplace_backward: the backward writes dlogits into the memory of `logits` and `kl_logits`: this saves a
             V-wide allocation. Use neither tensor afterwards. See `token_logps` for what autograd catches.
         process_group, vocab_shards: see `spo_kernels.functional`; the group that holds the vocabulary. A group that
-            splits the pairs belongs to `SoftImportance`.
+            splits the pairs belongs to `SoftImportance`. Copies have the same group, pickles its name: see
+            `spo_kernels.distributed.HoldsProcessGroup`.
     """
 
     def __init__(
@@ -313,7 +314,7 @@ class LinearSPOLoss(_PairObjective):
         ignore_index: label of rows outside responses.
         chunk_size, temperature, softcap, logit_scale: see `spo_kernels.linear.functional`.
         process_group, vocab_shards: see `spo_kernels.linear.functional`; the group that holds the vocabulary, of both
-            heads. A group that splits the pairs belongs to `SoftImportance`.
+            heads. A group that splits the pairs belongs to `SoftImportance`. Copies and pickles: see `SPOLoss`.
         route: "auto", "recompute" or "recompute_free".
     """
 

@@ -342,16 +342,16 @@ def outcome(name: str, x: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Te
 
 
 def dtensor_outcome(group: ProcessGroup, name: str, kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """kind: "replicated"; "sharded" along the vocabulary, the rest replicated; "beside": the rest plain Tensors."""
+    """kind: "replicated"; "sharded" along the vocabulary, the rest replicated; "beside": the rest plain Tensors;
+    "policy": only logits and weight are sharded."""
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
     x = inputs()
     for key, tensor in x.items():
         if kind == "beside" and key not in VOCABULARY:
             x[key] = tensor.requires_grad_(key in WANT_GRADIENTS)
             continue
-        placement = (
-            Replicate() if kind == "replicated" or key not in VOCABULARY else Shard(VOCABULARY[key] % tensor.dim())
-        )
+        whole = kind == "replicated" or key not in VOCABULARY or (kind == "policy" and key not in ("logits", "weight"))
+        placement = Replicate() if whole else Shard(VOCABULARY[key] % tensor.dim())
         x[key] = distribute_tensor(tensor, mesh, [placement]).requires_grad_(key in WANT_GRADIENTS)
     results, gradients = outcome(name, x)
     for key, gradient in gradients.items():
@@ -370,7 +370,7 @@ def dtensor_outcome(group: ProcessGroup, name: str, kind: str) -> tuple[list[Ten
     [
         (name, kind)
         for name in FUNCTIONS
-        for kind in ("replicated", "sharded", "beside")
+        for kind in ("replicated", "sharded", "beside", "policy")
         if kind == "replicated" or name not in WITHOUT_VOCABULARY
     ],
 )
@@ -632,7 +632,11 @@ def test_copies_of_a_module_with_a_group(processes: Processes, name: str) -> Non
 @pytest.mark.parametrize("name", ["SPOLoss", "LinearSPOLoss", "SoftImportance"])
 def test_copies_of_a_module_without_a_group(name: str) -> None:
     module = modules(None)[name]
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+    earlier = type(module).__new__(type(module))  # from a pickle of a version without HoldsProcessGroup
+    state = module.__getstate__()
+    del state["_process_group"]
+    earlier.__setstate__(state | {"process_group": None})
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), earlier):
         assert other.process_group is None and repr(other) == repr(module)
         other.load_state_dict(module.state_dict())
 

@@ -21,6 +21,9 @@ gradients of weight and bias stay where they are. All processes must call. All r
 differ between processes, or row weights where the forward computes gradients (on a GPU, a device-side assertion); the
 check is an all-reduce of a few numbers a call.
 
+DTensors are taken where all are replicated, or where the head is sharded along the vocabulary over one dimension of
+its mesh; see `spo_kernels.distributed.takes_dtensors`. For a head that FSDP shards, use `gather_head`.
+
 Options of every function:
     temperature: > 0; divides the logits last.
     softcap: > 0 or None, as Gemma 2 caps its logits.
