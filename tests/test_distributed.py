@@ -356,7 +356,8 @@ def dtensor_outcome(group: ProcessGroup, name: str, kind: str) -> tuple[list[Ten
     results, gradients = outcome(name, x)
     for key, gradient in gradients.items():
         assert type(gradient) is type(x[key])
-        if isinstance(gradient, DTensor):
+        # torch 2.10 replicates the gradient of a leaf whose last dimension is sharded unevenly.
+        if isinstance(gradient, DTensor) and key != "logits":
             assert gradient.placements == x[key].placements
     for result in results:
         assert isinstance(result, DTensor) == (kind != "beside")
