@@ -179,10 +179,10 @@ def _on_local_tensors(
     split = _split_dim(dtensors, vocabulary, mesh)
     _check_plain(plain, dtensors, vocabulary, mesh, split)
 
-    sizes = {name: dtensors[name].shape[dim] for name, dim in vocabulary.items() if name in dtensors}
     for name, tensor in dtensors.items():
         given[name] = _local(tensor, split, vocabulary.get(name))
     if split is not None:
+        sizes = {name: dtensors[name].shape[dim] for name, dim in vocabulary.items() if name in dtensors}
         process_group, vocab_shards = _vocabulary(mesh, split, sizes)
         _check_same(plain, process_group)
         if module is None:

@@ -54,6 +54,9 @@ def head_options(config: Any) -> dict[str, Any]:
     - 1 / logit_scale from ``logits_scaling``: granite, granite4_vision, granite_docling, granite_swa, granitemoe,
       granitemoe_swa, granitemoehybrid, granitemoeshared, minicpm3; from ``logits_mup_width_multiplier``: inkling.
 
+    The hidden states are ``last_hidden_state`` of the model's body. Minicpm3 and inkling divide it before they pass it
+    to the head's module: an input of that module needs no logit_scale.
+
     A model whose logits change by none of these attributes has softcap None and logit_scale 1. Code of a model's own
     may change logits without an attribute: compare ``model(ids).logits`` once.
 
@@ -83,7 +86,7 @@ def head_options(config: Any) -> dict[str, Any]:
         if getattr(text, name, None) is not None:
             raise ValueError(f"config has {name} = {getattr(text, name)!r}, whose effect on the logits is not known")
     vocab_size, true_size = getattr(text, "vocab_size", None), getattr(text, "unpadded_vocab_size", None)
-    if true_size is not None and true_size != vocab_size:
+    if true_size is not None and (vocab_size is None or true_size < vocab_size):
         raise ValueError(
             f"config has unpadded_vocab_size = {true_size} of {vocab_size}: the model drops the other logits, and the "
             "options do not"
