@@ -362,7 +362,7 @@ class HoldsProcessGroup(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        held = state.get("_process_group", _Shared(None))  # versions before 0.1.0 pickled modules without a group only
+        held = state.get("_process_group", _Shared(None))  # earlier pickles hold no group and no such key
         super().__setstate__(state | {"_process_group": held.group})
 
 
