@@ -20,10 +20,17 @@ struct Rows {
   std::int64_t T = 1, stride_b = 0, stride_t = 0;
 };
 
+// How the logits z come from the numbers x in memory: z = x without a, z = a x without b, else z = b tanh(a x).
+struct Transform {
+  const void *a = nullptr, *b = nullptr;  // acc, one value for all rows (stride 0), or one a row (stride 1)
+  std::int64_t stride = 0;
+};
+
 // z: policy logits, r: reference logits; both are f64 or neither is. "acc" is the accumulation dtype: double for f64
-// logits, float otherwise.
+// logits, float otherwise. V: columns that are read; rows of a tensor may be longer.
 struct TokenStatsFwdArgs {
-  Rows z, r;                   // r.data may be null: no KL
+  Rows z, r;  // r.data may be null: no KL
+  Transform of_z, of_r;
   const std::int64_t* labels;  // [N] or null: no log-probs
   const bool* mask;            // [N] or null: the KL of every row
   std::int64_t N, V, ignore_index;
@@ -32,17 +39,19 @@ struct TokenStatsFwdArgs {
 
 struct TokenStatsBwdArgs {
   Rows z, r, dz;  // dz may be z
+  Transform of_z, of_r;
   const std::int64_t* labels;
   const bool* mask;
-  std::int64_t N, V, ignore_index;
-  const void *dlogps, *dkl, *kl, *stats;  // acc; dlogps and dkl may be null
+  std::int64_t N, V, padding, ignore_index;      // padding: columns after the first V, whose gradient is 0
+  const void *dlogps, *dkl, *dlse, *kl, *stats;  // acc; dlogps, dkl and dlse may be null
 };
 
 struct KlLossFwdArgs {
-  Rows z, r, dz;           // dz may be z
-  const void* row_weight;  // acc [N] or null: 1
-  std::int64_t N, V;
-  double* weighted_kl;  // [N]: row_weight kl
+  Rows z, r, dz;  // dz may be z
+  Transform of_z, of_r;
+  const void* row_weight;      // acc [N] or null: 1
+  std::int64_t N, V, padding;  // padding as above
+  double* weighted_kl;         // [N]: row_weight kl
 };
 
 }  // namespace spo

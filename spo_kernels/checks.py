@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,13 @@ def describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def check_is_number(name: str, value: float) -> None:
+def check_is_number(name: str, value: object) -> None:
     """`value` must be a Python number; a Tensor would sync when compared."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
 
 
-def check_number(name: str, value: float, low: float = 0.0, high: float = math.inf, *, above: bool = False) -> None:
+def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf, *, above: bool = False) -> None:
     """`value` must be a Python number in [low, high), (low, high) if `above`."""
     check_is_number(name, value)
     if not ((low < value if above else low <= value) and value < high):  # written so that NaN fails
@@ -40,10 +41,17 @@ def check_logits(logits: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
 
 
-def check_ref_logits(ref_logits: Tensor, logits: Tensor) -> None:
+def check_ref_logits(ref_logits: Tensor, logits: Tensor, *, padded: bool = False) -> None:
+    """padded: both have a vocabulary that is known, so their padding may differ."""
     check_logits(ref_logits, "ref_logits")
-    if ref_logits.shape != logits.shape:
-        raise ValueError(f"ref_logits must be {list(logits.shape)} like logits, got {list(ref_logits.shape)}")
+    if padded and ref_logits.shape[:-1] != logits.shape[:-1]:
+        wanted = ", ".join(map(str, (*logits.shape[:-1], "V")))
+        raise ValueError(f"ref_logits must be [{wanted}] like logits, got {list(ref_logits.shape)}")
+    if not padded and ref_logits.shape != logits.shape:
+        raise ValueError(
+            f"ref_logits must be {list(logits.shape)} like logits, got {list(ref_logits.shape)}; give vocab_size where "
+            "the vocabularies are padded differently"
+        )
     if (ref_logits.dtype == torch.float64) != (logits.dtype == torch.float64):
         raise ValueError(f"ref_logits must be float64 exactly when logits are, got {ref_logits.dtype}")
     if ref_logits.device != logits.device:

@@ -15,6 +15,19 @@ GPU).
 DTensors are taken where all are replicated, or where logits are sharded along the vocabulary over one dimension of
 their mesh; see `spo_kernels.distributed.takes_dtensors`. In place they are refused.
 
+Options of every function:
+    temperature: > 0; divides the logits. A number, or a Tensor ``[...]`` with one for each row (or ``[]``), without
+        gradient.
+    softcap: > 0 or None; logits become ``softcap tanh(logits / softcap)`` before the temperature, as in Gemma 2.
+    logit_scale: not 0; multiplies the logits first, as in Cohere's models.
+    ref_temperature, ref_softcap, ref_logit_scale: the same of the reference's logits. None: as the policy's. A
+        ref_softcap of inf: no softcap.
+    vocab_size: columns of the whole vocabulary, if the logits have more: the columns after it are padding. They are not
+        read, and their gradient is 0. Policy and reference may have different numbers of padding columns. With a
+        process_group the vocabulary must end in the last process's columns.
+
+All act within the one pass: none makes a ``[..., V]`` tensor or reads the logits once more.
+
 Every function raises ValueError where a shape, dtype or device is wrong, naming the argument, what it must be and what
 came. A label outside ``[0, V)`` that is not ``ignore_index`` is a RuntimeError (a device-side assertion on a GPU). NaN
 logits give NaN for their own row and affect no other. Rows that are ignored, masked or of weight 0 are not read: their
@@ -25,7 +38,7 @@ upstream gradient of 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -43,12 +56,57 @@ from spo_kernels.checks import (
     differentiated_eagerly,
 )
 from spo_kernels.distributed import takes_dtensors
+from spo_kernels.logit_options import (
+    LogitOptions,
+    checked_logit_options,
+    checked_ref_logit_options,
+    transform_of,
+)
+from spo_kernels.op_library import is_transforming
 from spo_kernels.precision import can_precompute_gradient
+from spo_kernels.reference import RowOptions
+from spo_kernels.row_transforms import TokenStats
 from spo_kernels.sequences import checked_sums
-from spo_kernels.shards import Columns, sharded_token_stats_fwd
+from spo_kernels.shards import Columns, columns_read, sharded_token_stats_fwd
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+@overload
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    return_entropy: Literal[False] = False,
+    return_lse: Literal[False] = False,
+    inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_shards: Sequence[int] | None = None,
+) -> Tensor: ...
+
+
+@overload
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    return_entropy: bool = False,
+    return_lse: bool = False,
+    inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_shards: Sequence[int] | None = None,
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 @takes_dtensors(logits=-1)
@@ -57,15 +115,24 @@ def token_logps(
     labels: Tensor,
     *,
     ignore_index: int = IGNORE_INDEX,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    return_entropy: bool = False,
+    return_lse: bool = False,
     inplace_backward: bool = False,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, ...]:
     """Log-probability of each label: ``log softmax(logits)[label]``, in one pass and without storing a softmax.
 
     Args:
         logits: ``[..., V]``.
         labels: ``[...]`` int64, aligned with logits; ``ignore_index`` marks rows that are not wanted.
+        temperature, softcap, logit_scale, vocab_size: see the module.
+        return_entropy: also the entropy of each row's distribution, from the same pass. Its gradient flows too.
+        return_lse: also the log-sum-exp of each row's logits, from the same pass, for a z-loss. Its gradient flows too.
         inplace_backward: let the backward overwrite ``logits`` with its gradient, so that no second ``[..., V]`` tensor
             is needed. Use it when nothing else needs the logits. Caught: a second backward raises. If another function
             saved the logits, its later backward raises too. Not caught: code that reads the logits after the backward
@@ -75,15 +142,21 @@ def token_logps(
         vocab_shards: columns of each process, in the order of ranks; None: all have as many as this one.
 
     Returns:
-        ``labels.shape``, float32 (float64 for float64 logits); 0 where ignored.
+        ``labels.shape``, float32 (float64 for float64 logits); 0 where ignored. With return_entropy or return_lse a
+        tuple: the log-probs, then the entropy (nats) if asked for, then the log-sum-exp if asked for.
     """
     check_logits(logits, "logits")
     check_rows(labels, "labels", torch.int64, logits)
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
-    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1])
-    logps, _ = _row_stats(logits, labels, None, None, ignore_index, inplace_backward, columns)
-    return logps
+    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
+    policy = checked_logit_options(temperature, softcap, logit_scale, logits, "logits")
+    options = _row_options(logits, vocab_size, columns, policy)
+    uniform = _uniform_like(logits, options) if return_entropy else None
+    logps, kl, stats = _row_stats(logits, labels, uniform, None, ignore_index, inplace_backward, columns, options)
+    if not (return_entropy or return_lse):
+        return logps
+    return logps, *row_ops.entropy_and_lse(kl, stats, labels, ignore_index, entropy=return_entropy, lse=return_lse)
 
 
 @takes_dtensors(logits=-1)
@@ -94,6 +167,10 @@ def sequence_logps(
     ignore_index: int = IGNORE_INDEX,
     cu_seqlens: Tensor | None = None,
     average: bool = False,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     inplace_backward: bool = False,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
@@ -108,6 +185,7 @@ def sequence_logps(
         cu_seqlens: ``[B + 1]`` int32 or int64, on the logits' device: sequence s is rows ``cu_seqlens[s]`` to
             ``cu_seqlens[s + 1]``, from 0 to N.
         average: divide by the number of unignored tokens; a sequence without any gives 0.
+        temperature, softcap, logit_scale, vocab_size: see the module.
         inplace_backward, process_group, vocab_shards: see `token_logps`.
 
     Returns:
@@ -118,8 +196,10 @@ def sequence_logps(
     check_sequences(labels, cu_seqlens, "labels")
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
-    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1])
-    logps, _ = _row_stats(logits, labels, None, None, ignore_index, inplace_backward, columns)
+    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
+    policy = checked_logit_options(temperature, softcap, logit_scale, logits, "logits")
+    options = _row_options(logits, vocab_size, columns, policy)
+    logps, _, _ = _row_stats(logits, labels, None, None, ignore_index, inplace_backward, columns, options)
     counts = (labels != ignore_index).to(logps.dtype) if average else None
     sums = checked_sums(logps, cu_seqlens, "labels")
     return sums if counts is None else sums / checked_sums(counts, cu_seqlens, "labels").clamp(min=1)
@@ -131,6 +211,13 @@ def token_kl(
     ref_logits: Tensor,
     mask: Tensor | None = None,
     *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_temperature: float | Tensor | None = None,
+    ref_softcap: float | None = None,
+    ref_logit_scale: float | None = None,
+    vocab_size: int | None = None,
     inplace_backward: bool = False,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
@@ -145,19 +232,23 @@ def token_kl(
         logits: policy logits ``[..., V]``.
         ref_logits: reference logits of the same shape, without gradient; the dtype may differ.
         mask: ``[...]`` bool, False on rows that are not wanted.
+        temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size: see the module.
         inplace_backward, process_group, vocab_shards: see `token_logps`. Both logits must hold the same columns.
 
     Returns:
         ``logits.shape[:-1]``, float32 (float64 for float64 logits); 0 where masked.
     """
     check_logits(logits, "logits")
-    check_ref_logits(ref_logits, logits)
+    check_ref_logits(ref_logits, logits, padded=vocab_size is not None)
     if mask is not None:
         check_rows(mask, "mask", torch.bool, logits)
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
-    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1])
-    _, kl = _row_stats(logits, None, ref_logits, mask, IGNORE_INDEX, inplace_backward, columns)
+    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
+    policy = checked_logit_options(temperature, softcap, logit_scale, logits, "logits")
+    reference = checked_ref_logit_options(ref_temperature, ref_softcap, ref_logit_scale, policy, logits, "logits")
+    options = _row_options(logits, vocab_size, columns, policy, reference)
+    _, kl, _ = _row_stats(logits, None, ref_logits, mask, IGNORE_INDEX, inplace_backward, columns, options)
     return kl
 
 
@@ -169,6 +260,13 @@ def token_logps_kl(
     mask: Tensor | None = None,
     *,
     ignore_index: int = IGNORE_INDEX,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_temperature: float | Tensor | None = None,
+    ref_softcap: float | None = None,
+    ref_logit_scale: float | None = None,
+    vocab_size: int | None = None,
     inplace_backward: bool = False,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
@@ -182,13 +280,17 @@ def token_logps_kl(
     """
     check_logits(logits, "logits")
     check_rows(labels, "labels", torch.int64, logits)
-    check_ref_logits(ref_logits, logits)
+    check_ref_logits(ref_logits, logits, padded=vocab_size is not None)
     if mask is not None:
         check_rows(mask, "mask", torch.bool, logits)
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
-    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1])
-    return _row_stats(logits, labels, ref_logits, mask, ignore_index, inplace_backward, columns)
+    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
+    policy = checked_logit_options(temperature, softcap, logit_scale, logits, "logits")
+    reference = checked_ref_logit_options(ref_temperature, ref_softcap, ref_logit_scale, policy, logits, "logits")
+    options = _row_options(logits, vocab_size, columns, policy, reference)
+    logps, kl, _ = _row_stats(logits, labels, ref_logits, mask, ignore_index, inplace_backward, columns, options)
+    return logps, kl
 
 
 @takes_dtensors(logits=-1, ref_logits=-1)
@@ -198,6 +300,13 @@ def kl_loss(
     mask: Tensor | None = None,
     *,
     row_weight: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_temperature: float | Tensor | None = None,
+    ref_softcap: float | None = None,
+    ref_logit_scale: float | None = None,
+    vocab_size: int | None = None,
     overwrite_logits: bool = False,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
@@ -213,6 +322,7 @@ def kl_loss(
         logits, ref_logits, mask: as in `token_kl`.
         row_weight: ``[...]`` floating, no gradient flows to it; 1 when None. For a mean over S sequences of token sums
             pass ``1 / S`` in every row. Rows of weight 0 are skipped.
+        temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size: see the module.
         overwrite_logits: the stored gradient takes the logits' memory: their values are gone when this returns. Caught:
             the backward raises if another function saved the logits before this call. It also raises if a
             differentiable function uses the logits, or a tensor that shares their memory, after this call. Not caught:
@@ -230,26 +340,29 @@ def kl_loss(
         0-d, float32 (float64 for float64 logits).
     """
     check_logits(logits, "logits")
-    check_ref_logits(ref_logits, logits)
+    check_ref_logits(ref_logits, logits, padded=vocab_size is not None)
     weight = checked_row_weight(mask, row_weight, logits, "logits")
     if overwrite_logits:
         check_inplace(logits, "overwrite_logits")
         check_markable(logits)
+    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
+    policy = checked_logit_options(temperature, softcap, logit_scale, logits, "logits")
+    reference = checked_ref_logit_options(ref_temperature, ref_softcap, ref_logit_scale, policy, logits, "logits")
+    options = _row_options(logits, vocab_size, columns, policy, reference)
 
-    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1])
     precompute = torch.is_grad_enabled() and logits.requires_grad and can_precompute_gradient(logits.dtype)
-    if columns.group is not None or not precompute:
+    if columns.group is not None or not precompute or is_transforming():
         wanted = None if weight is None else weight != 0
-        _, kl = _row_stats(logits, None, ref_logits, wanted, IGNORE_INDEX, overwrite_logits, columns)
+        _, kl, _ = _row_stats(logits, None, ref_logits, wanted, IGNORE_INDEX, overwrite_logits, columns, options)
         return kl.sum() if weight is None else (kl * weight).sum()
 
     rows, ref_rows = _as_rows(logits), _as_rows(ref_logits)
     weight = _like_rows(weight, rows)
     if torch.compiler.is_compiling():
-        return torch.ops.spo_kernels.kl_loss_fwd(rows, ref_rows, weight)[0]
+        return torch.ops.spo_kernels.kl_loss_fwd(rows, ref_rows, weight, *options)[0]
     if not overwrite_logits:
-        return row_ops.KLLossFunction.apply(rows, ref_rows, weight)
-    return row_ops.overwriting_kl_loss(logits, rows, ref_rows, weight)
+        return row_ops.KLLossFunction.apply(rows, ref_rows, weight, *options)
+    return row_ops.overwriting_kl_loss(logits, rows, ref_rows, weight, options)
 
 
 def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = False) -> Tensor:
@@ -272,6 +385,27 @@ def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = Fal
     return sequence_logps(logits, shifted, average=average_log_prob)
 
 
+def _row_options(
+    logits: Tensor,
+    vocab_size: int | None,
+    columns: Columns,
+    policy: LogitOptions,
+    reference: LogitOptions | None = None,
+) -> RowOptions:
+    transform = transform_of(policy, logits)
+    return RowOptions(
+        None if vocab_size is None else columns_read(columns, logits.shape[-1]),
+        transform,
+        transform if reference is policy else None if reference is None else transform_of(reference, logits),
+    )
+
+
+def _uniform_like(logits: Tensor, options: RowOptions) -> Tensor:
+    """Reference logits of the uniform distribution: a view of one row."""
+    width = logits.shape[-1] if options.vocab_size is None else options.vocab_size
+    return logits.new_zeros(width).expand(*logits.shape[:-1], width)
+
+
 def _row_stats(
     logits: Tensor,
     labels: Tensor | None,
@@ -280,8 +414,10 @@ def _row_stats(
     ignore_index: int,
     inplace_backward: bool,
     columns: Columns,
-) -> tuple[Tensor, Tensor]:
-    """``(logps, kl)`` for checked arguments, each ``logits.shape[:-1]``; ``[0]`` without labels or reference."""
+    options: RowOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(logps, kl, stats)`` for checked arguments, logps and kl as ``logits.shape[:-1]``; ``[0]`` without labels or
+    reference."""
     rows = _as_rows(logits)
     inputs = (
         rows,
@@ -291,14 +427,26 @@ def _row_stats(
         ignore_index,
         inplace_backward,
     )
-    if columns.group is not None:
-        logps, kl, _ = sharded_token_stats_fwd(*inputs, columns)
+    if is_transforming():
+        if inplace_backward or columns.group is not None:
+            option = "inplace_backward or overwrite_logits" if inplace_backward else "process_group"
+            raise RuntimeError(
+                f"spo_kernels: a function with {option} cannot be used under torch.func transforms or forward-mode AD: "
+                "leave the option out"
+            )
+        logps, kl, stats = TokenStats.apply(*inputs, *options)
+    elif columns.group is not None:
+        logps, kl, stats = sharded_token_stats_fwd(*inputs, options, columns)
     elif differentiated_eagerly(logits):
-        logps, kl, _ = row_ops.TokenStatsFunction.apply(*inputs)
+        logps, kl, stats = row_ops.TokenStatsFunction.apply(*inputs, *options)
     else:
-        logps, kl, _ = torch.ops.spo_kernels.token_stats_fwd(*inputs)
+        logps, kl, stats = torch.ops.spo_kernels.token_stats_fwd(*inputs, *options)
     shape = logits.shape[:-1]
-    return logps if labels is None else _shaped(logps, shape), kl if ref_logits is None else _shaped(kl, shape)
+    return (
+        logps if labels is None else _shaped(logps, shape),
+        kl if ref_logits is None else _shaped(kl, shape),
+        stats,
+    )
 
 
 def _as_rows(logits: Tensor) -> Tensor:

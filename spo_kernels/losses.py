@@ -24,6 +24,7 @@ from torch import Tensor
 
 from spo_kernels.checks import check_float, check_like, check_number, checked_pair, checked_references
 from spo_kernels.distributed import HoldsProcessGroup, takes_dtensors
+from spo_kernels.op_library import is_transforming
 from spo_kernels.precision import upcast
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class _PairPreference(torch.autograd.Function):
     Autograd through the value would divide by alpha, and lose the gradient for tiny alpha or large alpha D.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(margin: Tensor, alpha: float, center: bool) -> Tensor:
         return pair_preference(margin, alpha, center)
@@ -86,6 +89,24 @@ class _PairPreference(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (margin,) = ctx.saved_tensors
         return -pair_error(margin, ctx.alpha) * grad, None, None
+
+
+class _TransformablePreference(_PairPreference):
+    """With a jvp, for torch.func and forward-mode AD. Dynamo cannot trace a function with a jvp."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
+        _PairPreference.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (margin,) = ctx.saved_tensors
+        return -pair_error(margin, ctx.alpha) * tangent
+
+
+def _preference_losses(margin: Tensor, alpha: float, center: bool) -> Tensor:
+    return (_TransformablePreference if is_transforming() else _PairPreference).apply(margin, alpha, center)
 
 
 def mean_or_zero(x: Tensor) -> Tensor:
@@ -152,10 +173,10 @@ def spo_loss(
     check_number("beta", beta)
     margin = logp_w - logp_l
     if weight is None:
-        losses = _PairPreference.apply(margin, alpha, center)
+        losses = _preference_losses(margin, alpha, center)
     else:
         mu = checked_mu(weight, logp_w, logp_l)
-        losses = _PairPreference.apply(torch.where(mu == 0, 0, margin), alpha, center)
+        losses = _preference_losses(torch.where(mu == 0, 0, margin), alpha, center)
         losses = torch.where(mu == 0, 0, mu * losses)
     if kl is not None:
         if beta == 0:

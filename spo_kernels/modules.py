@@ -16,18 +16,15 @@ from spo_kernels import sequences
 from spo_kernels.checks import IGNORE_INDEX, check_cu_seqlens, check_like, check_number, check_rows, check_sequences
 from spo_kernels.distributed import HoldsProcessGroup, takes_dtensors
 from spo_kernels.functional import sequence_logps, token_kl
-from spo_kernels.linear.checks import (
-    check_chunk_size,
-    checked_head,
-    checked_logit_options,
-    checked_ref_head,
-)
+from spo_kernels.linear.checks import check_chunk_size, checked_head, checked_options, checked_ref_head
 from spo_kernels.linear.functional import kl_loss_of, kl_of, precomputed_needs
 from spo_kernels.linear.ops import linear_spo_loss_fwd, linear_token_stats_fwd
 from spo_kernels.linear.records import Head, HeadOptions, PairObjective, PairWeights
+from spo_kernels.logit_options import checked_logit_options, checked_ref_logit_options
 from spo_kernels.losses import SoftImportance, checked_mu, mean_or_zero, pair_error, spo_loss
+from spo_kernels.op_library import is_transforming
 from spo_kernels.precision import accumulate_dtype, can_precompute_gradient
-from spo_kernels.shards import Columns
+from spo_kernels.shards import Columns, check_vocab_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -74,6 +71,9 @@ class _PairObjective(HoldsProcessGroup):
         center: bool,
         average: bool,
         ignore_index: int,
+        logit_options: tuple[float, float | None, float],
+        ref_logit_options: tuple[float | None, float | None, float | None],
+        vocab_size: int | None,
         process_group: ProcessGroup | None,
         vocab_shards: Sequence[int] | None,
     ) -> None:
@@ -86,6 +86,11 @@ class _PairObjective(HoldsProcessGroup):
         self.center = center
         self.average = average
         self.ignore_index = ignore_index
+        checked_ref_logit_options(*ref_logit_options, checked_logit_options(*logit_options, None), None)
+        self.temperature, self.softcap, self.logit_scale = logit_options
+        self.ref_temperature, self.ref_softcap, self.ref_logit_scale = ref_logit_options
+        check_vocab_size(vocab_size)
+        self.vocab_size = vocab_size
         self.process_group = process_group
         self.vocab_shards = vocab_shards
 
@@ -181,6 +186,11 @@ class _PairObjective(HoldsProcessGroup):
         return samples
 
 
+def _number(value: float) -> Tensor:
+    """A number as an op takes it. A product, because torch.compile specializes a number in most other operations."""
+    return torch.ones((), dtype=torch.float64) * value
+
+
 def _check_even(sequences: int, name: str) -> None:
     if sequences % 2:
         raise ValueError(f"{name} must hold P chosen and then P rejected sequences, got {sequences} in all")
@@ -197,6 +207,8 @@ class SPOLoss(_PairObjective):
         center: leave out eq. 8's constant log(2)/alpha.
         average: take the mean of token log-probs in place of their sum for L_w and L_l.
         ignore_index: label of rows outside responses.
+        temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size: see
+            `spo_kernels.functional`; numbers. The ref_ options are those of `kl_ref_logits`.
         inplace_backward: the backward writes dlogits into the memory of `logits` and `kl_logits`: this saves a
             V-wide allocation. Use neither tensor afterwards. See `token_logps` for what autograd catches.
         process_group, vocab_shards: see `spo_kernels.functional`; the group that holds the vocabulary. A group that
@@ -213,6 +225,13 @@ class SPOLoss(_PairObjective):
         center: bool = False,
         average: bool = False,
         ignore_index: int = IGNORE_INDEX,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        ref_temperature: float | None = None,
+        ref_softcap: float | None = None,
+        ref_logit_scale: float | None = None,
+        vocab_size: int | None = None,
         inplace_backward: bool = False,
         process_group: ProcessGroup | None = None,
         vocab_shards: Sequence[int] | None = None,
@@ -224,6 +243,9 @@ class SPOLoss(_PairObjective):
             center=center,
             average=average,
             ignore_index=ignore_index,
+            logit_options=(temperature, softcap, logit_scale),
+            ref_logit_options=(ref_temperature, ref_softcap, ref_logit_scale),
+            vocab_size=vocab_size,
             process_group=process_group,
             vocab_shards=vocab_shards,
         )
@@ -270,18 +292,31 @@ class SPOLoss(_PairObjective):
         )
         check_sequences(labels, cu_seqlens, "labels")
         _check_even(labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, "logits")
-        where: dict[str, Any] = {
+        options: dict[str, Any] = {
+            "temperature": self.temperature,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "vocab_size": self.vocab_size,
             "inplace_backward": self.inplace_backward,
             "process_group": self.process_group,
             "vocab_shards": self.vocab_shards,
         }
         logps = sequence_logps(
-            logits, labels, ignore_index=self.ignore_index, cu_seqlens=cu_seqlens, average=self.average, **where
+            logits, labels, ignore_index=self.ignore_index, cu_seqlens=cu_seqlens, average=self.average, **options
         )
         kl = None
         if samples:
             assert kl_logits is not None and kl_ref_logits is not None
-            kl = token_kl(kl_logits, kl_ref_logits, kl_mask, **where).sum() / samples
+            kls = token_kl(
+                kl_logits,
+                kl_ref_logits,
+                kl_mask,
+                ref_temperature=self.ref_temperature,
+                ref_softcap=self.ref_softcap,
+                ref_logit_scale=self.ref_logit_scale,
+                **options,
+            )
+            kl = kls.sum() / samples
         return self._objective(logps, self.importance, kl, (reference_chosen_logps, reference_rejected_logps))
 
 
@@ -312,7 +347,8 @@ class LinearSPOLoss(_PairObjective):
         average: take the mean of token log-probs in place of their sum for L_w and L_l.
         nll_weight: >= 0; adds that much of the mean negative log-prob over all tokens of chosen responses.
         ignore_index: label of rows outside responses.
-        chunk_size, temperature, softcap, logit_scale: see `spo_kernels.linear.functional`.
+        chunk_size, temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size: see
+            `spo_kernels.linear.functional`; numbers. The ref_ options are those of the reference's head.
         process_group, vocab_shards: see `spo_kernels.linear.functional`; the group that holds the vocabulary, of both
             heads. A group that splits the pairs belongs to `SoftImportance`. Copies and pickles: see `SPOLoss`.
         route: "auto", "recompute" or "recompute_free".
@@ -332,6 +368,10 @@ class LinearSPOLoss(_PairObjective):
         temperature: float = 1.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        ref_temperature: float | None = None,
+        ref_softcap: float | None = None,
+        ref_logit_scale: float | None = None,
+        vocab_size: int | None = None,
         route: str = "auto",
         process_group: ProcessGroup | None = None,
         vocab_shards: Sequence[int] | None = None,
@@ -343,6 +383,9 @@ class LinearSPOLoss(_PairObjective):
             center=center,
             average=average,
             ignore_index=ignore_index,
+            logit_options=(temperature, softcap, logit_scale),
+            ref_logit_options=(ref_temperature, ref_softcap, ref_logit_scale),
+            vocab_size=vocab_size,
             process_group=process_group,
             vocab_shards=vocab_shards,
         )
@@ -352,7 +395,6 @@ class LinearSPOLoss(_PairObjective):
             raise ValueError(f"route must be one of {', '.join(ROUTES)}, got {route!r}")
         self.nll_weight = nll_weight
         self.chunk_size = chunk_size
-        self.logit_options = checked_logit_options(temperature, softcap, logit_scale)
         self.route = route
 
     def extra_repr(self) -> str:
@@ -410,8 +452,19 @@ class LinearSPOLoss(_PairObjective):
         given_kl = {"kl_hidden": kl_hidden, "kl_ref_hidden": kl_ref_hidden, "kl_ref_weight": kl_ref_weight}
         samples = self._samples(given_kl, {"kl_ref_bias": kl_ref_bias, "kl_mask": kl_mask}, kl_cu_seqlens, "H")
         head = checked_head(hidden, weight, bias)
-        columns = Columns.checked(self.process_group, self.vocab_shards, weight.shape[0])
-        options = HeadOptions(self.logit_options, self.chunk_size, columns)
+        columns = Columns.checked(self.process_group, self.vocab_shards, weight.shape[0], self.vocab_size)
+        options = checked_options(
+            head,
+            hidden,
+            self.temperature,
+            self.softcap,
+            self.logit_scale,
+            self.chunk_size,
+            columns,
+            ref_temperature=self.ref_temperature,
+            ref_softcap=self.ref_softcap,
+            ref_logit_scale=self.ref_logit_scale,
+        )
         check_rows(labels, "labels", torch.int64, hidden, "hidden")
         check_sequences(labels, cu_seqlens, "labels", "hidden")
         bounds = sequences.padded_bounds(labels) if cu_seqlens is None else cu_seqlens.contiguous()
@@ -426,17 +479,17 @@ class LinearSPOLoss(_PairObjective):
         counts = sequences.checked_sums((labels != self.ignore_index).to(wide), cu_seqlens, "labels", "hidden")
 
         loss: Tensor | None = None
-        if self._precomputes_gradients(head, options, pair_weight):
+        if self._precomputes_gradients(head, pair_weight):
             loss, sums, *_ = linear_spo_loss_fwd(
                 head,
                 labels.reshape(-1),
                 bounds,
                 counts,
                 self._weights(pair_weight, counts),
-                PairObjective(self.alpha, self.center, self.average, self.nll_weight),
+                PairObjective(_number(self.alpha), _number(self.nll_weight), self.center, self.average),
                 self.ignore_index,
                 self.route == "recompute_free",
-                precomputed_needs(head, options),
+                precomputed_needs(head),
                 options,
             )
         else:
@@ -467,7 +520,7 @@ class LinearSPOLoss(_PairObjective):
         unread = (pair_weight == 0).repeat(2)[sequences.of_rows(bounds, labels.numel())]
         return labels.masked_fill(unread.view_as(labels), self.ignore_index)
 
-    def _precomputes_gradients(self, head: Head, options: HeadOptions, pair_weight: Tensor | None) -> bool:
+    def _precomputes_gradients(self, head: Head, pair_weight: Tensor | None) -> bool:
         """Whether the forward computes gradients; ValueError where route "recompute_free" cannot."""
         if self.route == "recompute":
             return False
@@ -477,6 +530,13 @@ class LinearSPOLoss(_PairObjective):
                 raise ValueError(
                     f'route "recompute_free" computes gradients before the loss scale that {head.hidden.dtype} needs '
                     'is known: use "recompute" or "auto", or bfloat16'
+                )
+            return False
+        if is_transforming():
+            if strict:
+                raise RuntimeError(
+                    'route "recompute_free" cannot be used under torch.func transforms or forward-mode AD: use "auto" '
+                    'or "recompute"'
                 )
             return False
         importance = self.importance
@@ -491,15 +551,15 @@ class LinearSPOLoss(_PairObjective):
                 'route "recompute_free" needs pair weights that a pair determines: weight None, pair_weight, or a '
                 f"SoftImportance whose normalizer is a number or a Tensor, got weight {importance}"
             )
-        return by_pair and torch.is_grad_enabled() and any(precomputed_needs(head, options)[:3])
+        return by_pair and torch.is_grad_enabled() and any(precomputed_needs(head)[:3])
 
     def _weights(self, pair_weight: Tensor | None, counts: Tensor) -> PairWeights:
         importance = self.importance
         if pair_weight is not None or importance is None:
-            return PairWeights(pair_weight, None, 0.0)
+            return PairWeights(pair_weight, None, _number(0.0))
         assert isinstance(importance, SoftImportance)
         normalizer = torch.as_tensor(importance.normalizer, dtype=counts.dtype, device=counts.device)
-        return PairWeights(None, normalizer, importance.gamma)
+        return PairWeights(None, normalizer, _number(importance.gamma))
 
     def _summed_kl(
         self,
@@ -513,7 +573,7 @@ class LinearSPOLoss(_PairObjective):
         if mask is not None:
             check_rows(mask, "kl_mask", torch.bool, hidden, "kl_hidden")
         kl_head = checked_head(hidden, head.weight, head.bias)
-        ref_head = checked_ref_head(*reference, hidden, kl_head)
+        ref_head = checked_ref_head(*reference, hidden, kl_head, self.vocab_size)
         rows = None if mask is None else mask.reshape(-1)
         if self.route == "recompute":
             return kl_of(kl_head, ref_head, rows, options).sum()

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 library = torch.library.Library("spo_kernels", "DEF")
 
@@ -117,6 +118,7 @@ class Op:
         self._readers = [(slot.name, slot.reader(start)) for slot, start in zip(self._slots, starts, strict=False)]
         self._implementation: Callable[..., Any] | None = None
         self._gradient: tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]
+        self._transformable: Any = None
         arguments = ", ".join(text for slot in self._slots for text in slot.schema(mutates))
         self.schema = f"({arguments}) -> {returns}"
         library.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -124,7 +126,10 @@ class Op:
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Call the op through torch's dispatcher, with records in place of their fields."""
-        return self.packet(*self.flat(*arguments, **keywords))
+        flat = self.flat(*arguments, **keywords)
+        if self._transformable is not None and is_transforming():
+            return self._transformable.apply(*flat)
+        return self.packet(*flat)
 
     def flat(self, *arguments: Any, **keywords: Any) -> list[Any]:
         """The op's arguments: records as their fields."""
@@ -168,6 +173,10 @@ class Op:
 
         library.impl(self.name, on_every_device, "CompositeExplicitAutograd")
 
+    def on_device(self, dispatch_key: str, function: Callable[..., Any]) -> None:
+        """Register a backend's implementation, which takes the parameters by name."""
+        library.impl(self.name, lambda *flat: function(**self.records(flat)), dispatch_key)
+
     def gradient(self, setup: Callable[..., None], backward: Callable[..., Any], *, of: str) -> None:
         """Register the gradient.
 
@@ -187,6 +196,29 @@ class Op:
 
         self._gradient = (setup, padded_backward)
         torch.library.register_autograd(f"spo_kernels::{self.name}", padded_backward, setup_context=setup, lib=library)
+
+    def transform_with_loops(self, call: str, instead: str) -> None:
+        """Let torch.func.grad and vmap take the op: vmap calls it for each of the batch. Forward-mode AD is refused.
+
+        call, instead: what the error names, and what it advises.
+        """
+        register_vmap(self, vmap_by_loop(self.packet))
+        setup, backward = self._gradient
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup(ctx, inputs, output)
+
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise RuntimeError(f"spo_kernels: {call} cannot be used in forward-mode AD (jvp): {instead}")
+
+        functions = {
+            "forward": staticmethod(lambda *flat: self.packet(*flat)),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+            "jvp": staticmethod(jvp),
+            "generate_vmap_rule": True,
+        }
+        self._transformable = type(self.name, (torch.autograd.Function,), functions)
 
     def eager_function(self) -> Any:
         """An ``autograd.Function`` with the registered gradient, which halves the overhead of an eager call."""
@@ -228,11 +260,59 @@ def backend_op(mutates: str = "") -> Callable[[Callable[..., Any]], Op]:
     return define
 
 
-def refuse_double_backward() -> None:
+def register_vmap(op: Op, rule: Callable[..., Any]) -> None:
+    """Register what torch.vmap does with an op.
+
+    rule: ``(info, batch dimensions, *flat arguments)`` -> (outputs, their batch dimensions).
+    """
+    torch.library.register_vmap(f"spo_kernels::{op.name}", rule, lib=library)
+
+
+Dims = Sequence[int | None]  # of vmap: the batch dimension of each argument, None for one that has none
+
+
+def fold(tensor: Tensor | None, dim: int | None, batch: int, at: int = 0) -> Tensor | None:
+    """The batch dimension of vmap, moved to `at` and merged with the dimension that stands there."""
+    if tensor is None:
+        return None
+    if dim is None:
+        batched = tensor.unsqueeze(at).expand(*tensor.shape[:at], batch, *tensor.shape[at:])
+    else:
+        batched = tensor.movedim(dim, at)
+    return batched.flatten(at, at + 1)
+
+
+def vmap_by_loop(op: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule of vmap that calls the op for each of the batch."""
+
+    def rule(info: Any, dims: Dims, *flat: Any) -> Any:
+        results = [
+            op(*(x if dim is None else x.select(dim, i) for x, dim in zip(flat, dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
+
+
+def is_transforming() -> bool:
+    """Whether a transform of torch.func or forward-mode AD is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_differentiated_again() -> bool:
+    """Whether a backward runs under ``create_graph``."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def refuse_double_backward(call: str, instead: str) -> None:
     """RuntimeError in a backward under ``create_graph``: its gradients would come back as constants."""
-    # Grad mode is on in a backward only under create_graph.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("spo_kernels: these gradients cannot be differentiated again (double backward)")
+    if is_differentiated_again():
+        raise RuntimeError(
+            f"spo_kernels: the gradients of {call} cannot be differentiated again (double backward): {instead}"
+        )
 
 
 def refuse_second_backward(ctx: Any, message: str) -> None:

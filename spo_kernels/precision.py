@@ -57,29 +57,20 @@ def native_products(device_type: str, dtype: torch.dtype) -> bool:
         return _NATIVE_MARGIN * seconds(dtype) < seconds(torch.float32)
 
 
-def product_dtype(device_type: str, dtype: torch.dtype, *, capped: bool) -> torch.dtype:
-    """Dtype of a head's tiles and of the operands of their matrix products, for hidden states of this dtype.
-
-    capped: whether the logits have a softcap. Its tanh and product would each round half-precision logits again.
-    """
-    if dtype not in HALF_DTYPES:
-        return dtype
-    return dtype if not capped and native_products(device_type, dtype) else torch.float32
+def product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a head's tiles and of the operands of their matrix products, for hidden states of this dtype."""
+    return dtype if dtype not in HALF_DTYPES or native_products(device_type, dtype) else torch.float32
 
 
 # torch.compile must treat this as a constant: it may not trace the timing in native_products.
 @torch.compiler.assume_constant_result
-def precomputed_gradient_dtype(device_type: str, dtype: torch.dtype, capped: bool) -> torch.dtype:
-    """Dtype in which a forward stores its gradients until the backward scales them.
+def precomputed_gradient_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which a forward stores its gradients until the backward scales them, for hidden states of this dtype.
 
     It is bfloat16 where the matrix products are bfloat16: the products round the gradients anyway, and bfloat16 halves
     the memory. Callers exclude float16, see `can_precompute_gradient`.
-
-    Args:
-        device_type, dtype: of the hidden states.
-        capped: whether the logits have a softcap.
     """
-    native = dtype == torch.bfloat16 and product_dtype(device_type, dtype, capped=capped) == dtype
+    native = dtype == torch.bfloat16 and product_dtype(device_type, dtype) == dtype
     return dtype if native else accumulate_dtype(dtype)
 
 

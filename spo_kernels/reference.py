@@ -8,13 +8,21 @@ Notation, for one row (one token position) with policy logits z [V], reference l
     dz_v   = g_logp (1[v = y] - p_v) + g_kl p_v (log p_v - log q_v - kl)     (gradient of g_logp logp + g_kl kl)
 
 A term with p_v = 0 contributes nothing, whatever r_v; r_v = -inf where p_v > 0 makes the KL +inf and its gradient NaN.
+
+`RowOptions` say how z comes from the numbers x in memory. The gradient is that of x:
+
+    z = a x              dx = a dz
+    z = b tanh(a x)      dx = a b (1 - tanh(a x)^2) dz
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from spo_kernels.op_library import Size
 from spo_kernels.precision import accumulate_dtype
 
 # Label of a row whose token lies in another block of columns. Such a row has log-prob -inf, and its gradient has no
@@ -23,18 +31,65 @@ from spo_kernels.precision import accumulate_dtype
 LABEL_ELSEWHERE = -(2**62) - 1
 
 
-def _log_softmax_stats(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+class RowOptions(NamedTuple):
+    """How the logits of the equations come from the tensors of logits.
+
+    A transform is ``[1, n]``, the factor a, or ``[2, n]``, the factors a and b of a softcap (module docstring), in the
+    accumulation dtype. n is 1 or the number of rows N.
+    """
+
+    vocab_size: Size | None = None  # columns that are read; None for all. The gradient of the other columns is 0
+    transform: Tensor | None = None  # of the policy's logits; None for z = x
+    ref_transform: Tensor | None = None  # of the reference's logits
+
+
+PLAIN = RowOptions()
+
+
+def transformed(x: Tensor, transform: Tensor | None) -> Tensor:
+    """z ``[..., V]`` of x in the accumulation dtype, or in a wider one."""
+    if transform is None:
+        return x
+    a, *b = _factors(x, transform)
+    return b[0] * (a * x).tanh() if b else a * x
+
+
+def _factors(logits: Tensor, transform: Tensor) -> list[Tensor]:
+    """a, or a and b, in a shape that broadcasts with logits ``[..., V]``."""
+    return [factor.view(logits.shape[:-1] if factor.shape[0] > 1 else ())[..., None] for factor in transform]
+
+
+def transformed_logits(raw: Tensor, vocab_size: int | None, transform: Tensor | None) -> Tensor:
+    """z ``[..., V]`` in the accumulation dtype."""
+    return transformed(raw[..., :vocab_size].to(accumulate_dtype(raw.dtype)), transform)
+
+
+def raw_gradient(dz: Tensor, logits: Tensor, options: RowOptions) -> Tensor:
+    """dx like logits from dz ``[..., V]``, 0 in the padding, by differentiable functions."""
+    dx = dz if options.transform is None else dz * _slope(logits, options.vocab_size, options.transform)
+    return torch.nn.functional.pad(dx, (0, logits.shape[-1] - dz.shape[-1])).to(logits.dtype)
+
+
+def _slope(logits: Tensor, vocab_size: int | None, transform: Tensor) -> Tensor:
+    """dz / dx ``[..., V]``."""
+    a, *b = _factors(logits, transform)
+    if not b:
+        return a
+    x = logits[..., :vocab_size].to(accumulate_dtype(logits.dtype))
+    return a * b[0] * (1 - (a * x).tanh().square())
+
+
+def _log_softmax_stats(logits: Tensor) -> tuple[Tensor, Tensor]:
     """``(shift, logsum)`` with ``lse = shift + logsum``, shift the row's maximum; each ``logits.shape[:-1]``."""
-    x = logits.to(dtype)
-    shift = x.amax(-1)
+    shift = logits.amax(-1)
     # A row of only -inf gets shift 0: exp() is then 0 and logsum -inf. With shift -inf every term would be NaN.
     shift = torch.where(shift == -torch.inf, 0, shift)
-    return shift, (x - shift[..., None]).exp().sum(-1).log()
+    return shift, (logits - shift[..., None]).exp().sum(-1).log()
 
 
 def _log_probs(logits: Tensor, shift: Tensor, logsum: Tensor) -> Tensor:
     # In this order: shift + logsum rounded to float32 near 1e4 would cost 5e-4 of every probability.
-    return (logits.to(shift.dtype) - shift[..., None]) - logsum[..., None]
+    return (logits - shift[..., None]) - logsum[..., None]
 
 
 def _log_ratio(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,36 +99,42 @@ def _log_ratio(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_stats_fwd(
-    logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, ignore_index: int
+    logits: Tensor,
+    labels: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    options: RowOptions = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each label, token KL, and what the backward needs.
 
     Args: logits ``[N, V]`` or ``[B, T, V]``; labels the same without V, int64
-    (`LABEL_ELSEWHERE` included), or None; ref_logits like logits or None;
-    mask like labels, bool, False where the KL is not wanted, or None for all rows.
+    (`LABEL_ELSEWHERE` included), or None; ref_logits like logits or None (with a vocab_size, of any width that holds
+    it); mask like labels, bool, False where the KL is not wanted, or None for all rows.
 
     Returns ``(logps, kl, stats)``: logps and kl are ``logits.shape[:-1]`` (``[0]`` without labels or ref_logits) and
     are 0 on ignored and masked rows; stats is ``[2 or 4, *rows]``: shift and logsum of the policy, then of the
     reference.
     """
-    dtype = accumulate_dtype(logits.dtype)
-    shift, logsum = _log_softmax_stats(logits, dtype)
+    z = transformed_logits(logits, options.vocab_size, options.transform)
+    shift, logsum = _log_softmax_stats(z)
     stats = [shift, logsum]
-    log_p = _log_probs(logits, shift, logsum)
-    logps = kl = logits.new_empty(0, dtype=dtype)
+    log_p = _log_probs(z, shift, logsum)
+    logps = kl = z.new_empty(0)
     if labels is not None:
         valid = labels != ignore_index
-        held = (labels >= 0) & (labels < logits.shape[-1])
+        held = (labels >= 0) & (labels < z.shape[-1])
         legal = held | ~valid | (labels == LABEL_ELSEWHERE)
         if not bool(legal.all()):
             bad = labels[~legal][0].item()
-            raise RuntimeError(f"labels must be in [0, {logits.shape[-1]}) or ignore_index {ignore_index}, got {bad}")
+            raise RuntimeError(f"labels must be in [0, {z.shape[-1]}) or ignore_index {ignore_index}, got {bad}")
         picked = log_p.gather(-1, torch.where(held, labels, 0)[..., None])[..., 0]
         logps = torch.where(valid, torch.where(held, picked, -torch.inf), 0)
     if ref_logits is not None:
-        ref_shift, ref_logsum = _log_softmax_stats(ref_logits, dtype)
+        r = transformed_logits(ref_logits, options.vocab_size, options.ref_transform)
+        ref_shift, ref_logsum = _log_softmax_stats(r)
         stats += [ref_shift, ref_logsum]
-        p, ratio = _log_ratio(log_p, _log_probs(ref_logits, ref_shift, ref_logsum))
+        p, ratio = _log_ratio(log_p, _log_probs(r, ref_shift, ref_logsum))
         kl = (p * ratio).sum(-1)
         if mask is not None:
             kl = torch.where(mask, kl, 0)
@@ -91,14 +152,18 @@ def token_stats_bwd(
     stats: Tensor,
     ignore_index: int,
     inplace: bool,
+    dlse: Tensor | None = None,
+    options: RowOptions = PLAIN,
 ) -> Tensor:
-    """``dz`` (module docstring) for upstream gradients dlogps and dkl, each ``logits.shape[:-1]``. inplace: write it
-    into logits.
+    """``dx`` (module docstring) for upstream gradients dlogps, dkl and dlse, each ``logits.shape[:-1]``. inplace: write
+    it into logits.
 
-    kl and stats are what the forward returned. The gradient has the logits' dtype and shape. Rows that are ignored,
-    masked or have upstream gradients of 0 are not read: their gradient is exactly 0, even where their logits are NaN.
+    dlse adds ``dlse p`` to dz: the gradient of the log-sum-exp, shift + logsum of the policy. kl and stats are what the
+    forward returned. The gradient has the logits' dtype and shape. Rows that are ignored, masked or have upstream
+    gradients of 0 are not read: their gradient is exactly 0, even where their logits are NaN.
     """
-    log_p = _log_probs(logits, stats[0], stats[1])
+    z = transformed_logits(logits, options.vocab_size, options.transform)
+    log_p = _log_probs(z, stats[0], stats[1])
     p = log_p.exp()
     grad = torch.zeros_like(p)
     if dlogps is not None and labels is not None:
@@ -109,21 +174,34 @@ def token_stats_bwd(
         grad += torch.where(valid[..., None], g * (onehot - p), 0)
     if dkl is not None and ref_logits is not None:
         wanted = dkl != 0 if mask is None else mask & (dkl != 0)
-        _, ratio = _log_ratio(log_p, _log_probs(ref_logits, stats[2], stats[3]))
+        r = transformed_logits(ref_logits, options.vocab_size, options.ref_transform)
+        _, ratio = _log_ratio(log_p, _log_probs(r, stats[2], stats[3]))
         g = torch.where(wanted, dkl.to(p.dtype), 0)[..., None]
         grad += torch.where(wanted[..., None], g * p * (ratio - kl[..., None]), 0)
-    return logits.copy_(grad) if inplace else grad.to(logits.dtype)
+    if dlse is not None:
+        wanted = dlse != 0
+        g = torch.where(wanted, dlse.to(p.dtype), 0)[..., None]
+        grad += torch.where(wanted[..., None], g * p, 0)
+    if options.transform is not None:
+        slope = _slope(logits, options.vocab_size, options.transform)
+        grad = torch.where(grad == 0, 0, grad * slope)  # rows that are not read have NaN as their slope
+    dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    dlogits[..., : z.shape[-1]] = grad
+    dlogits[..., z.shape[-1] :] = 0
+    return dlogits
 
 
-def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
+def kl_loss_fwd(
+    logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool, options: RowOptions = PLAIN
+) -> tuple[Tensor, Tensor]:
     """``sum_i row_weight_i kl_i`` (0-d) and its gradient with respect to logits; in place: written into logits.
 
     Rows of weight 0 are skipped: no KL and a zero gradient. None weighs every row 1.
     """
     mask = None if row_weight is None else row_weight != 0
-    _, kl, stats = token_stats_fwd(logits, None, ref_logits, mask, -100)
+    _, kl, stats = token_stats_fwd(logits, None, ref_logits, mask, -100, options)
     weight = torch.ones_like(kl) if row_weight is None else row_weight.to(kl.dtype)
-    dlogits = token_stats_bwd(None, weight, logits, None, ref_logits, mask, kl, stats, -100, inplace)
+    dlogits = token_stats_bwd(None, weight, logits, None, ref_logits, mask, kl, stats, -100, inplace, options=options)
     return torch.where(weight != 0, weight * kl, 0).sum(), dlogits
 
 

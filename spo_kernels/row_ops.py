@@ -11,8 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels.op_library import Op, backend_op, mark_written, refuse_double_backward, refuse_second_backward
+from spo_kernels.op_library import (
+    Op,
+    backend_op,
+    is_differentiated_again,
+    mark_written,
+    refuse_double_backward,
+    refuse_second_backward,
+    register_vmap,
+)
 from spo_kernels.precision import accumulate_dtype
+from spo_kernels.reference import RowOptions
+from spo_kernels.row_transforms import TokenStatsGradient, vmap_token_stats_bwd, vmap_token_stats_fwd
 
 
 def empty_token_stats(
@@ -33,8 +43,9 @@ def token_stats_fwd(
     mask: Tensor | None,
     ignore_index: int,
     inplace_backward: bool,  # read by the gradient alone
+    options: RowOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(logps, kl, stats)`` of each row."""
+    """``(logps, kl, stats)`` of each row. stats[1] has the gradient of the log-sum-exp; the other stats have none."""
     return empty_token_stats(logits, labels, ref_logits)
 
 
@@ -42,6 +53,7 @@ def token_stats_fwd(
 def token_stats_bwd(
     dlogps: Tensor | None,
     dkl: Tensor | None,
+    dlse: Tensor | None,
     logits: Tensor,
     labels: Tensor | None,
     ref_logits: Tensor | None,
@@ -49,6 +61,7 @@ def token_stats_bwd(
     kl: Tensor,
     stats: Tensor,
     ignore_index: int,
+    options: RowOptions,
 ) -> Tensor:
     """The gradient of the logits, contiguous."""
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -58,6 +71,7 @@ def token_stats_bwd(
 def token_stats_bwd_(
     dlogps: Tensor | None,
     dkl: Tensor | None,
+    dlse: Tensor | None,
     logits: Tensor,
     labels: Tensor | None,
     ref_logits: Tensor | None,
@@ -65,54 +79,83 @@ def token_stats_bwd_(
     kl: Tensor,
     stats: Tensor,
     ignore_index: int,
+    options: RowOptions,
 ) -> None:
     """The gradient of the logits, written over the logits."""
 
 
 def save_token_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, labels, ref_logits, mask, ctx.ignore_index, ctx.inplace_backward = inputs
+    logits, labels, ref_logits, mask, ctx.ignore_index, ctx.inplace_backward, ctx.vocab_size, *transforms = inputs
     logps, kl, stats = output
-    not_asked = [out for out, source in ((logps, labels), (kl, ref_logits)) if source is None]
-    ctx.mark_non_differentiable(stats, *not_asked)
+    ctx.mark_non_differentiable(*[out for out, source in ((logps, labels), (kl, ref_logits)) if source is None])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, ref_logits, mask, kl, stats)
+    ctx.save_for_backward(logits, labels, ref_logits, mask, kl, stats, *transforms)
 
 
-def token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _: Any) -> Tensor | None:
-    if dlogps is None and dkl is None:
+def token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, dstats: Tensor | None) -> Tensor | None:
+    if dlogps is None and dkl is None and dstats is None:
         return None
-    refuse_double_backward()
+    upstream = dlogps, dkl, None if dstats is None else dstats[1]
     # Under torch.compile the backward does not overwrite: functionalization does not see that a second
     # function saved the same logits, and that function would read gradients instead. In eager mode the version counter
     # catches this.
     if not ctx.inplace_backward or torch.compiler.is_compiling():
-        logits, *saved = ctx.saved_tensors
-        return torch.ops.spo_kernels.token_stats_bwd(dlogps, dkl, logits, *saved, ctx.ignore_index)
+        *saved, transform, ref_transform = ctx.saved_tensors
+        arguments = (*upstream, *saved, ctx.ignore_index, ctx.vocab_size, transform, ref_transform)
+        if is_differentiated_again():
+            return TokenStatsGradient.apply(*arguments)
+        return torch.ops.spo_kernels.token_stats_bwd(*arguments)
+    refuse_double_backward("the functions with inplace_backward=True", "leave the option out")
     refuse_second_backward(
         ctx,
         "functional: with inplace_backward=True (of kl_loss: overwrite_logits=True) backward can run only once: "
         "the first has replaced the logits by their gradient; leave the option out",
     )
-    logits, *saved = ctx.saved_tensors
+    logits, *saved, transform, ref_transform = ctx.saved_tensors
     dlogits = logits.detach()
-    torch.ops.spo_kernels.token_stats_bwd_(dlogps, dkl, dlogits, *saved, ctx.ignore_index)
+    torch.ops.spo_kernels.token_stats_bwd_(
+        *upstream, dlogits, *saved, ctx.ignore_index, ctx.vocab_size, transform, ref_transform
+    )
     mark_written(dlogits)
     return dlogits
 
 
+register_vmap(token_stats_fwd, vmap_token_stats_fwd)
+register_vmap(token_stats_bwd, vmap_token_stats_bwd)
 token_stats_fwd.gradient(save_token_stats, token_stats_backward, of="logits")
 TokenStatsFunction = token_stats_fwd.eager_function()
 
 
+def entropy_and_lse(
+    kl: Tensor, stats: Tensor, labels: Tensor, ignore_index: int, *, entropy: bool, lse: bool
+) -> list[Tensor]:
+    """Entropy and log-sum-exp of each row, those asked for; 0 where ignored.
+
+    Args:
+        kl: of the rows, to the uniform distribution, if the entropy is asked for.
+        stats: of the rows, ``[2 or 4, ...]``.
+    """
+    wanted = labels != ignore_index
+    outputs = []
+    if entropy:
+        log_size = (stats[2] + stats[3]).detach()  # log V over all shards
+        outputs.append(log_size.view(labels.shape) - kl.view(labels.shape))
+    if lse:
+        outputs.append((stats[0].detach() + stats[1]).view(labels.shape))  # see `token_stats_fwd`
+    return [torch.where(wanted, output, 0) for output in outputs]
+
+
 @backend_op()
-def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def kl_loss_fwd(
+    logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, options: RowOptions
+) -> tuple[Tensor, Tensor]:
     """``(loss [], dlogits)``; dlogits is for an upstream scalar of 1."""
     loss = logits.new_empty((), dtype=accumulate_dtype(logits.dtype))
     return loss, torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @backend_op(mutates="logits")
-def kl_loss_fwd_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None) -> Tensor:
+def kl_loss_fwd_(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, options: RowOptions) -> Tensor:
     """``loss []``; the gradient is written over the logits."""
     return logits.new_empty((), dtype=accumulate_dtype(logits.dtype))
 
@@ -130,7 +173,7 @@ def _save_kl_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _kl_loss_backward(ctx: Any, dloss: Tensor, _: Any = None) -> Tensor:
-    refuse_double_backward()
+    refuse_double_backward("kl_loss", "use (row_weight * spo_kernels.token_kl(...)).sum()")
     refuse_second_backward(
         ctx,
         "kl_loss can run backward only once: its gradient was computed in the forward and scaled in place by the first "
@@ -149,15 +192,15 @@ class KLLossFunction(torch.autograd.Function):
     """`kl_loss_fwd` with its gradient, for eager mode. The gradient is not an output: that saves marking it."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, *options: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            loss, dlogits = torch.ops.spo_kernels.kl_loss_fwd(logits, ref_logits, row_weight)
+            loss, dlogits = torch.ops.spo_kernels.kl_loss_fwd(logits, ref_logits, row_weight, *options)
         ctx.save_for_backward(dlogits)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
-        return _kl_loss_backward(ctx, dloss), None, None
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return _kl_loss_backward(ctx, dloss), *(None,) * (2 + len(RowOptions._fields))
 
 
 class KLLossOverwriteFunction(torch.autograd.Function):
@@ -168,16 +211,16 @@ class KLLossOverwriteFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, *options: Any) -> Tensor:
         dlogits = logits.detach()
-        loss = torch.ops.spo_kernels.kl_loss_fwd_(dlogits, ref_logits, row_weight)
+        loss = torch.ops.spo_kernels.kl_loss_fwd_(dlogits, ref_logits, row_weight, *options)
         mark_written(dlogits)
         ctx.save_for_backward(dlogits)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
-        return _kl_loss_backward(ctx, dloss), None, None
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return _kl_loss_backward(ctx, dloss), *(None,) * (2 + len(RowOptions._fields))
 
 
 class Overwritten(torch.autograd.Function):
@@ -200,9 +243,11 @@ class Overwritten(torch.autograd.Function):
         return dlogits  # zeros; with None autograd would drop the gradient of the other parts
 
 
-def overwriting_kl_loss(logits: Tensor, rows: Tensor, ref_rows: Tensor, row_weight: Tensor | None) -> Tensor:
+def overwriting_kl_loss(
+    logits: Tensor, rows: Tensor, ref_rows: Tensor, row_weight: Tensor | None, options: RowOptions
+) -> Tensor:
     """Apply `KLLossOverwriteFunction` to rows, a view of logits; then tell autograd that logits are overwritten."""
-    loss: Tensor = KLLossOverwriteFunction.apply(rows, ref_rows, row_weight)
+    loss: Tensor = KLLossOverwriteFunction.apply(rows, ref_rows, row_weight, *options)
     # `Overwritten` bumps the version although it writes nothing. The gradient saved above would then look stale, so the
     # version is preserved.
     with torch.autograd._unsafe_preserve_version_counter(logits):

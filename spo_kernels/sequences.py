@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels.checks import check_sequences, differentiated_eagerly
-from spo_kernels.op_library import op
+from spo_kernels.op_library import Dims, fold, is_transforming, op, register_vmap, vmap_by_loop
 
 
 def padded_bounds(values: Tensor) -> Tensor:
@@ -63,15 +63,54 @@ def _save_bounds(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor)
     ctx.save_for_backward(cu_seqlens)
 
 
+def _sums_gradient(dsums: Tensor, cu_seqlens: Tensor | None, shape: torch.Size) -> Tensor:
+    """The gradient of values of this shape."""
+    return dsums[:, None].expand(shape) if cu_seqlens is None else dsums[of_rows(cu_seqlens, shape[0])]
+
+
 def _sums_backward(ctx: Any, dsums: Tensor) -> Tensor:
     (cu_seqlens,) = ctx.saved_tensors
-    if cu_seqlens is None:
-        return dsums[:, None].expand(ctx.shape)
-    return dsums[of_rows(cu_seqlens, ctx.shape[0])]
+    return _sums_gradient(dsums, cu_seqlens, ctx.shape)
 
 
 sequence_sums.gradient(_save_bounds, _sums_backward, of="values")
 _SequenceSums = sequence_sums.eager_function()
+
+
+def _vmap_sums(info: Any, dims: Dims, values: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
+    if cu_seqlens is not None:
+        return vmap_by_loop(sequence_sums.packet)(info, dims, values, cu_seqlens)
+    folded = fold(values, dims[0], info.batch_size)
+    return sequence_sums.packet(folded, None).unflatten(0, (info.batch_size, -1)), 0
+
+
+register_vmap(sequence_sums, _vmap_sums)
+
+
+class _TransformableSums(torch.autograd.Function):
+    """`sequence_sums` under torch.func and forward-mode AD. Dynamo cannot trace a function with a jvp."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return sequence_sums.packet(values, cu_seqlens)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+        values, cu_seqlens = inputs
+        ctx.shape = values.shape
+        ctx.save_for_backward(cu_seqlens)
+        ctx.save_for_forward(cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor, None]:
+        (cu_seqlens,) = ctx.saved_tensors
+        return _sums_gradient(dsums, cu_seqlens, ctx.shape).clone(), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        return _TransformableSums.apply(tangent, *ctx.saved_tensors)
 
 
 def checked_sums(values: Tensor, cu_seqlens: Tensor | None, name: str, like: str = "logits") -> Tensor:
@@ -82,6 +121,6 @@ def checked_sums(values: Tensor, cu_seqlens: Tensor | None, name: str, like: str
     check_sequences(values, cu_seqlens, name, like)
     if cu_seqlens is not None:
         values = values.flatten()
-    if differentiated_eagerly(values):
-        return _SequenceSums.apply(values, cu_seqlens)
+    if differentiated_eagerly(values) or is_transforming():
+        return (_TransformableSums if is_transforming() else _SequenceSums).apply(values, cu_seqlens)
     return sequence_sums.packet(values, cu_seqlens)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from spo_kernels import row_ops
-from spo_kernels.op_library import Size, op
+from spo_kernels.op_library import Size, op, refuse_double_backward
 from spo_kernels.precision import accumulate_dtype
-from spo_kernels.reference import LABEL_ELSEWHERE
+from spo_kernels.reference import LABEL_ELSEWHERE, RowOptions, transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,28 +45,40 @@ class Columns(NamedTuple):
     group: str | None  # name of the process group that holds the vocabulary; None if this process holds all of it
 
     @classmethod
-    def checked(cls, process_group: ProcessGroup | None, vocab_shards: Sequence[int] | None, columns: int) -> Columns:
-        """From the options of a public function, for a tensor with this many columns."""
+    def checked(
+        cls,
+        process_group: ProcessGroup | None,
+        vocab_shards: Sequence[int] | None,
+        columns: int,
+        vocab_size: int | None = None,
+    ) -> Columns:
+        """From the options of a public function, for a tensor with this many columns, padding included."""
+        check_vocab_size(vocab_size)
         if process_group is None:
             if vocab_shards is not None:
                 raise ValueError(f"vocab_shards needs a process_group, got {vocab_shards} without one")
-            return cls(0, columns, None)
+            if vocab_size is not None and vocab_size > columns:
+                raise ValueError(f"vocab_size must be at most the {columns} columns, got {vocab_size}")
+            return cls(0, columns if vocab_size is None else vocab_size, None)
         if not isinstance(process_group, torch.distributed.ProcessGroup):
             raise ValueError(
                 "process_group must be a torch.distributed.ProcessGroup that this process belongs to, got "
                 f"{type(process_group).__name__}"
             )
         rank, size = process_group.rank(), process_group.size()
-        if vocab_shards is None:
-            return cls(rank * columns, size * columns, process_group.group_name)
-        shards = list(vocab_shards)
+        shards = [columns] * size if vocab_shards is None else list(vocab_shards)
         if len(shards) != size:
             raise ValueError(f"vocab_shards must have one entry for each of {size} processes, got {shards}")
         if shards[rank] != columns:
             raise ValueError(
                 f"vocab_shards must have the {columns} columns of this process as entry {rank}, got {shards}"
             )
-        return cls(sum(shards[:rank]), sum(shards), process_group.group_name)
+        if vocab_size is not None and not sum(shards[:-1]) < vocab_size <= sum(shards):
+            raise ValueError(
+                f"vocab_size must end in the last of the shards {shards}, got {vocab_size}; where every process has "
+                "the whole vocabulary, leave process_group out"
+            )
+        return cls(sum(shards[:rank]), sum(shards) if vocab_size is None else vocab_size, process_group.group_name)
 
     @property
     def process_group(self) -> ProcessGroup:
@@ -101,17 +113,22 @@ def local_labels(labels: Tensor, start: int, columns: int, ignore_index: int | N
     return local if ignore_index is None else torch.where(labels == ignore_index, IGNORED, local)
 
 
+def check_vocab_size(vocab_size: int | None) -> None:
+    if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1):
+        raise ValueError(f"vocab_size must be a whole number of columns >= 1, or None, got {vocab_size!r}")
+
+
 def block_stats(
-    logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None = None
+    logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, options: RowOptions
 ) -> BlockStats:
     """`BlockStats` of logits ``[N, V]`` or ``[B, T, V]`` with local labels; n counts all rows."""
-    _, kl, stats = torch.ops.spo_kernels.token_stats_fwd(logits, labels, ref_logits, mask, IGNORED, False)
+    _, kl, stats = torch.ops.spo_kernels.token_stats_fwd(logits, labels, ref_logits, mask, IGNORED, False, *options)
     if labels is None:
         picked = kl.new_empty(0)
     else:
         held = labels >= 0
-        picked = logits.gather(-1, torch.where(held, labels, 0)[..., None])[..., 0]
-        picked = torch.where(held, picked, -torch.inf)
+        raw = logits.gather(-1, torch.where(held, labels, 0)[..., None])
+        picked = torch.where(held, transformed(raw.double(), options.transform)[..., 0], -torch.inf)
     return BlockStats(stats.flatten(1).double(), kl.flatten().double(), picked.flatten().double())
 
 
@@ -139,6 +156,11 @@ def merge(a: BlockStats, b: BlockStats) -> BlockStats:
         share = log_p.exp()
         kl = kl + torch.where(share == 0, 0, share * (block_kl + (log_p - log_q)))
     return BlockStats(torch.cat([stats, ref_stats]), kl, picked)
+
+
+def columns_read(columns: Columns, width: int) -> int:
+    """How many of this process's columns belong to the vocabulary; the others are padding."""
+    return min(width, columns.vocab_size - columns.start)
 
 
 # Odd 64-bit constants as int64: the golden ratio's, and one of splitmix64.
@@ -236,12 +258,13 @@ def sharded_token_stats_fwd(
     mask: Tensor | None,
     ignore_index: int,
     inplace_backward: bool,
+    options: RowOptions,
     columns: Columns,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`row_ops.token_stats_fwd` over a process group: logits are this process's columns, labels are global."""
-    rows, width = logits.shape[:-1], logits.shape[-1]
+    rows, width = logits.shape[:-1], columns_read(columns, logits.shape[-1])
     local = None if labels is None else local_labels(labels, columns.start, width, ignore_index)
-    block = block_stats(logits, local, ref_logits, mask)
+    block = block_stats(logits, local, ref_logits, mask, options)
     whole = combine(block, columns, width, labels=labels, mask=mask)
     if labels is not None:  # after the all-gather, so that labels that differ are an error in every process
         check_labels(labels, columns.vocab_size, ignore_index)
@@ -263,9 +286,14 @@ def _save_local_token_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     given = sharded_token_stats_fwd.records(inputs)
     logits, labels, columns = given["logits"], given["labels"], given["columns"]
     if labels is not None:
-        labels = local_labels(labels, columns.start, logits.shape[-1], given["ignore_index"])
-    inplace = given["inplace_backward"]
-    row_ops.save_token_stats(ctx, (logits, labels, given["ref_logits"], given["mask"], IGNORED, inplace), output)
+        labels = local_labels(labels, columns.start, columns_read(columns, logits.shape[-1]), given["ignore_index"])
+    rows = (logits, labels, given["ref_logits"], given["mask"], IGNORED, given["inplace_backward"], *given["options"])
+    row_ops.save_token_stats(ctx, rows, output)
 
 
-sharded_token_stats_fwd.gradient(_save_local_token_stats, row_ops.token_stats_backward, of="logits")
+def _backward(ctx: Any, *upstream: Tensor | None) -> Tensor | None:
+    refuse_double_backward("the functions with a process_group", "gather the logits and leave the group out")
+    return row_ops.token_stats_backward(ctx, *upstream)
+
+
+sharded_token_stats_fwd.gradient(_save_local_token_stats, _backward, of="logits")

@@ -24,6 +24,7 @@ from oracle import (
 from torch import Tensor
 
 from spo_kernels import get_batch_logps, kl_loss, sequence_logps, sequences, token_kl, token_logps, token_logps_kl
+from spo_kernels.reference import PLAIN, RowOptions
 
 OPS = torch.ops.spo_kernels
 NAN, INF = math.nan, math.inf
@@ -479,7 +480,7 @@ def test_a_second_backward_of_kl_loss_raises(upstream: float) -> None:
     with pytest.raises(RuntimeError, match=KL_LOSS_ONCE):
         out.backward()
     assert_same(first, want, "the first gradient")
-    registered = OPS.kl_loss_fwd(leaf, ref_logits, None)[0] * upstream
+    registered = OPS.kl_loss_fwd(leaf, ref_logits, None, *PLAIN)[0] * upstream
     registered.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=KL_LOSS_ONCE):
         registered.backward()
@@ -714,14 +715,16 @@ def everything_out_of_place(z: Tensor, labels: Tensor, r: Tensor, mask: Tensor, 
 
 def op_arguments(op: str) -> tuple[Any, ...]:
     logits, labels, ref_logits, mask = batch(3, 4, 9, dtype=torch.float32)
-    _, kls, stats = OPS.token_stats_fwd(logits, labels, ref_logits, mask, IGNORE, False)
-    backward = (labels, ref_logits, mask, kls, stats, IGNORE)
+    options = RowOptions(8, torch.rand(2, 12) + 0.5, torch.rand(1, 1) + 0.5)
+    labels = labels.clamp(max=7)
+    _, kls, stats = OPS.token_stats_fwd(logits, labels, ref_logits, mask, IGNORE, False, *options)
+    upstream, saved = torch.rand(3, 3, 4), (labels, ref_logits, mask, kls, stats, IGNORE)
     return {
-        "token_stats_fwd": (logits.clone().requires_grad_(), labels, ref_logits, mask, IGNORE, False),
-        "token_stats_bwd": (torch.rand(3, 4), torch.rand(3, 4), logits, *backward),
-        "token_stats_bwd_": (torch.rand(3, 4), torch.rand(3, 4), logits, *backward),
-        "kl_loss_fwd": (logits.clone().requires_grad_(), ref_logits, torch.rand(3, 4)),
-        "kl_loss_fwd_": (logits, ref_logits, torch.rand(3, 4)),
+        "token_stats_fwd": (logits.clone().requires_grad_(), labels, ref_logits, mask, IGNORE, False, *options),
+        "token_stats_bwd": (*upstream, logits, *saved, *options),
+        "token_stats_bwd_": (*upstream, logits, *saved, *options),
+        "kl_loss_fwd": (logits.clone().requires_grad_(), ref_logits, torch.rand(3, 4), *options),
+        "kl_loss_fwd_": (logits, ref_logits, torch.rand(3, 4), *options),
         "scale_": (logits, torch.tensor(2.0)),
     }[op]
 
@@ -741,11 +744,11 @@ def test_opcheck(op: str) -> None:
 @pytest.mark.parametrize("mode", ["logps", "kl"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_opcheck_of_token_stats_with_optional_arguments(mode: str, inplace: bool) -> None:
-    logits, labels, ref_logits, _, index, _ = op_arguments("token_stats_fwd")
+    logits, labels, ref_logits, _, index, _, *_ = op_arguments("token_stats_fwd")
     args = (
-        (logits, labels, None, None, index, inplace)
+        (logits, labels, None, None, index, inplace, *PLAIN)
         if mode == "logps"
-        else (logits, None, ref_logits, None, index, inplace)
+        else (logits, None, ref_logits, None, index, inplace, *PLAIN)
     )
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if not inplace:  # the backward overwrites a leaf here, which the public functions refuse

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import spo_kernels
 from spo_kernels import backends, precision, sequences
+from spo_kernels.reference import PLAIN
 
 IMPORTANCE = spo_kernels.SoftImportance(0.1)
 
@@ -305,7 +306,7 @@ def test_values_on_another_device_are_refused() -> None:
         with pytest.raises(RuntimeError, match=f"{name} must be on cuda:0 like the logits, got cpu"):
             op(logits, *arguments, -100, False)
     with pytest.raises(RuntimeError, match="row_weight must be on cuda:0 like the logits, got cpu"):
-        torch.ops.spo_kernels.kl_loss_fwd(logits, logits, ones)
+        torch.ops.spo_kernels.kl_loss_fwd(logits, logits, ones, *PLAIN)
     with pytest.raises(RuntimeError, match="scale must be on cuda:0 like the logits, got cpu"):
         torch.ops.spo_kernels.scale_(logits, ones[0])
 
@@ -317,7 +318,8 @@ def test_an_error_in_the_library_reaches_python(device: str, tmp_path: Path) -> 
         "import torch, spo_kernels\n"
         f"logits = torch.randn(2, 5, device='{device}')\n"
         "try:\n"
-        "    torch.ops.spo_kernels.token_stats_fwd(logits, logits[:, 0].int(), None, None, -100, False)\n"
+        "    inputs = logits, logits[:, 0].int(), None, None, -100, False, None, None, None\n"
+        "    torch.ops.spo_kernels.token_stats_fwd(*inputs)\n"
         "except RuntimeError as error:\n"
         "    print(error)\n"
     )

@@ -173,20 +173,20 @@ FLOAT32_STATS, BACKWARD, EXP = reference._log_softmax_stats, reference.token_sta
 EPS = torch.finfo(torch.float32).eps
 
 
-def without_the_last_token(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    shift, _ = FLOAT32_STATS(logits, dtype)
-    return shift, FLOAT32_STATS(logits[..., :-1], dtype)[1]
+def without_the_last_token(logits: Tensor) -> tuple[Tensor, Tensor]:
+    shift, _ = FLOAT32_STATS(logits)
+    return shift, FLOAT32_STATS(logits[..., :-1])[1]
 
 
-def two_ulp_off(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    shift, logsum = FLOAT32_STATS(logits, dtype)
+def two_ulp_off(logits: Tensor) -> tuple[Tensor, Tensor]:
+    shift, logsum = FLOAT32_STATS(logits)
     for _ in range(2):
         logsum = logsum.nextafter(torch.tensor(INF))
     return shift, logsum
 
 
-def in_one_number(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    shift, logsum = FLOAT32_STATS(logits, dtype)
+def in_one_number(logits: Tensor) -> tuple[Tensor, Tensor]:
+    shift, logsum = FLOAT32_STATS(logits)
     return torch.zeros_like(shift), shift + logsum
 
 
@@ -195,8 +195,8 @@ def rough_exp(x: Tensor) -> Tensor:
     return EXP(x) * (1 + 4 * EPS * (1 + x.abs()) * torch.randint(0, 2, x.shape).mul(2).sub(1))
 
 
-def without_the_mean(*args: Any) -> Tensor:
-    return BACKWARD(*args[:6], torch.zeros_like(args[6]), *args[7:])
+def without_the_mean(*args: Any, **options: Any) -> Tensor:
+    return BACKWARD(*args[:6], torch.zeros_like(args[6]), *args[7:], **options)
 
 
 FAULTS: dict[str, tuple[object, str, object]] = {

@@ -24,6 +24,7 @@ from benchmarks.peers.row_ops import PROVIDERS
 from benchmarks.workloads.head import HeadRow, LossRunner, Size
 from benchmarks.workloads.row_case import CaseRunner, RowOpRow, denormal_ratio
 from benchmarks.workloads.row_ops import Case, Workload
+from spo_kernels.reference import PLAIN
 
 HELP = "measure the project's speed bars, pass or miss"
 
@@ -321,14 +322,16 @@ class _CallBars(_Bars):
         labels = torch.zeros(_CALL_SHAPE[:1], dtype=torch.int64, device=device)
         upstream = torch.rand(_CALL_SHAPE[:1], device=device)
         plain, ops = logits.detach(), torch.ops.spo_kernels
-        _, kl, stats = ops.token_stats_fwd(plain, labels, None, None, -100, False)
+        _, kl, stats = ops.token_stats_fwd(plain, labels, None, None, -100, False, *PLAIN)
 
         def forward() -> torch.Tensor:
             return spo_kernels.token_logps(logits, labels)
 
         calls = {
-            "op forward": lambda: ops.token_stats_fwd(plain, labels, None, None, -100, False),
-            "op backward": lambda: ops.token_stats_bwd(upstream, None, plain, labels, None, None, kl, stats, -100),
+            "op forward": lambda: ops.token_stats_fwd(plain, labels, None, None, -100, False, *PLAIN),
+            "op backward": lambda: ops.token_stats_bwd(
+                upstream, None, None, plain, labels, None, None, kl, stats, -100, *PLAIN
+            ),
             "forward": forward,
             "both": lambda: torch.autograd.grad(forward(), logits, upstream),
             "nothing": lambda: torch.autograd.grad(_Nothing.apply(logits, plain), logits, upstream),

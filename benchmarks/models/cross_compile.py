@@ -31,11 +31,18 @@ HARDEST = (("bf16", None), ("bf16", "bf16"), ("fp64", "fp64"))
 
 
 # Arguments that Triton never knows to be multiples of 16.
-_NEVER_ALIGNED = ("N", "T", "ignore_index")
+_NEVER_ALIGNED = ("N", "T", "ignore_index", "transform_rows", "ref_transform_rows")
+# Arguments that are None in a launch without a reference, and without row options.
+_OF_A_REFERENCE = ("ref_logits", "mask", "kl", "dkl", "ref_transform", "ref_transform_rows")
+_OPTIONAL = ("dlse", "width", "transform", "transform_rows", "ref_transform", "ref_transform_rows")
 
 
 class Case(NamedTuple):
-    """One compilation. ``absent`` names the arguments that are None, ``ones`` the arguments that are the constant 1."""
+    """One compilation.
+
+    ``absent`` names the arguments that are None, ``ones`` the arguments that are the constant 1. With ``factors``, the
+    launch has all row options, and transforms of so many factors.
+    """
 
     kernel: str
     dtype: str
@@ -45,24 +52,30 @@ class Case(NamedTuple):
     aligned: bool = True
     absent: tuple[str, ...] = ()
     ones: tuple[str, ...] = ()
+    factors: int = 0
 
 
 # A plain online softmax, with an exponential for the maximum of each element. The gate on loops must refuse it.
 PLANTED = Case("token_stats_fwd_kernel", "bf16", None, {"STEPS": 1, "LANES": 2048, "VECTOR": 1}, 256)
 
 
-def cases(V: int, dtypes: Iterable[tuple[str, str | None]], alignments: Iterable[bool]) -> Iterator[Case]:
-    """The launches for rows of V elements."""
-    block = launch.block_config(V)
+def cases(
+    V: int, dtypes: Iterable[tuple[str, str | None]], alignments: Iterable[bool], factors: int = 0
+) -> Iterator[Case]:
+    """The launches for rows of V elements, without row options or with transforms of so many factors."""
+    softcap = factors == 2
+    block = launch.block_config(V, softcap)
     blocks = {"BLOCK": block.block}
     for (dtype, ref_dtype), aligned in itertools.product(dtypes, alignments):
-        row = launch.row_config(V, ITEMSIZE[dtype], 1 if ref_dtype is None else 2, aligned)
+        row = launch.row_config(V, ITEMSIZE[dtype], 1 if ref_dtype is None else 2, aligned, softcap)
         tiles = {"STEPS": row.steps, "LANES": row.lanes, "VECTOR": row.vector}
-        yield Case("token_stats_fwd_kernel", dtype, ref_dtype, tiles, row.threads, aligned)
+        found = [Case("token_stats_fwd_kernel", dtype, ref_dtype, tiles, row.threads, aligned)]
         if ref_dtype is not None:
-            yield Case("kl_loss_fwd_kernel", dtype, ref_dtype, tiles, row.threads, aligned)
-            yield Case("token_stats_bwd_kernel", dtype, ref_dtype, blocks, block.threads, aligned)
-    yield Case("scale_kernel", "bf16", None, blocks, block.threads)
+            found.append(Case("kl_loss_fwd_kernel", dtype, ref_dtype, tiles, row.threads, aligned))
+            found.append(Case("token_stats_bwd_kernel", dtype, ref_dtype, blocks, block.threads, aligned))
+        yield from (case._replace(factors=factors) for case in found)
+    if factors == 0:
+        yield Case("scale_kernel", "bf16", None, blocks, block.threads)
 
 
 def variants(V: int) -> Iterator[Case]:
@@ -83,12 +96,17 @@ def source(case: Case) -> ASTSource:
     """The kernel with the argument types of a launch; aligned: pointers, V and strides are multiples of 16."""
     wide = "fp64" if case.dtype == "fp64" else "fp32"
     types = dict.fromkeys(("logps", "dlogps", "stats", "losses", "row_weight", "scale", "kl", "dkl"), f"*{wide}")
+    types |= dict.fromkeys(("dlse", "transform", "ref_transform"), f"*{wide}")
     types |= dict.fromkeys(("logits", "dlogits", "tensor"), f"*{case.dtype}")
     types |= {"ref_logits": f"*{case.ref_dtype}", "mask": "*i1", "labels": "*i64"}
-    absent = case.absent if case.ref_dtype else (*case.absent, "ref_logits", "mask", "kl", "dkl")
+    absent = case.absent if case.ref_dtype else (*case.absent, *_OF_A_REFERENCE)
+    if case.factors == 0:
+        absent += _OPTIONAL
+    factors = {"FACTORS": case.factors, "REF_FACTORS": case.factors if case.ref_dtype else 0}
 
     kernel = getattr(kernels, case.kernel)
     constants: dict[str, int | None] = dict(case.constants)
+    constants |= {name: value for name, value in factors.items() if name in kernel.arg_names}
     constants |= {argument: 1 for argument in case.ones if argument in kernel.arg_names}
     constants |= {argument: None for argument in absent if argument in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
@@ -126,8 +144,12 @@ def compile_for(target: str, case: Case) -> dict[str, Any]:
 
 
 def cases_for(target: str) -> list[Case]:
-    todo = list(cases(LARGEST, HARDEST, (True,))) + list(cases(LARGEST, HARDEST[1:2], (False,)))
+    todo: list[Case] = []
+    for factors in (0, 2):
+        todo += cases(LARGEST, HARDEST, (True,), factors)
+        todo += cases(LARGEST, HARDEST[1:2], (False,), factors)
     if target == THOROUGH:
+        todo += cases(LARGEST, HARDEST[1:2], (True,), 1)
         # One dtype is enough for smaller configurations: they have fewer threads, and each thread does the same.
         todo += [case for V in SMALLER for case in cases(V, HARDEST[1:2], (True,))]
         todo += [*cases(LARGEST, [("fp32", None), ("fp32", "fp32"), ("bf16", "fp32")], (True,)), *variants(SMALLER[0])]

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "dtype.h"
 
@@ -42,8 +43,14 @@ struct RowPart {
 // Upstream gradients of one row. g_logp is 0 if no log-prob is wanted; label is negative if the row or part has no
 // label.
 struct RowGrad {
-  double g_logp, g_kl;
+  double g_logp, g_kl, g_lse;
   std::int64_t label;
+};
+
+// One row's transform of the numbers x in memory: z = a x, or b tanh(a x) if capped.
+struct Factors {
+  double a = 1, b = 1;
+  bool capped = false;
 };
 
 // Sums of one part of n elements. LogitsPartFn sets shift_z and sums.p alone.
@@ -63,6 +70,13 @@ template <class T, class R>
 using GradKlFn = void (*)(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats, const RowGrad& grad);
 template <class T>
 using ScaleFn = void (*)(T* x, std::int64_t n, double scale);
+// z from x, and dx from x and dz: n elements each.
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class T>
+using TransformFn = void (*)(const T* x, Acc<T>* z, std::int64_t n, const Factors& factors);
+template <class T>
+using TransformGradFn = void (*)(const T* x, const Acc<T>* dz, T* dx, std::int64_t n, const Factors& factors);
 
 template <class T, class R>
 struct RowKernels {
@@ -73,6 +87,9 @@ struct RowKernels {
   GradLogpFn<T> grad_logp;
   GradKlFn<T, R> grad_kl;
   ScaleFn<T> scale;
+  TransformFn<T> transform;
+  TransformFn<R> transform_ref;
+  TransformGradFn<T> transform_grad;
 };
 
 // Each SIMD level has a namespace and an object of its own, with kernels<T, R>() for T, R in {float, bf16, f16}.

@@ -306,8 +306,8 @@ void grad_logp(const T* z, T* dz, std::int64_t V, const RowStats& stats, const R
   if (__builtin_expect(!in_range(stats), 0)) return scalar::grad_logp(z, dz, V, stats, grad);
   // This comes first, since dz may be z.
   const double at_label = grad.label >= 0 ? scalar::label_grad_logp(z, stats, grad) : 0;
-  // -g_logp p = exp(z - shift) (-g_logp exp(-logsum))
-  const GradExp<T> exp(static_cast<float>(-grad.g_logp * std::exp(-stats.logsum)));
+  // (g_lse - g_logp) p = exp(z - shift) ((g_lse - g_logp) exp(-logsum))
+  const GradExp<T> exp(static_cast<float>((grad.g_lse - grad.g_logp) * std::exp(-stats.logsum)));
   const F32 shift(static_cast<float>(stats.shift));
   for_grad_blocks(z, dz, V, [&](const T* in, T* out, std::int64_t groups) {
     F32 x[4];
@@ -328,13 +328,14 @@ void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats
     return scalar::grad_kl(z, r, dz, V, stats, grad);
   const double at_label = grad.label >= 0 ? scalar::label_grad_kl(z, r, stats, grad) : 0;
   // zs and rs are the logits less their shifts, mean is the row's mean of zs - rs:
-  // p (g_kl (log p - log q - kl) - g_logp) = exp(zs) ((zs - rs - mean) slope + rest)
+  // p (g_kl (log p - log q - kl) + g_lse - g_logp) = exp(zs) ((zs - rs - mean) slope + rest)
   // A token with p near 1 has zs - rs near the mean, so their difference is exact. rest corrects the mean's rounding.
   const double scale = std::exp(-stats.policy.logsum);
   const double exact_mean = stats.kl + stats.policy.logsum - stats.ref.logsum;
   const F32 mean(static_cast<float>(exact_mean));
   const F32 slope(static_cast<float>(scale * grad.g_kl));
-  const F32 rest(static_cast<float>(scale * (grad.g_kl * (static_cast<float>(exact_mean) - exact_mean) - grad.g_logp)));
+  const double mean_error = static_cast<float>(exact_mean) - exact_mean;
+  const F32 rest(static_cast<float>(scale * (grad.g_kl * mean_error + (grad.g_lse - grad.g_logp))));
   const F32 sz(static_cast<float>(stats.policy.shift)), sr(static_cast<float>(stats.ref.shift));
   const GradExp<T> exp;
 
@@ -382,11 +383,92 @@ void scale(T* x, std::int64_t n, double scale) {
   });
 }
 
+// tanh(u), and its derivative 1 - tanh(u)^2. Error: at most 2 ulp each.
+SPO_INLINE void tanh_and_slope(const F32 (&u)[2], F32 (&tanh)[2], F32 (&slope)[2]) {
+  const Exp<6, true> exp;
+  F32 size[2], s[2];
+  for (int k = 0; k < 2; ++k) {
+    size[k] = max(F32() - u[k], u[k]);
+    s[k] = F32(-2.f) * size[k];
+  }
+  exp(s);
+  for (int k = 0; k < 2; ++k) {
+    const F32 one_plus = F32(1.f) + s[k], far = (F32(1.f) - s[k]) / one_plus;
+    slope[k] = F32(4.f) * s[k] / (one_plus * one_plus);
+    // Near 0 the difference above cancels.
+    const F32 t = size[k] * size[k];
+    F32 p = fma(F32(0.017241081f), t, F32(-0.05304474f));
+    p = fma(p, t, F32(0.13325787f));
+    p = fma(p, t, F32(-0.33333144f));
+    const F32 near = fma(size[k] * t, p, size[k]);
+    tanh[k] = where_less(size[k], F32(0.5f), near, far);
+    tanh[k] = where_less(u[k], F32(), F32() - tanh[k], tanh[k]);
+  }
+}
+
+constexpr int kPair = 2 * F32::size;
+
+// Calls f(x, other, out) for pairs of vectors of a row, and for the tail in padded buffers.
+template <class X, class Y, class Z, class F>
+SPO_INLINE void for_pairs(const X* x, const Y* y, Z* out, std::int64_t n, F f) {
+  const std::int64_t whole = n / kPair * kPair;
+  for (std::int64_t v = 0; v < whole; v += kPair) f(x + v, y + v, out + v);
+  if (whole == n) return;
+  X last_x[kPair]{};
+  Y last_y[kPair]{};
+  Z last_out[kPair];
+  std::memcpy(last_x, x + whole, (n - whole) * sizeof(X));
+  std::memcpy(last_y, y + whole, (n - whole) * sizeof(Y));
+  f(last_x, last_y, last_out);
+  std::memcpy(out + whole, last_out, (n - whole) * sizeof(Z));
+}
+
+template <class T>
+void transform(const T* x, float* z, std::int64_t n, const Factors& factors) {
+  const F32 a(static_cast<float>(factors.a)), b(static_cast<float>(factors.b));
+  for_pairs(x, x, z, n, [&](const T* in, const T*, float* out) {
+    F32 u[2], slope[2];
+    load2(in, u[0], u[1]);
+    for (F32& k : u) k = k * a;
+    if (factors.capped) {
+      tanh_and_slope({u[0], u[1]}, u, slope);
+      for (F32& k : u) k = k * b;
+    }
+    store2(out, u[0], u[1]);
+  });
+}
+
+template <class T>
+void transform_grad(const T* x, const float* dz, T* dx, std::int64_t n, const Factors& factors) {
+  const F32 a(static_cast<float>(factors.a)), ab(static_cast<float>(factors.a * factors.b));
+  for_pairs(x, dz, dx, n, [&](const T* in, const float* upstream, T* out) {
+    F32 g[2];
+    load2(upstream, g[0], g[1]);
+    if (factors.capped) {
+      F32 u[2], tanh[2], slope[2];
+      load2(in, u[0], u[1]);
+      for (F32& k : u) k = k * a;
+      tanh_and_slope(u, tanh, slope);
+      for (int k = 0; k < 2; ++k) g[k] = g[k] * slope[k];
+    }
+    store2(out, g[0] * ab, g[1] * ab);
+  });
+}
+
 }  // namespace
 
 template <class T, class R>
 RowKernels<T, R> kernels() {
-  return {logits_part<T>, kl_part<T, R>, logits_stats<T>, kl_stats<T, R>, grad_logp<T>, grad_kl<T, R>, scale<T>};
+  return {.logits_part = logits_part<T>,
+          .kl_part = kl_part<T, R>,
+          .logits_stats = logits_stats<T>,
+          .kl_stats = kl_stats<T, R>,
+          .grad_logp = grad_logp<T>,
+          .grad_kl = grad_kl<T, R>,
+          .scale = scale<T>,
+          .transform = transform<T>,
+          .transform_ref = transform<R>,
+          .transform_grad = transform_grad<T>};
 }
 
 template RowKernels<float, float> kernels();

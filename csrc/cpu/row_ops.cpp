@@ -58,9 +58,6 @@ T* row(const Rows& rows, std::int64_t i) {
   return static_cast<T*>(rows.data) + i / rows.T * rows.stride_b + i % rows.T * rows.stride_t;
 }
 
-template <class T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // Calls f.template operator()<T, R>(kernels) with the element types of policy and reference logits, and counts `rows`
 // for the SIMD level. float64 runs in scalar double arithmetic, which keeps subnormals.
 template <class F>
@@ -81,6 +78,70 @@ void dispatch(DType z, DType r, std::int64_t rows, F f) {
     default: with_policy.template operator()<float>(); break;
   }
   count_rows(level, rows);
+}
+
+DType ref_dtype(const Rows& r) { return r.data ? r.dtype : DType::f32; }
+
+// Rows without a transform: logits lie in memory, and so does the gradient.
+template <class T>
+struct StoredRows {
+  const Rows& rows;
+
+  const T* read(std::int64_t i, std::int64_t first, std::int64_t) { return row<const T>(rows, i) + first; }
+  T* gradient(const Rows& dz, std::int64_t i, std::int64_t first) { return row<T>(dz, i) + first; }
+  void store(const Rows&, std::int64_t, std::int64_t, std::int64_t) {}
+};
+
+// Rows with a transform: logits, then their gradient, in a buffer that holds one row or part of a row.
+template <class T>
+class TransformedRows {
+  const Rows& rows_;
+  const Transform& of_;
+  TransformFn<T> transform_;
+  TransformGradFn<T> transform_grad_;
+  std::vector<Acc<T>> buffer_;
+
+  Factors factors(std::int64_t i) const {
+    Factors f;
+    if (of_.a) f.a = static_cast<const Acc<T>*>(of_.a)[i * of_.stride];
+    if (of_.b) f.b = static_cast<const Acc<T>*>(of_.b)[i * of_.stride], f.capped = true;
+    return f;
+  }
+
+ public:
+  TransformedRows(const Rows& rows, const Transform& of, TransformFn<T> transform, TransformGradFn<T> transform_grad)
+      : rows_(rows), of_(of), transform_(transform), transform_grad_(transform_grad) {}
+
+  const Acc<T>* read(std::int64_t i, std::int64_t first, std::int64_t n) {
+    if (static_cast<std::int64_t>(buffer_.size()) < n) buffer_.resize(n);
+    transform_(row<const T>(rows_, i) + first, buffer_.data(), n, factors(i));
+    return buffer_.data();
+  }
+  // Where the gradient of what was read belongs; `store` then brings it to memory as the gradient of the numbers there.
+  Acc<T>* gradient(const Rows&, std::int64_t, std::int64_t) { return buffer_.data(); }
+  void store(const Rows& dz, std::int64_t i, std::int64_t first, std::int64_t n) {
+    transform_grad_(row<const T>(rows_, i) + first, buffer_.data(), row<T>(dz, i) + first, n, factors(i));
+  }
+};
+
+template <class T>
+RowKernels<Acc<T>, Acc<T>> kernels_of_transformed() {
+  if constexpr (std::is_same_v<T, double>)
+    return scalar::kernels();
+  else
+    return kernels_at<float, float>(simd_level());
+}
+
+// `dispatch` for kernels that may see transformed logits: calls f.template operator()<T>(kernels, policy rows,
+// reference rows). T is the type in memory.
+template <class Args, class F>
+void dispatch_rows(const Args& a, std::int64_t rows, F f) {
+  dispatch(a.z.dtype, ref_dtype(a.r), rows, [&]<class T, class R>(RowKernels<T, R> k) {
+    if (!a.of_z.a && !a.of_r.a) return f.template operator()<T>(k, StoredRows<T>{a.z}, StoredRows<R>{a.r});
+    f.template operator()<T>(kernels_of_transformed<T>(),
+                             TransformedRows<T>(a.z, a.of_z, k.transform, k.transform_grad),
+                             TransformedRows<R>(a.r, a.of_r, k.transform_ref, nullptr));
+  });
 }
 
 // An infinite KL has no gradient. NaN here makes the gradient of every element with p > 0 NaN.
@@ -119,17 +180,23 @@ KlStats kl_stats(const RowKernels<T, R>& k, const T* z, const R* r, std::int64_t
   return k.kl_stats(z, r, V, parts.data());
 }
 
+// Zeros after the columns that have a gradient.
+template <class T, class Args>
+void write_padding(const Args& a, std::int64_t i) {
+  if (a.padding) zero(row<T>(a.dz, i) + a.V, a.padding);
+}
+
 bool wants_logp(const TokenStatsFwdArgs& a, std::int64_t i) { return a.labels && a.labels[i] != a.ignore_index; }
 bool wants_kl(const TokenStatsFwdArgs& a, std::int64_t i) { return a.r.data && (!a.mask || a.mask[i]); }
-DType ref_dtype(const Rows& r) { return r.data ? r.dtype : DType::f32; }
 
+// z: the row's logits.
 template <class T>
-void write_token_stats(const TokenStatsFwdArgs& a, std::int64_t i, const KlStats& s) {
+void write_token_stats(const TokenStatsFwdArgs& a, std::int64_t i, const KlStats& s, const auto* z) {
   auto* stats = static_cast<Acc<T>*>(a.stats);
   stats[i] = static_cast<Acc<T>>(s.policy.shift);
   stats[a.N + i] = static_cast<Acc<T>>(s.policy.logsum);
   if (a.labels) {
-    const double logp = wants_logp(a, i) ? log_prob_of_label(row<T>(a.z, i), a.labels[i], s.policy) : 0;
+    const double logp = wants_logp(a, i) ? log_prob_of_label(z, a.labels[i], s.policy) : 0;
     static_cast<Acc<T>*>(a.logps)[i] = static_cast<Acc<T>>(logp);
   }
   if (a.r.data) {
@@ -150,15 +217,17 @@ std::int64_t parts_of_row(DType dtype, std::int64_t V) { return dtype == DType::
 
 void token_stats_fwd(const TokenStatsFwdArgs& a, std::int64_t begin, std::int64_t end) {
   std::vector<RowPart> parts(parts_of_row(a.z.dtype, a.V));
-  dispatch(a.z.dtype, ref_dtype(a.r), end - begin, [&]<class T, class R>(RowKernels<T, R> k) {
+  dispatch_rows(a, end - begin, [&]<class T>(const auto& k, auto policy, auto reference) {
     for (std::int64_t i = begin; i < end; ++i) {
       KlStats s{};
-      if (wants_kl(a, i)) {
-        s = kl_stats(k, row<T>(a.z, i), row<R>(a.r, i), a.V, parts);
-      } else if (wants_logp(a, i)) {
-        s.policy = logits_stats(k, row<T>(a.z, i), a.V, parts);
+      const bool with_kl = wants_kl(a, i), read = with_kl || wants_logp(a, i);
+      const auto* z = read ? policy.read(i, 0, a.V) : nullptr;
+      if (with_kl) {
+        s = kl_stats(k, z, reference.read(i, 0, a.V), a.V, parts);
+      } else if (read) {
+        s.policy = logits_stats(k, z, a.V, parts);
       }
-      write_token_stats<T>(a, i, s);
+      write_token_stats<T>(a, i, s, z);
     }
   });
 }
@@ -188,53 +257,59 @@ void token_stats_of_parts(const TokenStatsFwdArgs& a, const RowPart* parts) {
       } else if (wants_logp(a, i)) {
         s.policy = k.logits_stats(row<T>(a.z, i), a.V, parts);
       }
-      write_token_stats<T>(a, i, s);
+      write_token_stats<T>(a, i, s, row<T>(a.z, i));
     }
   });
 }
 
 void token_stats_bwd(const TokenStatsBwdArgs& a, std::int64_t begin, std::int64_t end) {
-  dispatch(a.z.dtype, ref_dtype(a.r), end - begin, [&]<class T, class R>(RowKernels<T, R> k) {
+  dispatch_rows(a, end - begin, [&]<class T>(const auto& k, auto policy, auto reference) {
     const auto* stats = static_cast<const Acc<T>*>(a.stats);
     const auto* dlogps = static_cast<const Acc<T>*>(a.dlogps);
     const auto* dkl = static_cast<const Acc<T>*>(a.dkl);
+    const auto* dlse = static_cast<const Acc<T>*>(a.dlse);
     for_each_part(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
+      if (first == 0) write_padding<T>(a, i);
       // The logits of a row with upstream gradients of 0 may be NaN, so they are not read.
       const bool with_logp = dlogps && a.labels && a.labels[i] != a.ignore_index && dlogps[i] != 0;
       const bool with_kl = dkl && a.r.data && (!a.mask || a.mask[i]) && dkl[i] != 0;
-      const T* z = row<T>(a.z, i) + first;
-      T* dz = row<T>(a.dz, i) + first;
+      const double g_lse = dlse ? dlse[i] : 0;
+      if (!with_logp && !with_kl && g_lse == 0) return zero(row<T>(a.dz, i) + first, n);
       const std::int64_t label = with_logp && a.labels[i] != kLabelElsewhere ? a.labels[i] - first : -1;
-      const RowGrad grad{with_logp ? dlogps[i] : 0., with_kl ? dkl[i] : 0., label < n ? label : -1};
-      const RowStats policy{stats[i], stats[a.N + i]};
+      const RowGrad grad{with_logp ? dlogps[i] : 0., with_kl ? dkl[i] : 0., g_lse, label < n ? label : -1};
+      const RowStats of_policy{stats[i], stats[a.N + i]};
+      const auto* z = policy.read(i, first, n);
+      auto* dz = policy.gradient(a.dz, i, first);
       if (with_kl) {
-        const double kl = kl_for_grad(static_cast<const Acc<T>*>(a.kl)[i]);
-        k.grad_kl(z, row<R>(a.r, i) + first, dz, n, {policy, {stats[2 * a.N + i], stats[3 * a.N + i]}, kl}, grad);
-      } else if (with_logp) {
-        k.grad_logp(z, dz, n, policy, grad);
+        const KlStats of_both{
+            of_policy, {stats[2 * a.N + i], stats[3 * a.N + i]}, kl_for_grad(static_cast<const Acc<T>*>(a.kl)[i])};
+        k.grad_kl(z, reference.read(i, first, n), dz, n, of_both, grad);
       } else {
-        zero(dz, n);
+        k.grad_logp(z, dz, n, of_policy, grad);
       }
+      policy.store(a.dz, i, first, n);
     });
   });
 }
 
 void kl_loss_fwd(const KlLossFwdArgs& a, std::int64_t begin, std::int64_t end) {
   std::vector<RowPart> parts(parts_of_row(a.z.dtype, a.V));
-  dispatch(a.z.dtype, a.r.dtype, end - begin, [&]<class T, class R>(RowKernels<T, R> k) {
+  dispatch_rows(a, end - begin, [&]<class T>(const auto& k, auto policy, auto reference) {
     for (std::int64_t i = begin; i < end; ++i) {
       const double weight = row_weight<T>(a, i);
-      const T* z = row<T>(a.z, i);
-      T* dz = row<T>(a.dz, i);
       a.weighted_kl[i] = 0;
+      write_padding<T>(a, i);
       if (weight == 0) {
-        zero(dz, a.V);
+        zero(row<T>(a.dz, i), a.V);
         continue;
       }
-      KlStats s = kl_stats(k, z, row<R>(a.r, i), a.V, parts);
+      const auto* z = policy.read(i, 0, a.V);
+      const auto* r = reference.read(i, 0, a.V);
+      KlStats s = kl_stats(k, z, r, a.V, parts);
       a.weighted_kl[i] = weight * s.kl;
       s.kl = kl_for_grad(s.kl);
-      k.grad_kl(z, row<R>(a.r, i), dz, a.V, s, {0, weight, -1});
+      k.grad_kl(z, r, policy.gradient(a.dz, i, 0), a.V, s, {.g_kl = weight, .label = -1});
+      policy.store(a.dz, i, 0, a.V);
     }
   });
 }
@@ -268,8 +343,9 @@ void kl_loss_grad(const KlLossFwdArgs& a, const KlStats* stats, std::int64_t beg
     for_each_part(a.z.dtype, a.V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
       const double weight = row_weight<T>(a, i);
       T* dz = row<T>(a.dz, i) + first;
+      if (first == 0) write_padding<T>(a, i);
       if (weight == 0) return zero(dz, n);
-      k.grad_kl(row<T>(a.z, i) + first, row<R>(a.r, i) + first, dz, n, stats[i], {0, weight, -1});
+      k.grad_kl(row<T>(a.z, i) + first, row<R>(a.r, i) + first, dz, n, stats[i], {.g_kl = weight, .label = -1});
     });
   });
 }

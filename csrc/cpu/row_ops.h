@@ -3,7 +3,7 @@
 //
 // A forward runs in one of two ways, with bitwise equal results. Many rows: one thread a row. Few rows: threads share
 // the parts of all rows (`*_parts`), then each row is assembled from its parts (`*_of_parts`). Part u is part u % P of
-// row u / P, where P = parts_of_row.
+// row u / P, where P = parts_of_row. A forward by parts takes no transform.
 #pragma once
 
 #include <cstdint>

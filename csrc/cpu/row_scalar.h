@@ -36,21 +36,22 @@ static KlStats kl_stats(const T* z, const R* r, std::int64_t V) {
 
 template <class T>
 static double label_grad_logp(const T* z, const RowStats& stats, const RowGrad& grad) {
-  return grad.g_logp * (1 - std::exp(log_prob(z[grad.label], stats)));
+  const double p = std::exp(log_prob(z[grad.label], stats));
+  return grad.g_logp * (1 - p) + grad.g_lse * p;
 }
 
 template <class T, class R>
 static double label_grad_kl(const T* z, const R* r, const KlStats& stats, const RowGrad& grad) {
   const double log_p = log_prob(z[grad.label], stats.policy), p = std::exp(log_p);
   const double kl_term = p != 0 ? grad.g_kl * p * (log_p - log_prob(r[grad.label], stats.ref) - stats.kl) : 0;
-  return grad.g_logp * (1 - p) + kl_term;
+  return grad.g_logp * (1 - p) + grad.g_lse * p + kl_term;
 }
 
 template <class T>
 static void grad_logp(const T* z, T* dz, std::int64_t V, const RowStats& stats, const RowGrad& grad) {
   for (std::int64_t v = 0; v < V; ++v) {
     const double p = std::exp(log_prob(z[v], stats));
-    from_double(grad.g_logp * ((v == grad.label) - p), dz[v]);
+    from_double(grad.g_logp * ((v == grad.label) - p) + grad.g_lse * p, dz[v]);
   }
 }
 
@@ -59,13 +60,24 @@ static void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats
   for (std::int64_t v = 0; v < V; ++v) {
     const double log_p = log_prob(z[v], stats.policy), p = std::exp(log_p);
     const double kl_term = p != 0 ? grad.g_kl * p * (log_p - log_prob(r[v], stats.ref) - stats.kl) : 0;
-    from_double(grad.g_logp * ((v == grad.label) - p) + kl_term, dz[v]);
+    from_double(grad.g_logp * ((v == grad.label) - p) + grad.g_lse * p + kl_term, dz[v]);
   }
 }
 
 template <class T>
 static void scale(T* x, std::int64_t n, double scale) {
   for (std::int64_t i = 0; i < n; ++i) from_double(to_double(x[i]) * scale, x[i]);
+}
+
+static inline void transform(const double* x, double* z, std::int64_t n, const Factors& f) {
+  for (std::int64_t i = 0; i < n; ++i) z[i] = f.capped ? f.b * std::tanh(f.a * x[i]) : f.a * x[i];
+}
+
+static inline void transform_grad(const double* x, const double* dz, double* dx, std::int64_t n, const Factors& f) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    const double t = f.capped ? std::tanh(f.a * x[i]) : 0;
+    dx[i] = dz[i] * (f.a * f.b * (1 - t * t));
+  }
 }
 
 static inline RowKernels<double, double> kernels() {
@@ -75,7 +87,10 @@ static inline RowKernels<double, double> kernels() {
           [](const double* z, const double* r, std::int64_t V, const RowPart*) { return kl_stats(z, r, V); },
           grad_logp<double>,
           grad_kl<double, double>,
-          scale<double>};
+          scale<double>,
+          transform,
+          transform,
+          transform_grad};
 }
 
 }  // namespace spo::cpu::scalar

@@ -16,7 +16,12 @@ struct F32 {
 SPO_INLINE F32 operator+(F32 a, F32 b) { return _mm256_add_ps(a.v, b.v); }
 SPO_INLINE F32 operator-(F32 a, F32 b) { return _mm256_sub_ps(a.v, b.v); }
 SPO_INLINE F32 operator*(F32 a, F32 b) { return _mm256_mul_ps(a.v, b.v); }
+SPO_INLINE F32 operator/(F32 a, F32 b) { return _mm256_div_ps(a.v, b.v); }
 SPO_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+// a < b ? x : y for each lane.
+SPO_INLINE F32 where_less(F32 a, F32 b, F32 x, F32 y) {
+  return _mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
+}
 // NaN in b gives NaN: _mm256_min_ps and _mm256_max_ps return the second operand.
 SPO_INLINE F32 max(F32 a, F32 b) { return _mm256_max_ps(a.v, b.v); }
 SPO_INLINE F32 min(F32 a, F32 b) { return _mm256_min_ps(a.v, b.v); }

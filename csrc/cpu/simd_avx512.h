@@ -17,7 +17,12 @@ SPO_INLINE F32 operator+(F32 a, F32 b) { return _mm512_add_ps(a.v, b.v); }
 SPO_INLINE F32 operator-(F32 a, F32 b) { return _mm512_sub_ps(a.v, b.v); }
 SPO_INLINE F32 operator*(F32 a, F32 b) { return _mm512_mul_ps(a.v, b.v); }
 SPO_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+SPO_INLINE F32 operator/(F32 a, F32 b) { return _mm512_div_ps(a.v, b.v); }
 SPO_INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a.v, b.v); }
+// a < b ? x : y for each lane.
+SPO_INLINE F32 where_less(F32 a, F32 b, F32 x, F32 y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v);
+}
 SPO_INLINE float reduce_add(F32 a) { return _mm512_reduce_add_ps(a.v); }
 SPO_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 SPO_INLINE __mmask16 nonzero(F32 w) { return _mm512_cmp_ps_mask(w.v, _mm512_setzero_ps(), _CMP_NEQ_UQ); }

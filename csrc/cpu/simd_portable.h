@@ -19,7 +19,10 @@ struct F32 {
 SPO_INLINE F32 operator+(F32 a, F32 b) { return a.v + b.v; }
 SPO_INLINE F32 operator-(F32 a, F32 b) { return a.v - b.v; }
 SPO_INLINE F32 operator*(F32 a, F32 b) { return a.v * b.v; }
+SPO_INLINE F32 operator/(F32 a, F32 b) { return a.v / b.v; }
 SPO_INLINE F32 fma(F32 a, F32 b, F32 c) { return a.v * b.v + c.v; }
+// a < b ? x : y for each lane.
+SPO_INLINE F32 where_less(F32 a, F32 b, F32 x, F32 y) { return a.v < b.v ? x.v : y.v; }
 // NaN in b gives NaN.
 SPO_INLINE F32 max(F32 a, F32 b) { return a.v > b.v ? a.v : b.v; }
 SPO_INLINE F32 min(F32 a, F32 b) { return a.v < b.v ? a.v : b.v; }

@@ -1,6 +1,7 @@
 // kl_loss with the row in the shared memory of a cluster of blocks: it reads policy and reference logits from memory
 // once, where kl_loss_fwd_kernel reads a row that exceeds the cache twice. It needs a device with enough shared memory
-// (sm_90, sm_10x), policy and reference of one type, and rows that begin and end at a multiple of 16 bytes.
+// (sm_90, sm_10x), policy and reference of one type, rows that begin and end at a multiple of 16 bytes, and neither
+// transforms nor padding.
 //
 // A cluster takes one row after another. Each block holds a share of the row, and each warp of the block takes every
 // eighth (or sixteenth) piece of the share. A warp starts the copies of its pieces and waits for them. When it has
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(threads, threads == kThreads ? 3 : 2)
       const KlSum<float> own = share.sum(turn % 2, infinite), sum = share.merge(own, turn, rank, config.blocks);
       const float kl = kl_of(sum);
       if (first_of_row) a.weighted_kl[row] = static_cast<double>(weight) * kl;
-      const Gradient<float> grad(RowStats<float>(sum.z), RowStats<float>(sum.r), kl_for_grad(kl), 0, weight);
+      const Gradient<float> grad(RowStats<float>(sum.z), RowStats<float>(sum.r), kl_for_grad(kl), 0, weight, 0);
       // Sums of numbers below 1e30 are finite.
       const bool careful =
           infinite || !(fmaxf(fabsf(grad.policy.shift), fabsf(grad.ref.shift)) < 1e30f && fabsf(grad.mean) < 1e30f);
@@ -278,6 +279,7 @@ inline ClusterConfig cluster_config_of(const KlLossFwdArgs& a, int element_bytes
     const std::int64_t begin = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(rows.data));
     return (begin | rows.stride_b * element_bytes | rows.stride_t * element_bytes) % kVectorBytes == 0;
   };
+  if (a.of_z.a || a.of_r.a || a.padding > 0) return {};
   if (a.z.dtype != a.r.dtype || a.N > kMaxGrid || !with_same_steps(a, nullptr)) return {};
   if (!aligned(a.z) || !aligned(a.r) || !aligned(a.dz)) return {};
   return cluster_config(a.V, element_bytes, memory);

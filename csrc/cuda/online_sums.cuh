@@ -260,7 +260,10 @@ SPO_DEVICE KlSum<Acc<T>> sum_rows(const RowReader<T, E>& z, const RowReader<R, E
   if (!(fabs(sum.gap) <= -kLowest<Acc<T>>)) {  // again with gap_of_positive, for which the loop above has no time
     sum.gap = 0;
     for (first = begin + static_cast<std::int64_t>(threadIdx.x % threads_per_row) * E; first < end; first += kStep)
-      for (int k = 0; k < E && first + k < end; ++k) sum.gap += sum.gap_of_positive(z.at(first + k), r.at(first + k));
+      for (int k = 0; k < E && first + k < end; ++k) {
+        const Acc<T> zx = z.logit(z.at(first + k)), rx = r.logit(r.at(first + k));
+        sum.gap += sum.gap_of_positive(zx, rx);
+      }
   }
   return sum;
 }

@@ -11,6 +11,9 @@
 //   computes a quarter of the exponentials, with two operations an instruction, which leaves 74 %.
 // - The loops leave out what at most one element of a row needs (the label's gradient, infinite gaps): a branch that is
 //   never taken cost the KL a third of its instructions.
+// - Logits with a transform have kernels of their own. A tanh costs two operations of the special function unit, as
+// much
+//   as two exponentials, and no more memory.
 #pragma once
 
 #include <cassert>
@@ -25,7 +28,7 @@ namespace spo::cuda {
 // Blocks that a multiprocessor must hold: a thread has 80 registers then, 128 for double. Without this bound ptxas 13.0
 // aims at more blocks and spills.
 template <class T>
-constexpr int kBlocks = std::is_same_v<T, double> ? 2 : 3;
+constexpr int kBlocks = std::is_same_v<Acc<T>, double> ? 2 : 3;
 
 constexpr float kLog2eLow = 1.9259629911266175e-08f;  // log2(e) less kLog2e
 
@@ -69,7 +72,7 @@ SPO_DEVICE void write_logits_stats(const TokenStatsFwdArgs& a, const RowReader<T
   Acc<T> logp = 0;
   if (label != a.ignore_index) {
     check_label(label, a.V);
-    logp = label == kLabelElsewhere ? -INFINITY : s.log_prob(z.at(label));
+    logp = label == kLabelElsewhere ? -INFINITY : s.log_prob(z.logit(z.at(label)));
   }
   static_cast<Acc<T>*>(a.logps)[row] = logp;
 }
@@ -95,7 +98,8 @@ SPO_DEVICE void write_unwanted(const TokenStatsFwdArgs& a, const RowReader<T, E>
   if (a.r.data) write_kl_stats<A>(a, row, {0, 0}, 0);
 }
 
-// Without a reference, R is T and with_kl is false. split_sums [N, splits] receives the sums of rows that are split.
+// T and R are the types of the logits, or Transformed of them. Without a reference, R is T and with_kl is false.
+// split_sums [N, splits] receives the sums of rows that are split.
 template <class T, class R, bool with_kl, int threads_per_row>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     token_stats_fwd_kernel(TokenStatsFwdArgs a, unsigned splits, std::int64_t split_elements, void* split_sums) {
@@ -104,13 +108,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const std::int64_t group = group_index<threads_per_row>();
   const auto [row, begin, end] = Share<threads_per_row>(group, a.V, splits, split_elements);
   if (row >= a.N) return;
-  const RowReader<T, E> z(a.z, row, a.V);
+  const RowReader<T, E> z(a.z, a.of_z, row, a.V);
   const Wanted wanted(a, row);
   const bool first = threadIdx.x % threads_per_row == 0;
 
   if constexpr (with_kl) {
     if (wanted.kl) {
-      const RowReader<R, E> r(a.r, row, a.V);
+      const RowReader<R, E> r(a.r, a.of_r, row, a.V);
       const bool aligned = z.aligned_at(0) && r.aligned_at(0);
       const auto sum =
           merge_threads<threads_per_row>(aligned ? sum_rows<threads_per_row, true, Cache::stream>(z, r, begin, end)
@@ -151,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   using A = Acc<T>;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= a.N) return;
-  const RowReader<T, kPacket<T>> z(a.z, row, a.V);
+  const RowReader<T, kPacket<T>> z(a.z, a.of_z, row, a.V);
   const Wanted wanted(a, row);
   if (!wanted.logp && !wanted.kl) return write_unwanted(a, z, row);
   if constexpr (with_kl) {
@@ -175,11 +179,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 template <class A>
 struct Gradient {
   RowStats<A> policy, ref;
-  A g_logp, g_kl;
+  A g_logp, g_kl, g_lse;
+  A g_minus_p;       // what -p is multiplied by
   A mean, rounding;  // the mean under p of the gap (z - policy.shift) - (r - ref.shift), and its rounding error
 
-  SPO_DEVICE Gradient(const RowStats<A>& policy, const RowStats<A>& ref, A kl, A g_logp, A g_kl)
-      : policy(policy), ref(ref), g_logp(g_logp), g_kl(g_kl) {
+  SPO_DEVICE Gradient(const RowStats<A>& policy, const RowStats<A>& ref, A kl, A g_logp, A g_kl, A g_lse)
+      : policy(policy), ref(ref), g_logp(g_logp), g_kl(g_kl), g_lse(g_lse), g_minus_p(g_logp - g_lse) {
     const A logsums = policy.logsum - ref.logsum;
     mean = kl + logsums;
     const A of_logsums = mean - kl;  // Knuth's exact sum
@@ -195,7 +200,8 @@ struct Gradient {
   template <bool with_kl>
   SPO_DEVICE A operator()(A z, A r, bool at_label) const {
     const A zs = z - policy.shift, p = probability(zs);
-    const A grad = g_logp * ((at_label ? 1 : 0) - p);
+    // At the label apart, so that 1 - p keeps the digits that a p near 1 leaves.
+    const A grad = at_label ? fma(g_lse, p, g_logp * (1 - p)) : g_minus_p * (0 - p);
     if constexpr (!with_kl) return grad;
     // A token with p near 1 has its gap near the mean, so their difference is exact. It comes first for that reason.
     const A gap = p == 0 ? 0 : ((zs - (r - ref.shift)) - mean) + rounding;
@@ -223,13 +229,16 @@ struct PacketLogits<Z, R, false> {
 // The gradient of elements [begin, end) of a row. label is -1 for a row without one. `out` may be z: both then have the
 // same alignment, so a thread reads only elements that it writes.
 template <int threads_per_row, bool with_kl, class T, class R, int E>
-SPO_DEVICE void write_gradient(T* out, const RowReader<T, E>& z, const RowReader<R, E>& r, const Gradient<Acc<T>>& grad,
-                               std::int64_t label, std::int64_t begin, std::int64_t end) {
+SPO_DEVICE void write_gradient(Stored<T>* out, const RowReader<T, E>& z, const RowReader<R, E>& r,
+                               const Gradient<Acc<T>>& grad, std::int64_t label, std::int64_t begin, std::int64_t end) {
   using A = Acc<T>;
   // The thread that writes the label's element writes it twice: inside the packet, every element would need a
   // comparison. Its logits are read before the first write, which may be in place.
   const bool owns_label = label >= 0 && writes_in_packet<threads_per_row, E>(out, label, begin, end, z.V);
-  const A z_label = owns_label ? z.at(label) : A{0}, r_label = with_kl && owns_label ? r.at(label) : A{0};
+  const A u_label = owns_label ? z.at(label) : A{0}, r_label = with_kl && owns_label ? r.logit(r.at(label)) : A{0};
+  const auto dx = [&](A u, A r_logit, bool at_label) {
+    return z.dx(u, grad.template operator()<with_kl>(z.logit(u), r_logit, at_label));
+  };
   using Inputs = PacketLogits<typename RowReader<T, E>::Raw, typename RowReader<R, E>::Raw, with_kl>;
   const auto write = [&]<bool aligned>() {
     write_row<threads_per_row, E, kBatch<with_kl, R>>(
@@ -245,18 +254,16 @@ SPO_DEVICE void write_gradient(T* out, const RowReader<T, E>& z, const RowReader
           z.values(in.z, x);
           if constexpr (with_kl) r.values(in.r, y);
 #pragma unroll
-          for (int k = 0; k < E; ++k) x[k] = grad.template operator()<with_kl>(x[k], with_kl ? y[k] : 0, false);
+          for (int k = 0; k < E; ++k) x[k] = dx(x[k], with_kl ? r.logit(y[k]) : 0, false);
         },
-        [&](std::int64_t v) {
-          from_acc(grad.template operator()<with_kl>(z.at(v), with_kl ? r.at(v) : 0, v == label), out[v]);
-        });
+        [&](std::int64_t v) { from_acc(dx(z.at(v), with_kl ? r.logit(r.at(v)) : 0, v == label), out[v]); });
   };
   const std::int64_t head = aligned_from(out);  // the first packet starts here
   if (z.aligned_at(head) && (!with_kl || r.aligned_at(head)))
     write.template operator()<true>();
   else
     write.template operator()<false>();
-  if (owns_label) from_acc(grad.template operator()<with_kl>(z_label, r_label, true), out[label]);
+  if (owns_label) from_acc(dx(u_label, r_label, true), out[label]);
 }
 
 template <class T, class R, bool with_kl, int threads_per_row>
@@ -266,7 +273,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   constexpr int E = kPacket<T>;
   const auto [row, begin, end] = Share<threads_per_row>(group_index<threads_per_row>(), a.V, splits, split_elements);
   if (row >= a.N) return;
-  T* out = row_of<T>(a.dz, row);
+  auto* out = row_of<Stored<T>>(a.dz, row);
+  if (end == a.V) write_padding<threads_per_row>(out, a.V, a.padding);
 
   // The block's first logits wait for these loads, so they are issued together. The logits of a row with upstream
   // gradients of 0 may be NaN, so they are not read.
@@ -274,23 +282,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const A dlogp = a.dlogps ? static_cast<const A*>(a.dlogps)[row] : A{0};
   const A g_logp = target == a.ignore_index ? A{0} : dlogp;
   const A g_kl = with_kl && a.dkl && (!a.mask || a.mask[row]) ? static_cast<const A*>(a.dkl)[row] : A{0};
+  const A g_lse = a.dlse ? static_cast<const A*>(a.dlse)[row] : A{0};
   const bool logp = g_logp != 0, kl = g_kl != 0;
-  if (!logp && !kl) return write_zeros<threads_per_row, E>(out, begin, end, a.V);
+  if (!logp && !kl && g_lse == 0) return write_zeros<threads_per_row, E>(out, begin, end, a.V);
 
   const std::int64_t label = logp && target != kLabelElsewhere ? target : -1;
   if (logp) check_label(target, a.V);
   const auto* stats = static_cast<const A*>(a.stats);
   const RowStats<A> policy(stats[row], stats[a.N + row]);
-  const RowReader<T, E> z(a.z, row, a.V);
+  const RowReader<T, E> z(a.z, a.of_z, row, a.V);
   if constexpr (with_kl) {
     if (kl) {
       const Gradient<A> grad(policy, {stats[2 * a.N + row], stats[3 * a.N + row]},
-                             kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp, g_kl);
-      const RowReader<R, E> r(a.r, row, a.V);
+                             kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp, g_kl, g_lse);
+      const RowReader<R, E> r(a.r, a.of_r, row, a.V);
       return write_gradient<threads_per_row, true>(out, z, r, grad, label, begin, end);
     }
   }
-  const Gradient<A> grad(policy, {0, 0}, 0, g_logp, 0);
+  const Gradient<A> grad(policy, {0, 0}, 0, g_logp, 0, g_lse);
   write_gradient<threads_per_row, false>(out, z, z, grad, label, begin, end);
 }
 
@@ -301,22 +310,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) kl_loss_fwd_kernel(KlLos
   constexpr int E = kPacket<T>;
   const std::int64_t row = group_index<threads_per_row>();
   if (row >= a.N) return;
-  T* out = row_of<T>(a.dz, row);
+  auto* out = row_of<Stored<T>>(a.dz, row);
+  write_padding<threads_per_row>(out, a.V, a.padding);
   const bool first = threadIdx.x % threads_per_row == 0;
   const A row_weight = a.row_weight ? static_cast<const A*>(a.row_weight)[row] : A{1};
   if (row_weight == 0) {
     if (first) a.weighted_kl[row] = 0;
     return write_zeros<threads_per_row, E>(out, 0, a.V, a.V);
   }
-  const RowReader<T, E> z(a.z, row, a.V);
-  const RowReader<R, E> r(a.r, row, a.V);
+  const RowReader<T, E> z(a.z, a.of_z, row, a.V);
+  const RowReader<R, E> r(a.r, a.of_r, row, a.V);
   // merge_threads is the barrier between the sweeps: in place, the second overwrites what the first reads.
   const auto sum = merge_threads<threads_per_row>(z.aligned_at(0) && r.aligned_at(0)
                                                       ? sum_rows<threads_per_row, true, Cache::keep>(z, r, 0, a.V)
                                                       : sum_rows<threads_per_row, false, Cache::keep>(z, r, 0, a.V));
   const A kl = kl_of(sum);
   if (first) a.weighted_kl[row] = static_cast<double>(row_weight) * kl;
-  const Gradient<A> grad(RowStats<A>(sum.z), RowStats<A>(sum.r), kl_for_grad(kl), 0, row_weight);
+  const Gradient<A> grad(RowStats<A>(sum.z), RowStats<A>(sum.r), kl_for_grad(kl), 0, row_weight, 0);
   write_gradient<threads_per_row, true>(out, z, r, grad, -1, 0, a.V);
 }
 
@@ -347,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const std::int64_t groups = static_cast<std::int64_t>(gridDim.x) * (kThreads / threads_per_row);
   for (std::int64_t group = group_index<threads_per_row>(); group < N * splits; group += groups) {
     const Share<threads_per_row> share(group, V, splits, split_elements);
-    const RowReader<T, E> x(rows, share.row, V);
+    const RowReader<T, E> x(rows, {}, share.row, V);
     T* out = row_of<T>(rows, share.row);
     write_row<threads_per_row, E, kBatch<false, T>>(
         out, share.begin, share.end, V, [&](std::int64_t first) { return x.template raw<true, Cache::stream>(first); },

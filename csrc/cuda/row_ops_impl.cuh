@@ -34,6 +34,23 @@ cudaError_t with_ref_type(DType r, F f) {
   }
 }
 
+// Calls f.template operator()<T, R>() with the types of the logits, Transformed if one of them has a transform. A
+// transformed reference has AnyType even where its type is the policy's: that halves the kernels with transforms.
+template <class T, class F>
+cudaError_t with_types(DType r, const Transform& of_z, const Transform& of_r, F f) {
+  if (of_z.a || of_r.a) {
+    using Ref = std::conditional_t<std::is_same_v<T, double>, double, AnyType>;
+    return f.template operator()<Transformed<T>, Transformed<Ref>>();
+  }
+  return with_ref_type<T>(r, [&]<class R>() { return f.template operator()<T, R>(); });
+}
+
+// Calls f.template operator()<T>() with the type of the policy's logits.
+template <class T, class F>
+cudaError_t with_policy_type(const Transform& of_z, F f) {
+  return of_z.a ? f.template operator()<Transformed<T>>() : f.template operator()<T>();
+}
+
 // Calls f.template operator()<threads>() with the threads of a row as a constant.
 template <class F>
 cudaError_t with_threads(int threads_per_row, F f) {
@@ -61,32 +78,35 @@ cudaError_t TypedOps<T>::launch_token_stats_fwd(const TokenStatsFwdArgs& a, cons
   const ReduceConfig config = reduce_config(a.N, a.V, context.multiprocessors, context.deterministic);
   unsigned grid;
   if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
-  const auto run = [&]<class R, bool with_kl>() {
+  const auto run = [&]<class Z, class R, bool with_kl>() {
     const cudaError_t error = with_threads(config.threads_per_row, [&]<int threads>() {
-      return launch_kernel(token_stats_fwd_kernel<T, R, with_kl, threads>, grid, kThreads, context.stream, a,
+      return launch_kernel(token_stats_fwd_kernel<Z, R, with_kl, threads>, grid, kThreads, context.stream, a,
                            config.splits, config.split_elements, context.workspace);
     });
     if (error != cudaSuccess || config.splits == 1) return error;
-    return launch_kernel(merge_splits_kernel<T, with_kl>, static_cast<unsigned>(blocks_of_threads(a.N)), kThreads,
+    return launch_kernel(merge_splits_kernel<Z, with_kl>, static_cast<unsigned>(blocks_of_threads(a.N)), kThreads,
                          context.stream, a, config.splits, static_cast<const void*>(context.workspace));
   };
-  if (!a.r.data) return run.template operator()<T, false>();
-  return with_ref_type<T>(a.r.dtype, [&]<class R>() { return run.template operator()<R, true>(); });
+  if (!a.r.data) return with_policy_type<T>(a.of_z, [&]<class Z>() { return run.template operator()<Z, Z, false>(); });
+  return with_types<T>(a.r.dtype, a.of_z, a.of_r,
+                       [&]<class Z, class R>() { return run.template operator()<Z, R, true>(); });
 }
 
 template <class T>
 cudaError_t TypedOps<T>::launch_token_stats_bwd(const TokenStatsBwdArgs& a, const LaunchContext& context) {
-  const auto run = [&]<class R, bool with_kl>() {
+  const auto run = [&]<class Z, class R, bool with_kl>() {
     const ElementwiseConfig config = elementwise_config(a.N, a.V, kBatch<with_kl, R> * kPacket<T>);
     unsigned grid;
     if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
     return with_threads(config.threads_per_row, [&]<int threads>() {
-      return launch_kernel(token_stats_bwd_kernel<T, R, with_kl, threads>, grid, kThreads, context.stream, a,
+      return launch_kernel(token_stats_bwd_kernel<Z, R, with_kl, threads>, grid, kThreads, context.stream, a,
                            config.splits, config.split_elements);
     });
   };
-  if (!a.r.data || !a.dkl) return run.template operator()<T, false>();
-  return with_ref_type<T>(a.r.dtype, [&]<class R>() { return run.template operator()<R, true>(); });
+  if (!a.r.data || !a.dkl)
+    return with_policy_type<T>(a.of_z, [&]<class Z>() { return run.template operator()<Z, Z, false>(); });
+  return with_types<T>(a.r.dtype, a.of_z, a.of_r,
+                       [&]<class Z, class R>() { return run.template operator()<Z, R, true>(); });
 }
 
 template <class T>
@@ -110,9 +130,9 @@ cudaError_t TypedOps<T>::launch_kl_loss_fwd(const KlLossFwdArgs& a, void* loss, 
       if (const cudaError_t error = launch_kl_loss_cluster<T>(a, context.stream, launched)) return error;
   }
   if (!launched) {
-    const cudaError_t error = with_ref_type<T>(a.r.dtype, [&]<class R>() {
+    const cudaError_t error = with_types<T>(a.r.dtype, a.of_z, a.of_r, [&]<class Z, class R>() {
       return with_threads(config.threads_per_row, [&]<int threads>() {
-        return launch_kernel(kl_loss_fwd_kernel<T, R, threads>, grid, kThreads, context.stream, a);
+        return launch_kernel(kl_loss_fwd_kernel<Z, R, threads>, grid, kThreads, context.stream, a);
       });
     });
     if (error != cudaSuccess) return error;

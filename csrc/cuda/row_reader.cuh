@@ -9,8 +9,25 @@ namespace spo::cuda {
 
 constexpr int kVectorBytes = 16;
 
+// Stands for elements of type T that a transform makes logits of (Transform). With kernels of their own, logits without
+// a transform cost nothing more.
 template <class T>
-constexpr int kPacket = kVectorBytes / sizeof(T);
+struct Transformed {};
+
+// The type of the elements in memory.
+template <class T>
+struct StoredAs {
+  using type = T;
+};
+template <class T>
+struct StoredAs<Transformed<T>> {
+  using type = T;
+};
+template <class T>
+using Stored = typename StoredAs<T>::type;
+
+template <class T>
+constexpr int kPacket = kVectorBytes / sizeof(Stored<T>);
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
@@ -26,6 +43,8 @@ template <>
 struct AccOf<double> {
   using type = double;
 };
+template <class T>
+struct AccOf<Transformed<T>> : AccOf<T> {};
 template <class T>
 using Acc = typename AccOf<T>::type;
 
@@ -142,7 +161,9 @@ SPO_DEVICE void load_elements(const T* at, Acc<T> (&x)[E]) {
   }
 }
 
-// A row of V elements, read in packets of E. Elements from V on read as -inf.
+// A row of V elements, read in packets of E. edge() and full() give logits, and -inf for elements from V on. at() and
+// values() give numbers u of which logit(u) is the logit; dx(u, dz) is the gradient of the element in memory. Here the
+// elements are the logits.
 template <class T, int E>
 struct RowReader {
   static_assert(E * sizeof(T) % kVectorBytes == 0);
@@ -150,7 +171,7 @@ struct RowReader {
   const T* row;
   std::int64_t V;
 
-  SPO_DEVICE RowReader(const Rows& rows, std::int64_t i, std::int64_t V)
+  SPO_DEVICE RowReader(const Rows& rows, const Transform&, std::int64_t i, std::int64_t V)
       : row(static_cast<const T*>(rows.data) + row_offset(rows, i)), V(V) {}
 
   // Whether packets that start a multiple of E from element v are aligned.
@@ -158,6 +179,8 @@ struct RowReader {
     return reinterpret_cast<std::uintptr_t>(row + v) % kVectorBytes == 0;
   }
   SPO_DEVICE A at(std::int64_t v) const { return to_acc(row[v]); }
+  static SPO_DEVICE A logit(A u) { return u; }
+  static SPO_DEVICE A dx(A, A dz) { return dz; }
 
   SPO_DEVICE void edge(std::int64_t first, A (&x)[E]) const {
 #pragma unroll
@@ -212,7 +235,7 @@ struct RowReader<AnyType, E> {
   DType dtype;
   std::int64_t V;
 
-  SPO_DEVICE RowReader(const Rows& rows, std::int64_t i, std::int64_t V) : dtype(rows.dtype), V(V) {
+  SPO_DEVICE RowReader(const Rows& rows, const Transform&, std::int64_t i, std::int64_t V) : dtype(rows.dtype), V(V) {
     row = static_cast<const char*>(rows.data) + row_offset(rows, i) * bytes();
   }
 
@@ -227,6 +250,7 @@ struct RowReader<AnyType, E> {
       default: return static_cast<const float*>(row)[v];
     }
   }
+  static SPO_DEVICE float logit(float u) { return u; }
   SPO_DEVICE void edge(std::int64_t first, float (&x)[E]) const {
 #pragma unroll
     for (int k = 0; k < E; ++k) x[k] = first + k < V ? at(first + k) : -INFINITY;
@@ -255,6 +279,61 @@ struct RowReader<AnyType, E> {
   static SPO_DEVICE void values(const Raw& in, float (&x)[E]) {
 #pragma unroll
     for (int k = 0; k < E; ++k) x[k] = in.x[k];
+  }
+};
+
+SPO_DEVICE float tanh_of(float x) { return tanhf(x); }
+SPO_DEVICE double tanh_of(double x) { return tanh(x); }
+
+// A row of elements with a transform. The transform is made of two steps, so that the gradient takes one tanh: first u,
+// which is x or tanh(a x), then the logit, a multiple of u.
+template <class T, int E>
+struct RowReader<Transformed<T>, E> : RowReader<T, E> {
+  using Elements = RowReader<T, E>;
+  using A = Acc<T>;
+  A a = 1, b = 1;
+  bool capped = false;
+
+  SPO_DEVICE RowReader(const Rows& rows, const Transform& t, std::int64_t i, std::int64_t V)
+      : Elements(rows, t, i, V), capped(t.b) {
+    if (t.a) a = static_cast<const A*>(t.a)[i * t.stride];
+    if (capped) b = static_cast<const A*>(t.b)[i * t.stride];
+  }
+
+  SPO_DEVICE A logit(A u) const { return (capped ? b : a) * u; }
+  SPO_DEVICE A dx(A u, A dz) const { return (capped ? a * b * fma(-u, u, A(1)) : a) * dz; }
+
+  SPO_DEVICE A at(std::int64_t v) const {
+    const A x = Elements::at(v);
+    return capped ? tanh_of(a * x) : x;
+  }
+  SPO_DEVICE void values(const typename Elements::Raw& in, A (&u)[E]) const {
+    Elements::values(in, u);
+    first_step(u);
+  }
+  template <bool aligned, Cache cache>
+  SPO_DEVICE void full(std::int64_t first, A (&x)[E]) const {
+    Elements::template full<aligned, cache>(first, x);
+    first_step(x);
+#pragma unroll
+    for (int k = 0; k < E; ++k) x[k] = logit(x[k]);
+  }
+  SPO_DEVICE void edge(std::int64_t first, A (&x)[E]) const {
+    Elements::edge(first, x);
+    first_step(x);
+#pragma unroll
+    for (int k = 0; k < E; ++k)
+      if (first + k < this->V)
+        x[k] = logit(x[k]);
+      else
+        x[k] = -INFINITY;
+  }
+
+ private:
+  SPO_DEVICE void first_step(A (&x)[E]) const {
+    if (!capped) return;
+#pragma unroll
+    for (int k = 0; k < E; ++k) x[k] = tanh_of(a * x[k]);
   }
 };
 

@@ -15,9 +15,9 @@ SPO_DEVICE T* row_of(const Rows& rows, std::int64_t i) {
 // Packets that a thread of an elementwise kernel loads before it writes the first: four vectors, of one tensor or of
 // two. A reference of another type waits as float32 values, in twice the registers.
 template <bool with_kl, class R>
-constexpr int kBatch = !with_kl                     ? 4
-                       : std::is_same_v<R, AnyType> ? 1
-                                                    : 2;
+constexpr int kBatch = !with_kl                             ? 4
+                       : std::is_same_v<Stored<R>, AnyType> ? 1
+                                                            : 2;
 
 // Index of the first aligned element of a row of an output.
 template <class T>
@@ -78,6 +78,15 @@ SPO_DEVICE void write_zeros(T* out, std::int64_t begin, std::int64_t end, std::i
         for (int k = 0; k < E; ++k) x[k] = 0;
       },
       [=](std::int64_t v) { from_acc(Acc<T>{0}, out[v]); });
+}
+
+// Zeros in the columns after the first V of a row of an output. These columns are few, so short code matters more than
+// wide stores.
+template <int threads_per_row, class T>
+SPO_DEVICE void write_padding(T* out, std::int64_t V, std::int64_t padding) {
+#pragma unroll 1
+  for (std::int64_t v = threadIdx.x % threads_per_row; v < padding; v += threads_per_row)
+    from_acc(Acc<T>{0}, out[V + v]);
 }
 
 }  // namespace spo::cuda

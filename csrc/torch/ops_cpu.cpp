@@ -45,15 +45,17 @@ void for_ranges(int64_t count, int64_t item_bytes, const F& work) {
 struct Division {
   int64_t rows, row_bytes, parts;
 
-  Division(const Tensor& logits, DType dtype, int64_t rows, int tensors = 1)
+  Division(const Tensor& logits, DType dtype, int64_t rows, int64_t V, int tensors = 1)
       : rows(rows),
-        row_bytes(tensors * logits.size(-1) * static_cast<int64_t>(logits.element_size())),
-        parts(cpu::parts_of_row(dtype, logits.size(-1))) {}
+        row_bytes(tensors * V * static_cast<int64_t>(logits.element_size())),
+        parts(cpu::parts_of_row(dtype, V)) {}
 
   // Whether threads share the parts of rows in a forward: there are too few rows to keep the threads equally busy.
-  bool shares_parts() const {
+  // A row with a transform is read as a whole.
+  template <class Args>
+  bool shares_parts(const Args& args) const {
     const int64_t threads = torch::stable::get_num_threads();
-    return parts > 1 && threads > 1 && rows < 4 * threads;
+    return parts > 1 && threads > 1 && rows < 4 * threads && !args.of_z.a && !args.of_r.a;
   }
   template <class F>
   void for_row_ranges(const F& work) const {
@@ -67,11 +69,13 @@ struct Division {
 
 std::tuple<Tensor, Tensor, Tensor> token_stats_fwd(const Tensor& logits, const OptionalTensor& labels,
                                                    const OptionalTensor& ref_logits, const OptionalTensor& mask,
-                                                   int64_t ignore_index, bool /*inplace_backward*/) {
-  TokenStatsFwdCall call(logits, labels, ref_logits, mask, ignore_index);
+                                                   int64_t ignore_index, bool /*inplace_backward*/,
+                                                   const OptionalInt& vocab_size, const OptionalTensor& transform,
+                                                   const OptionalTensor& ref_transform) {
+  TokenStatsFwdCall call(logits, labels, ref_logits, mask, ignore_index, {vocab_size, transform, ref_transform});
   check_labels(call.args);
-  const Division division(logits, call.args.z.dtype, call.N, ref_logits ? 2 : 1);
-  if (division.shares_parts()) {
+  const Division division(logits, call.args.z.dtype, call.N, call.V, ref_logits ? 2 : 1);
+  if (division.shares_parts(call.args)) {
     std::vector<cpu::RowPart> parts(division.rows * division.parts);
     division.for_part_ranges([&](int64_t b, int64_t e) { cpu::token_stats_parts(call.args, parts.data(), b, e); });
     cpu::token_stats_of_parts(call.args, parts.data());
@@ -82,35 +86,43 @@ std::tuple<Tensor, Tensor, Tensor> token_stats_fwd(const Tensor& logits, const O
 }
 
 void token_stats_bwd_into(const Tensor& dlogits, const OptionalTensor& dlogps, const OptionalTensor& dkl,
-                          const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
-                          const OptionalTensor& mask, const Tensor& kl, const Tensor& stats, int64_t ignore_index) {
-  const TokenStatsBwdCall call(dlogits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index);
+                          const OptionalTensor& dlse, const Tensor& logits, const OptionalTensor& labels,
+                          const OptionalTensor& ref_logits, const OptionalTensor& mask, const Tensor& kl,
+                          const Tensor& stats, int64_t ignore_index, const RowOptions& options) {
+  const TokenStatsBwdCall call(dlogits, dlogps, dkl, dlse, logits, labels, ref_logits, mask, kl, stats, ignore_index,
+                               options);
   check_labels(call.args);
-  const Division division(logits, call.args.z.dtype, call.N);
+  const Division division(logits, call.args.z.dtype, call.N, call.V);
   division.for_part_ranges([&](int64_t b, int64_t e) { cpu::token_stats_bwd(call.args, b, e); });
 }
 
-Tensor token_stats_bwd(const OptionalTensor& dlogps, const OptionalTensor& dkl, const Tensor& logits,
-                       const OptionalTensor& labels, const OptionalTensor& ref_logits, const OptionalTensor& mask,
-                       const Tensor& kl, const Tensor& stats, int64_t ignore_index) {
+Tensor token_stats_bwd(const OptionalTensor& dlogps, const OptionalTensor& dkl, const OptionalTensor& dlse,
+                       const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
+                       const OptionalTensor& mask, const Tensor& kl, const Tensor& stats, int64_t ignore_index,
+                       const OptionalInt& vocab_size, const OptionalTensor& transform,
+                       const OptionalTensor& ref_transform) {
   Tensor dlogits = empty_contiguous_like(logits);
-  token_stats_bwd_into(dlogits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index);
+  token_stats_bwd_into(dlogits, dlogps, dkl, dlse, logits, labels, ref_logits, mask, kl, stats, ignore_index,
+                       {vocab_size, transform, ref_transform});
   return dlogits;
 }
 
-void token_stats_bwd_(const OptionalTensor& dlogps, const OptionalTensor& dkl, const Tensor& logits,
-                      const OptionalTensor& labels, const OptionalTensor& ref_logits, const OptionalTensor& mask,
-                      const Tensor& kl, const Tensor& stats, int64_t ignore_index) {
-  token_stats_bwd_into(logits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index);
+void token_stats_bwd_(const OptionalTensor& dlogps, const OptionalTensor& dkl, const OptionalTensor& dlse,
+                      const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
+                      const OptionalTensor& mask, const Tensor& kl, const Tensor& stats, int64_t ignore_index,
+                      const OptionalInt& vocab_size, const OptionalTensor& transform,
+                      const OptionalTensor& ref_transform) {
+  token_stats_bwd_into(logits, dlogps, dkl, dlse, logits, labels, ref_logits, mask, kl, stats, ignore_index,
+                       {vocab_size, transform, ref_transform});
 }
 
 Tensor kl_loss_into(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_logits,
-                    const OptionalTensor& row_weight) {
-  KlLossFwdCall call(dlogits, logits, ref_logits, row_weight);
+                    const OptionalTensor& row_weight, const RowOptions& options) {
+  KlLossFwdCall call(dlogits, logits, ref_logits, row_weight, options);
   std::vector<double> weighted_kl(call.args.N);
   call.args.weighted_kl = weighted_kl.data();
-  const Division division(logits, call.args.z.dtype, call.args.N, 2);
-  if (division.shares_parts()) {
+  const Division division(logits, call.args.z.dtype, call.N, call.V, 2);
+  if (division.shares_parts(call.args)) {
     std::vector<cpu::RowPart> parts(division.rows * division.parts);
     std::vector<cpu::KlStats> stats(division.rows);
     division.for_part_ranges([&](int64_t b, int64_t e) { cpu::kl_loss_parts(call.args, parts.data(), b, e); });
@@ -129,15 +141,18 @@ Tensor kl_loss_into(const Tensor& dlogits, const Tensor& logits, const Tensor& r
   return loss;
 }
 
-std::tuple<Tensor, Tensor> kl_loss_fwd(const Tensor& logits, const Tensor& ref_logits,
-                                       const OptionalTensor& row_weight) {
+std::tuple<Tensor, Tensor> kl_loss_fwd(const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& row_weight,
+                                       const OptionalInt& vocab_size, const OptionalTensor& transform,
+                                       const OptionalTensor& ref_transform) {
   Tensor dlogits = empty_contiguous_like(logits);
-  Tensor loss = kl_loss_into(dlogits, logits, ref_logits, row_weight);
+  Tensor loss = kl_loss_into(dlogits, logits, ref_logits, row_weight, {vocab_size, transform, ref_transform});
   return {loss, dlogits};
 }
 
-Tensor kl_loss_fwd_(const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& row_weight) {
-  return kl_loss_into(logits, logits, ref_logits, row_weight);
+Tensor kl_loss_fwd_(const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& row_weight,
+                    const OptionalInt& vocab_size, const OptionalTensor& transform,
+                    const OptionalTensor& ref_transform) {
+  return kl_loss_into(logits, logits, ref_logits, row_weight, {vocab_size, transform, ref_transform});
 }
 
 void scale_(const Tensor& tensor, const Tensor& scale) {
@@ -145,7 +160,7 @@ void scale_(const Tensor& tensor, const Tensor& scale) {
   const double value = rows.dtype == DType::f64 ? *static_cast<const double*>(scale.const_data_ptr())
                                                 : *static_cast<const float*>(scale.const_data_ptr());
   if (value == 1) return;
-  const Division division(tensor, rows.dtype, row_count(tensor));
+  const Division division(tensor, rows.dtype, row_count(tensor), tensor.size(-1));
   division.for_part_ranges([&](int64_t b, int64_t e) { cpu::scale(rows, tensor.size(-1), value, b, e); });
 }
 

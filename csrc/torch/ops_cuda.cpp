@@ -63,9 +63,11 @@ void check(cudaError_t error, const char* op) {
 }
 
 // Whether kl_loss_fwd would leave most of the GPU idle on rows like these, while token_stats_fwd would split them.
-bool kl_loss_splits_rows(const Tensor& logits, const Tensor& ref_logits, bool deterministic) {
+bool kl_loss_splits_rows(const Tensor& logits, const Tensor& ref_logits, bool deterministic,
+                         const std::optional<int64_t>& vocab_size, const OptionalTensor& transform,
+                         const OptionalTensor& ref_transform) {
   const OnDevice device(logits);
-  const KlLossFwdCall call(logits, logits, ref_logits, std::nullopt);
+  const KlLossFwdCall call(logits, logits, ref_logits, std::nullopt, {vocab_size, transform, ref_transform});
   if (cuda::kl_loss_in_clusters(call.args)) return false;
   return cuda::workspace_bytes(call.args.z, true, call.args.N, call.args.V, device.context.multiprocessors,
                                deterministic) > 0;
@@ -73,9 +75,12 @@ bool kl_loss_splits_rows(const Tensor& logits, const Tensor& ref_logits, bool de
 
 std::tuple<Tensor, Tensor, Tensor> token_stats_fwd(const Tensor& logits, const OptionalTensor& labels,
                                                    const OptionalTensor& ref_logits, const OptionalTensor& mask,
-                                                   int64_t ignore_index, bool deterministic) {
+                                                   int64_t ignore_index, bool deterministic,
+                                                   const std::optional<int64_t>& vocab_size,
+                                                   const OptionalTensor& transform,
+                                                   const OptionalTensor& ref_transform) {
   OnDevice device(logits);
-  TokenStatsFwdCall call(logits, labels, ref_logits, mask, ignore_index);
+  TokenStatsFwdCall call(logits, labels, ref_logits, mask, ignore_index, {vocab_size, transform, ref_transform});
   device.context.deterministic = deterministic;
   const int64_t bytes = cuda::workspace_bytes(call.args.z, call.args.r.data != nullptr, call.N, call.V,
                                               device.context.multiprocessors, deterministic);
@@ -86,17 +91,21 @@ std::tuple<Tensor, Tensor, Tensor> token_stats_fwd(const Tensor& logits, const O
 }
 
 void token_stats_bwd(const Tensor& dlogits, const OptionalTensor& dlogps, const OptionalTensor& dkl,
-                     const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
-                     const OptionalTensor& mask, const Tensor& kl, const Tensor& stats, int64_t ignore_index) {
+                     const OptionalTensor& dlse, const Tensor& logits, const OptionalTensor& labels,
+                     const OptionalTensor& ref_logits, const OptionalTensor& mask, const Tensor& kl,
+                     const Tensor& stats, int64_t ignore_index, const std::optional<int64_t>& vocab_size,
+                     const OptionalTensor& transform, const OptionalTensor& ref_transform) {
   const OnDevice device(logits);
-  const TokenStatsBwdCall call(dlogits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index);
+  const TokenStatsBwdCall call(dlogits, dlogps, dkl, dlse, logits, labels, ref_logits, mask, kl, stats, ignore_index,
+                               {vocab_size, transform, ref_transform});
   check(cuda::launch_token_stats_bwd(call.args, device.context), "token_stats_bwd");
 }
 
 Tensor kl_loss_fwd(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_logits,
-                   const OptionalTensor& row_weight) {
+                   const OptionalTensor& row_weight, const std::optional<int64_t>& vocab_size,
+                   const OptionalTensor& transform, const OptionalTensor& ref_transform) {
   const OnDevice device(logits);
-  KlLossFwdCall call(dlogits, logits, ref_logits, row_weight);
+  KlLossFwdCall call(dlogits, logits, ref_logits, row_weight, {vocab_size, transform, ref_transform});
   Tensor weighted_kl = empty(logits, {call.args.N}, ScalarType::Double);
   call.args.weighted_kl = static_cast<double*>(weighted_kl.mutable_data_ptr());
   Tensor loss = empty(logits, {}, call.acc);

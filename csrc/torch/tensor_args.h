@@ -19,6 +19,7 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using OptionalInt = std::optional<int64_t>;
 
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -76,12 +77,19 @@ const T* data_or_null(const OptionalTensor& t) {
   return t.has_value() ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
 }
 
-inline Rows ref_rows(const OptionalTensor& ref_logits, const Tensor& logits) {
+// How the logits come from the tensors: spo_kernels.reference.RowOptions.
+struct RowOptions {
+  const OptionalInt& vocab_size;
+  const OptionalTensor &transform, &ref_transform;
+};
+
+inline Rows ref_rows(const OptionalTensor& ref_logits, const Tensor& logits, const RowOptions& options) {
   if (!ref_logits.has_value()) return {};
   require_device(*ref_logits, logits, "ref_logits");
   const Rows rows = rows_of(*ref_logits, "ref_logits", false);
   bool same = ref_logits->dim() == logits.dim();
-  for (int64_t d = 0; same && d < logits.dim(); ++d) same = ref_logits->size(d) == logits.size(d);
+  const int64_t compared = options.vocab_size ? logits.dim() - 1 : logits.dim();
+  for (int64_t d = 0; same && d < compared; ++d) same = ref_logits->size(d) == logits.size(d);
   STD_TORCH_CHECK(same, "ref_logits must have the shape of logits");
   STD_TORCH_CHECK((rows.dtype == DType::f64) == (dtype_of(logits, "logits") == DType::f64),
                   "ref_logits must be float64 exactly when logits are");
@@ -94,8 +102,20 @@ inline std::vector<int64_t> row_shape(const Tensor& logits) {
   return shape;
 }
 
+// An uninitialized, contiguous tensor on the device of `like`. torch::stable::new_empty would go through the dispatcher,
+// which costs 0.6 us more.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 inline Tensor empty_contiguous_like(const Tensor& t) {
@@ -104,18 +124,47 @@ inline Tensor empty_contiguous_like(const Tensor& t) {
   return empty(t, shape, t.scalar_type());
 }
 
+inline int64_t columns_read(const Tensor& logits, const OptionalTensor& ref_logits, const RowOptions& options) {
+  if (!options.vocab_size) return logits.size(-1);
+  const int64_t V = *options.vocab_size;
+  STD_TORCH_CHECK(V >= 1 && V <= logits.size(-1), "vocab_size must be in [1, ", logits.size(-1), "], got ", V);
+  STD_TORCH_CHECK(!ref_logits || V <= ref_logits->size(-1), "ref_logits must have at least ", V, " columns");
+  return V;
+}
+
+// A transform [1 or 2, 1 or N], made contiguous. The caller keeps it while kernels read its data.
+inline OptionalTensor transform_values(const OptionalTensor& t, const Tensor& logits, ScalarType acc, int64_t N,
+                                       const char* name) {
+  if (!t.has_value()) return std::nullopt;
+  require_device(*t, logits, name);
+  STD_TORCH_CHECK(t->scalar_type() == acc, name, " must have the accumulation dtype of logits");
+  STD_TORCH_CHECK(t->dim() == 2 && (t->size(0) == 1 || t->size(0) == 2) && (t->size(1) == 1 || t->size(1) == N), name,
+                  " must be [1 or 2, 1 or ", N, "]");
+  return t->is_contiguous() ? *t : torch::stable::contiguous(*t);
+}
+inline Transform transform_of(const OptionalTensor& t) {
+  if (!t.has_value()) return {};
+  const auto* a = static_cast<const char*>(t->const_data_ptr());
+  return {.a = a,
+          .b = t->size(0) == 2 ? a + t->size(1) * static_cast<int64_t>(t->element_size()) : nullptr,
+          .stride = t->size(1) > 1 ? 1 : 0};
+}
+
 // What the ops over logits and a reference share.
 struct RowInputs {
   int64_t N, V;
   Rows z, r;
   ScalarType acc;
+  OptionalTensor transform, ref_transform;
 
-  RowInputs(const Tensor& logits, const OptionalTensor& ref_logits)
+  RowInputs(const Tensor& logits, const OptionalTensor& ref_logits, const RowOptions& options)
       : N(row_count(logits)),
-        V(logits.size(-1)),
+        V(columns_read(logits, ref_logits, options)),
         z(rows_of(logits, "logits", false)),
-        r(ref_rows(ref_logits, logits)),
-        acc(acc_type(z.dtype)) {}
+        r(ref_rows(ref_logits, logits, options)),
+        acc(acc_type(z.dtype)),
+        transform(transform_values(options.transform, logits, acc, N, "transform")),
+        ref_transform(transform_values(options.ref_transform, logits, acc, N, "ref_transform")) {}
 };
 
 struct TokenStatsFwdCall : RowInputs {
@@ -124,8 +173,8 @@ struct TokenStatsFwdCall : RowInputs {
   TokenStatsFwdArgs args;
 
   TokenStatsFwdCall(const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
-                    const OptionalTensor& mask, int64_t ignore_index)
-      : RowInputs(logits, ref_logits),
+                    const OptionalTensor& mask, int64_t ignore_index, const RowOptions& options)
+      : RowInputs(logits, ref_logits, options),
         labels(row_values(labels, logits, ScalarType::Long, N, "labels")),
         mask(row_values(mask, logits, ScalarType::Bool, N, "mask")) {
     const std::vector<int64_t> rows = row_shape(logits), none{0};
@@ -136,6 +185,8 @@ struct TokenStatsFwdCall : RowInputs {
     stats = empty(logits, stats_shape, acc);
     args = {.z = z,
             .r = r,
+            .of_z = transform_of(transform),
+            .of_r = transform_of(ref_transform),
             .labels = data_or_null<int64_t>(this->labels),
             .mask = data_or_null<bool>(this->mask),
             .N = N,
@@ -148,16 +199,18 @@ struct TokenStatsFwdCall : RowInputs {
 };
 
 struct TokenStatsBwdCall : RowInputs {
-  OptionalTensor dlogps, dkl, labels, mask;
+  OptionalTensor dlogps, dkl, dlse, labels, mask;
   Tensor kl, stats;
   TokenStatsBwdArgs args;
 
   TokenStatsBwdCall(const Tensor& dlogits, const OptionalTensor& dlogps, const OptionalTensor& dkl,
-                    const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
-                    const OptionalTensor& mask, const Tensor& kl, const Tensor& stats, int64_t ignore_index)
-      : RowInputs(logits, ref_logits),
+                    const OptionalTensor& dlse, const Tensor& logits, const OptionalTensor& labels,
+                    const OptionalTensor& ref_logits, const OptionalTensor& mask, const Tensor& kl, const Tensor& stats,
+                    int64_t ignore_index, const RowOptions& options)
+      : RowInputs(logits, ref_logits, options),
         dlogps(row_values(dlogps, logits, acc, N, "dlogps")),
         dkl(row_values(dkl, logits, acc, N, "dkl")),
+        dlse(row_values(dlse, logits, acc, N, "dlse")),
         labels(row_values(labels, logits, ScalarType::Long, N, "labels")),
         mask(row_values(mask, logits, ScalarType::Bool, N, "mask")),
         kl(row_values(kl, logits, acc, r.data ? N : 0, "kl")),
@@ -167,13 +220,17 @@ struct TokenStatsBwdCall : RowInputs {
     args = {.z = z,
             .r = r,
             .dz = rows_of(dlogits, "dlogits", true),
+            .of_z = transform_of(transform),
+            .of_r = transform_of(ref_transform),
             .labels = data_or_null<int64_t>(this->labels),
             .mask = data_or_null<bool>(this->mask),
             .N = N,
             .V = V,
+            .padding = dlogits.size(-1) - V,
             .ignore_index = ignore_index,
             .dlogps = data_or_null<void>(this->dlogps),
             .dkl = data_or_null<void>(this->dkl),
+            .dlse = data_or_null<void>(this->dlse),
             .kl = this->kl.const_data_ptr(),
             .stats = this->stats.const_data_ptr()};
   }
@@ -184,14 +241,18 @@ struct KlLossFwdCall : RowInputs {
   OptionalTensor row_weight;
   KlLossFwdArgs args;
 
-  KlLossFwdCall(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& row_weight)
-      : RowInputs(logits, ref_logits), row_weight(row_values(row_weight, logits, acc, N, "row_weight")) {
+  KlLossFwdCall(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& row_weight,
+                const RowOptions& options)
+      : RowInputs(logits, ref_logits, options), row_weight(row_values(row_weight, logits, acc, N, "row_weight")) {
     args = {.z = z,
             .r = r,
             .dz = rows_of(dlogits, "dlogits", true),
+            .of_z = transform_of(transform),
+            .of_r = transform_of(ref_transform),
             .row_weight = data_or_null<void>(this->row_weight),
             .N = N,
             .V = V,
+            .padding = dlogits.size(-1) - V,
             .weighted_kl = nullptr};
   }
 };

@@ -31,8 +31,9 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from spo_kernels import op_library, row_ops
+from spo_kernels import row_ops
 from spo_kernels.backends import cpu, cuda
+from spo_kernels.reference import PLAIN, RowOptions
 
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
@@ -41,7 +42,13 @@ class Backend(Protocol):
     """The functions of a backend. `spo_kernels.reference` says what they compute."""
 
     def token_stats_fwd(
-        self, logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, ignore_index: int
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        ref_logits: Tensor | None,
+        mask: Tensor | None,
+        ignore_index: int,
+        options: RowOptions = PLAIN,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def token_stats_bwd(
@@ -56,10 +63,17 @@ class Backend(Protocol):
         stats: Tensor,
         ignore_index: int,
         inplace: bool,
+        dlse: Tensor | None = None,
+        options: RowOptions = PLAIN,
     ) -> Tensor: ...
 
     def kl_loss_fwd(
-        self, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool
+        self,
+        logits: Tensor,
+        ref_logits: Tensor,
+        row_weight: Tensor | None,
+        inplace: bool,
+        options: RowOptions = PLAIN,
     ) -> tuple[Tensor, Tensor]: ...
 
     def scale_(self, tensor: Tensor, scale: Tensor) -> None: ...
@@ -191,19 +205,22 @@ def _register(device_type: str) -> None:
             raise RuntimeError(f"spo_kernels has no backend for {device_type} tensors: {reason}")
         return get(name)
 
-    def token_stats_bwd_(*args: Any) -> None:
-        backend().token_stats_bwd(*args, True)
+    def token_stats_fwd(inplace_backward: bool, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return backend().token_stats_fwd(**arguments)
+
+    def token_stats_bwd_(**arguments: Any) -> None:
+        backend().token_stats_bwd(**arguments, inplace=True)
 
     implementations: dict[str, Callable[..., Any]] = {
-        "token_stats_fwd": lambda *args: backend().token_stats_fwd(*args[:-1]),  # without inplace_backward
-        "token_stats_bwd": lambda *args: backend().token_stats_bwd(*args, False),
+        "token_stats_fwd": token_stats_fwd,
+        "token_stats_bwd": lambda **arguments: backend().token_stats_bwd(**arguments, inplace=False),
         "token_stats_bwd_": token_stats_bwd_,
-        "kl_loss_fwd": lambda *args: backend().kl_loss_fwd(*args, False),
-        "kl_loss_fwd_": lambda *args: backend().kl_loss_fwd(*args, True)[0],
-        "scale_": lambda *args: backend().scale_(*args),
+        "kl_loss_fwd": lambda **arguments: backend().kl_loss_fwd(**arguments, inplace=False),
+        "kl_loss_fwd_": lambda **arguments: backend().kl_loss_fwd(**arguments, inplace=True)[0],
+        "scale_": lambda **arguments: backend().scale_(**arguments),
     }
-    for op in row_ops.OPS:
-        op_library.library.impl(op, implementations[op], DISPATCH_KEYS[device_type])
+    for op_name, op in row_ops.OPS.items():
+        op.on_device(DISPATCH_KEYS[device_type], implementations[op_name])
 
 
 for _device_type in _SELECTED:

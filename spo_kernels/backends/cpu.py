@@ -10,6 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from spo_kernels.reference import PLAIN, RowOptions
+
 
 def library_path() -> Path | None:
     """The op library next to the package, or None where it was not built."""
@@ -35,10 +37,15 @@ def load() -> ModuleType:
 
 
 def token_stats_fwd(
-    logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, ignore_index: int
+    logits: Tensor,
+    labels: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    options: RowOptions = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        return torch.ops.spo_kernels.token_stats_fwd(logits, labels, ref_logits, mask, ignore_index, False)
+        return torch.ops.spo_kernels.token_stats_fwd(logits, labels, ref_logits, mask, ignore_index, False, *options)
 
 
 def token_stats_bwd(
@@ -52,8 +59,10 @@ def token_stats_bwd(
     stats: Tensor,
     ignore_index: int,
     inplace: bool,
+    dlse: Tensor | None = None,
+    options: RowOptions = PLAIN,
 ) -> Tensor:
-    args = (dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index)
+    args = (dlogps, dkl, dlse, logits, labels, ref_logits, mask, kl, stats, ignore_index, *options)
     with torch.no_grad():
         if not inplace:
             return torch.ops.spo_kernels.token_stats_bwd(*args)
@@ -61,11 +70,13 @@ def token_stats_bwd(
         return logits
 
 
-def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
+def kl_loss_fwd(
+    logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool, options: RowOptions = PLAIN
+) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         if not inplace:
-            return torch.ops.spo_kernels.kl_loss_fwd(logits, ref_logits, row_weight)
-        return torch.ops.spo_kernels.kl_loss_fwd_(logits, ref_logits, row_weight), logits
+            return torch.ops.spo_kernels.kl_loss_fwd(logits, ref_logits, row_weight, *options)
+        return torch.ops.spo_kernels.kl_loss_fwd_(logits, ref_logits, row_weight, *options), logits
 
 
 def scale_(tensor: Tensor, scale: Tensor) -> None:

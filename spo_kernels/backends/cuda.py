@@ -13,16 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo_kernels.reference import PLAIN, RowOptions
+
 _ROWS = "Tensor? labels, Tensor? ref_logits, Tensor? mask"
+_OPTIONS = "int? vocab_size, Tensor? transform, Tensor? ref_transform"
 
 SCHEMAS = {
     # Whether rows are so few that several blocks share one. Such a row's rounding depends on how many rows there are.
-    "kl_loss_splits_rows": "(Tensor logits, Tensor ref_logits, bool deterministic) -> bool",
-    "token_stats_fwd": f"(Tensor logits, {_ROWS}, int ignore_index, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    "kl_loss_splits_rows": f"(Tensor logits, Tensor ref_logits, bool deterministic, {_OPTIONS}) -> bool",
+    "token_stats_fwd": f"(Tensor logits, {_ROWS}, int ignore_index, bool deterministic, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor)",
     # dlogits may be logits.
-    "token_stats_bwd": f"(Tensor(a!) dlogits, Tensor? dlogps, Tensor? dkl, Tensor logits, {_ROWS}, Tensor kl, "
-    "Tensor stats, int ignore_index) -> ()",
-    "kl_loss_fwd": "(Tensor(a!) dlogits, Tensor logits, Tensor ref_logits, Tensor? row_weight) -> Tensor",
+    "token_stats_bwd": f"(Tensor(a!) dlogits, Tensor? dlogps, Tensor? dkl, Tensor? dlse, Tensor logits, {_ROWS}, "
+    f"Tensor kl, Tensor stats, int ignore_index, {_OPTIONS}) -> ()",
+    "kl_loss_fwd": f"(Tensor(a!) dlogits, Tensor logits, Tensor ref_logits, Tensor? row_weight, {_OPTIONS}) -> Tensor",
     "scale_": "(Tensor(a!) tensor, Tensor scale) -> ()",
 }
 
@@ -39,11 +43,17 @@ class CompiledOps:
 
     @torch.no_grad()
     def token_stats_fwd(
-        self, logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, ignore_index: int
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        ref_logits: Tensor | None,
+        mask: Tensor | None,
+        ignore_index: int,
+        options: RowOptions = PLAIN,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _require_device(logits, labels=labels, ref_logits=ref_logits, mask=mask)
+        _require_device(logits, options, labels=labels, ref_logits=ref_logits, mask=mask)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        return self._ops.token_stats_fwd(logits, labels, ref_logits, mask, ignore_index, deterministic)
+        return self._ops.token_stats_fwd(logits, labels, ref_logits, mask, ignore_index, deterministic, *options)
 
     @torch.no_grad()
     def token_stats_bwd(
@@ -58,38 +68,50 @@ class CompiledOps:
         stats: Tensor,
         ignore_index: int,
         inplace: bool,
+        dlse: Tensor | None = None,
+        options: RowOptions = PLAIN,
     ) -> Tensor:
-        _require_device(
-            logits, labels=labels, ref_logits=ref_logits, mask=mask, dlogps=dlogps, dkl=dkl, kl=kl, stats=stats
-        )
+        rows = {"labels": labels, "ref_logits": ref_logits, "mask": mask, "kl": kl, "stats": stats}
+        _require_device(logits, options, **rows, dlogps=dlogps, dkl=dkl, dlse=dlse)
         dlogits = _gradient_of(logits, inplace)
-        self._ops.token_stats_bwd(dlogits, dlogps, dkl, logits, labels, ref_logits, mask, kl, stats, ignore_index)
+        self._ops.token_stats_bwd(
+            dlogits, dlogps, dkl, dlse, logits, labels, ref_logits, mask, kl, stats, ignore_index, *options
+        )
         return dlogits
 
     @torch.no_grad()
     def kl_loss_fwd(
-        self, logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool
+        self,
+        logits: Tensor,
+        ref_logits: Tensor,
+        row_weight: Tensor | None,
+        inplace: bool,
+        options: RowOptions = PLAIN,
     ) -> tuple[Tensor, Tensor]:
-        _require_device(logits, ref_logits=ref_logits, row_weight=row_weight)
-        if not self._ops.kl_loss_splits_rows(logits, ref_logits, torch.are_deterministic_algorithms_enabled()):
+        _require_device(logits, options, ref_logits=ref_logits, row_weight=row_weight)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        if not self._ops.kl_loss_splits_rows(logits, ref_logits, deterministic, *options):
             dlogits = _gradient_of(logits, inplace)
-            return self._ops.kl_loss_fwd(dlogits, logits, ref_logits, row_weight), dlogits
+            return self._ops.kl_loss_fwd(dlogits, logits, ref_logits, row_weight, *options), dlogits
         # Few long rows: in one sweep most of the GPU would idle.
         mask = None if row_weight is None else row_weight != 0
-        _, kl, stats = self.token_stats_fwd(logits, None, ref_logits, mask, 0)
+        _, kl, stats = self.token_stats_fwd(logits, None, ref_logits, mask, 0, options)
         weight = torch.ones_like(kl) if row_weight is None else row_weight
-        dlogits = self.token_stats_bwd(None, weight, logits, None, ref_logits, mask, kl, stats, 0, inplace)
+        dlogits = self.token_stats_bwd(
+            None, weight, logits, None, ref_logits, mask, kl, stats, 0, inplace, options=options
+        )
         return (weight.double() * kl).sum().to(kl.dtype), dlogits
 
     def scale_(self, tensor: Tensor, scale: Tensor) -> None:
-        _require_device(tensor, scale=scale)
+        _require_device(tensor, PLAIN, scale=scale)
         self._ops.scale_(tensor, scale)
 
 
-def _require_device(logits: Tensor, **values: Tensor | None) -> None:
+def _require_device(logits: Tensor, options: RowOptions, **values: Tensor | None) -> None:
     """RuntimeError for a tensor on another device: a kernel that read it would destroy the process's context."""
     device = logits.device
-    for name, value in values.items():
+    transforms = {"transform": options.transform, "ref_transform": options.ref_transform}
+    for name, value in (values | transforms).items():
         if value is not None and value.device != device:
             raise RuntimeError(f"{name} must be on {device} like the logits, got {value.device}")
 

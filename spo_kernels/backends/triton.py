@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spo_kernels.backends import triton_kernels as kernels
 from spo_kernels.precision import accumulate_dtype
-from spo_kernels.reference import LABEL_ELSEWHERE
+from spo_kernels.reference import LABEL_ELSEWHERE, PLAIN, RowOptions
 
 _WARP = 64 if torch.version.hip else 32  # threads; 64 on AMD's data-centre GPUs
 _VECTOR_BYTES = 16  # the widest load
@@ -38,23 +38,29 @@ class BlockConfig(NamedTuple):
     threads: int
 
 
-def row_config(V: int, itemsize: int, tensors: int, aligned: bool) -> RowConfig:
+def row_config(V: int, itemsize: int, tensors: int, aligned: bool, softcap: bool = False) -> RowConfig:
     """For rows of V elements, read from this many tensors at once. itemsize: bytes of their smaller element.
 
     Aligned rows: a lane is one vector load. Two steps are fastest on an H100, because more steps leave too few programs
     to a multiprocessor. Unaligned rows: the compiler hands out single elements, so a lane is one element and there are
-    `vector` times as many lanes; steps are as many as registers allow.
+    `vector` times as many lanes; steps are as many as registers allow: half as many
+    beside the tanh of a softcap.
     """
     threads = 64 if V <= 1024 else 128 if V <= 32768 else 256
     vector = _VECTOR_BYTES // itemsize
     if aligned:
         return RowConfig(2, threads, vector, threads)
-    return RowConfig(8 if tensors == 1 else 4, threads * vector, 1, threads)
+    steps = 8 if tensors == 1 else 4
+    return RowConfig(steps // 2 if softcap else steps, threads * vector, 1, threads)
 
 
-def block_config(V: int) -> BlockConfig:
-    """For rows of V elements in an elementwise kernel: short rows must not idle most of a block."""
-    return BlockConfig(1024, 64) if V <= 1024 else BlockConfig(4096, 256)
+def block_config(V: int, softcap: bool = False) -> BlockConfig:
+    """For rows of V elements in an elementwise kernel: short rows must not idle most of a block.
+
+    A thread takes 16 elements: 8 beside the tanh of a softcap, or float64 would not fit its registers.
+    """
+    block, threads = (1024, 64) if V <= 1024 else (4096, 256)
+    return BlockConfig(block // 2 if softcap else block, threads)
 
 
 class _Rows(NamedTuple):
@@ -84,13 +90,63 @@ def _check_device(tensor: Tensor, name: str) -> None:
         )
 
 
-def _aligned(*tensors: Tensor | None) -> bool:
-    """Whether every pointer, stride and row length is a multiple of 16. Only then does Triton load whole vectors.
+class _Options(NamedTuple):
+    """`RowOptions` as kernels take them, checked."""
+
+    V: int  # columns that are read
+    width: int | None  # columns of logits and gradient; None for V
+    transform: Tensor | None  # contiguous [1 or 2, 1 or N]
+    ref_transform: Tensor | None
+
+    @property
+    def softcap(self) -> bool:
+        return any(x is not None and x.shape[0] == 2 for x in (self.transform, self.ref_transform))
+
+    @property
+    def transforms(self) -> dict[str, Tensor | int | None]:
+        """The arguments of the kernels that are about transforms."""
+        arguments: dict[str, Tensor | int | None] = {}
+        for prefix, transform in (("", self.transform), ("ref_", self.ref_transform)):
+            factors, rows = (0, None) if transform is None else transform.shape
+            arguments |= {f"{prefix}transform": transform, f"{prefix}transform_rows": rows}
+            arguments[f"{prefix.upper()}FACTORS"] = factors
+        return arguments
+
+
+def _options(logits: Tensor, ref_logits: Tensor | None, options: RowOptions) -> _Options:
+    *shape, width = logits.shape
+    V = width if options.vocab_size is None else int(options.vocab_size)
+    if options.vocab_size is not None and not 1 <= V <= width:
+        raise ValueError(f"vocab_size must be in [1, {width}], got {V}")
+    if ref_logits is not None:
+        *ref_shape, ref_width = ref_logits.shape
+        if ref_shape != shape or (options.vocab_size is None and ref_width != width):
+            raise ValueError(f"ref_logits must have the shape of logits {[*logits.shape]}, got {[*ref_logits.shape]}")
+        if ref_width < V:
+            raise ValueError(f"ref_logits must have at least {V} columns, got {ref_width}")
+    transform = _transform(options.transform, "transform", logits)
+    ref_transform = None if ref_logits is None else _transform(options.ref_transform, "ref_transform", logits)
+    return _Options(V, None if width == V else width, transform, ref_transform)
+
+
+def _transform(transform: Tensor | None, name: str, logits: Tensor) -> Tensor | None:
+    if transform is None:
+        return None
+    N, dtype = logits.shape[:-1].numel(), accumulate_dtype(logits.dtype)
+    shape = [*transform.shape]
+    if len(shape) != 2 or shape[0] not in (1, 2) or shape[1] not in (1, N) or transform.dtype != dtype:
+        raise ValueError(f"{name} must be [1 or 2, 1 or {N}] {dtype}, got {shape} {transform.dtype}")
+    _check_device(transform, name)
+    return transform.contiguous()
+
+
+def _aligned(V: int, *tensors: Tensor | None) -> bool:
+    """Whether V and every pointer and stride are multiples of 16. Only then does Triton load whole vectors.
 
     Sums of aligned and unaligned rows are grouped differently, so a row's last bits depend on the alignment.
     """
-    sizes = [size for x in tensors if x is not None for size in (x.data_ptr(), x.shape[-1], *x.stride()[:-1])]
-    return all(size % 16 == 0 for size in sizes)
+    sizes = [size for x in tensors if x is not None for size in (x.data_ptr(), *x.stride()[:-1])]
+    return all(size % 16 == 0 for size in (V, *sizes))
 
 
 def _per_row(values: Tensor | None) -> Tensor | None:
@@ -107,12 +163,18 @@ def _check_labels(labels: Tensor, V: int, ignore_index: int) -> None:
 
 
 def token_stats_fwd(
-    logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, ignore_index: int
+    logits: Tensor,
+    labels: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    options: RowOptions = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`spo_kernels.reference.token_stats_fwd`; statistics of rows that are ignored and masked are 0."""
     rows = _rows(logits, "logits")
     ref_rows = rows if ref_logits is None else _rows(ref_logits, "ref_logits")
-    *shape, V = logits.shape
+    checked = _options(logits, ref_logits, options)
+    shape, V = logits.shape[:-1], checked.V
     dtype = accumulate_dtype(logits.dtype)
     logps = logits.new_empty((0,) if labels is None else shape, dtype=dtype)
     kl = logits.new_empty((0,) if ref_logits is None else shape, dtype=dtype)
@@ -121,7 +183,8 @@ def token_stats_fwd(
         _check_labels(labels, V, ignore_index)
     if stats.numel():
         itemsize = min(t.element_size() for t in (logits, ref_logits) if t is not None)
-        config = row_config(V, itemsize, 1 if ref_logits is None else 2, _aligned(logits, ref_logits))
+        aligned = _aligned(V, logits, ref_logits)
+        config = row_config(V, itemsize, 1 if ref_logits is None else 2, aligned, checked.softcap)
         with torch.cuda.device_of(logits):
             kernels.token_stats_fwd_kernel[(stats[0].numel(),)](
                 logits,
@@ -135,6 +198,7 @@ def token_stats_fwd(
                 *rows,
                 *ref_rows[1:],
                 ignore_index,
+                **checked.transforms,
                 STEPS=config.steps,
                 LANES=config.lanes,
                 VECTOR=config.vector,
@@ -158,6 +222,8 @@ def token_stats_bwd(
     stats: Tensor,
     ignore_index: int,
     inplace: bool,
+    dlse: Tensor | None = None,
+    options: RowOptions = PLAIN,
 ) -> Tensor:
     """`spo_kernels.reference.token_stats_bwd`."""
     if labels is None or dlogps is None:
@@ -166,17 +232,19 @@ def token_stats_bwd(
         ref_logits = mask = dkl = None
     rows = _rows(logits, "logits")
     ref_rows = rows if ref_logits is None else _rows(ref_logits, "ref_logits")
+    checked = _options(logits, ref_logits, options)
     if labels is not None:
-        _check_labels(labels, logits.shape[-1], ignore_index)
+        _check_labels(labels, checked.V, ignore_index)
     dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     if logits.numel():
-        N, V = logits.shape[:-1].numel(), logits.shape[-1]
-        config = block_config(V)
+        N, width = logits.shape[:-1].numel(), logits.shape[-1]
+        config = block_config(width, checked.softcap)
         with torch.cuda.device_of(logits):
-            kernels.token_stats_bwd_kernel[(N * triton.cdiv(V, config.block),)](
+            kernels.token_stats_bwd_kernel[(N * triton.cdiv(width, config.block),)](
                 dlogits,
                 _per_row(dlogps),
                 _per_row(dkl),
+                _per_row(dlse),
                 logits,
                 _per_row(labels),
                 ref_logits,
@@ -184,11 +252,13 @@ def token_stats_bwd(
                 _per_row(kl),
                 _per_row(stats),
                 N,
-                V,
+                checked.V,
+                checked.width,
                 *rows,
                 *_rows(dlogits, "dlogits")[1:],
                 *ref_rows[1:],
                 ignore_index,
+                **checked.transforms,
                 BLOCK=config.block,
                 num_warps=config.threads // _WARP,
                 **_NO_CONTRACTION,
@@ -196,16 +266,18 @@ def token_stats_bwd(
     return dlogits
 
 
-def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
+def kl_loss_fwd(
+    logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool, options: RowOptions = PLAIN
+) -> tuple[Tensor, Tensor]:
     """`spo_kernels.reference.kl_loss_fwd`; the row losses are summed by torch, in an order that does not vary."""
     rows = _rows(logits, "logits")
     ref_rows = _rows(ref_logits, "ref_logits")
+    checked = _options(logits, ref_logits, options)
     dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     losses = logits.new_empty(logits.shape[:-1], dtype=accumulate_dtype(logits.dtype))
     if logits.numel():
-        V = logits.shape[-1]
         itemsize = min(logits.element_size(), ref_logits.element_size())
-        config = row_config(V, itemsize, 2, _aligned(logits, ref_logits))
+        config = row_config(checked.V, itemsize, 2, _aligned(checked.V, logits, ref_logits), checked.softcap)
         with torch.cuda.device_of(logits):
             kernels.kl_loss_fwd_kernel[(losses.numel(),)](
                 dlogits,
@@ -213,10 +285,12 @@ def kl_loss_fwd(logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, i
                 logits,
                 ref_logits,
                 _per_row(row_weight),
-                V,
+                checked.V,
+                checked.width,
                 *rows,
                 *_rows(dlogits, "dlogits")[1:],
                 *ref_rows[1:],
+                **checked.transforms,
                 STEPS=config.steps,
                 LANES=config.lanes,
                 VECTOR=config.vector,

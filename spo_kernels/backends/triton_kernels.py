@@ -10,6 +10,10 @@ The forward reads a row in tiles of ``[STEPS, LANES, VECTOR]`` and keeps a runni
 belongs to one thread. A vector is what a thread loads at once: a single element where rows are not aligned. The maximum
 moves at most once per tile, so an element takes ``1 + 1 / (STEPS * VECTOR)`` exponentials. No thread waits for another
 before the end of the row.
+
+V columns are read, `width` columns of the gradient are written. A transform ``[FACTORS, transform_rows]`` has the
+factors of `spo_kernels.reference.RowOptions`, in the dtype of statistics. It is applied when an element is loaded.
+Without a transform, FACTORS is 0.
 """
 
 # Triton gives kernel parameters their types; comments name them.
@@ -26,7 +30,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_LOW = tl.constexpr(1.9259629911266175e-08)  # log2(e) - float32(log2(e))
 
 # Values that change from batch to batch are not specialized: each kind of value would compile the kernel anew.
-_row_kernel = triton.jit(do_not_specialize=["N", "T", "ignore_index"])
+_row_kernel = triton.jit(do_not_specialize=["N", "T", "ignore_index", "transform_rows", "ref_transform_rows"])
 
 
 @triton.jit
@@ -56,11 +60,73 @@ def _origin(top):
 
 
 @triton.jit
+def _tanh(x):
+    """Max error 2.4 ulp where exponentials and quotients are within 2 ulp, 1.8 ulp where they are within 1 ulp.
+
+    Below 1, ``1 - 2 / (exp(2 x) + 1)`` would cancel. There a convergent of Lambert's continued fraction
+    ``x / (1 + x^2 / (3 + x^2 / (5 + ...)))`` is within 1e-9 of tanh, in float64 within 5e-17. It is written as x less a
+    correction, whose rounding errors count a quarter at most.
+    """
+    # Not libdevice.tanh, which the interpreter lacks.
+    y = tl.abs(x)
+    u = y * y
+    if x.dtype.scalar == tl.float64:
+        over = u * tl.fma(u, tl.fma(u, tl.fma(u, 44.0, 12870.0), 810810.0), 11486475.0)
+        under = tl.fma(u, tl.fma(u, tl.fma(u, tl.fma(u, 45.0, 13860.0), 945945.0), 16216200.0), 34459425.0)
+    else:
+        over = u * tl.fma(u, u + 189.0, 3465.0)
+        under = tl.fma(u, tl.fma(u, u + 210.0, 4725.0), 10395.0)
+    small = y < 1.0
+    # One division for both: either y - y over / under or 1 - 2 / (exp(2 y) + 1).
+    less = tl.where(small, y * over, 2.0) / tl.where(small, under, tl.exp2(y * (2 * LOG2E)) + 1.0)
+    result = tl.where(small, y, 1.0) - less
+    return tl.where(x < 0, -result, result)
+
+
+@triton.jit
+def _factors(transform, row, transform_rows, dtype: tl.constexpr, FACTORS: tl.constexpr):
+    """``(a, b)`` of a row; 1 for a factor that the transform does not have."""
+    a = tl.full([], 1.0, dtype)
+    b = tl.full([], 1.0, dtype)
+    if FACTORS > 0:
+        transform += row % transform_rows
+        a = tl.load(transform)
+        if FACTORS == 2:
+            b = tl.load(transform + transform_rows)
+    return a, b
+
+
+@triton.jit
+def _transformed(x, factors, FACTORS: tl.constexpr):
+    """``(z, dz/dx)`` for the numbers x in memory."""
+    a, b = factors
+    if FACTORS == 0:
+        return x, a
+    elif FACTORS == 1:
+        return a * x, a
+    else:
+        t = _tanh(a * x)
+        return b * t, (a * b) * ((1.0 - t) * (1.0 + t))
+
+
+@triton.jit
+def _load_logits(row_logits, columns, inside, factors, dtype: tl.constexpr, FACTORS: tl.constexpr, EVICT: tl.constexpr):
+    """``(z, dz/dx)`` of these columns; z is -inf outside."""
+    x = tl.load(row_logits + columns, mask=inside, other=float("-inf"), eviction_policy=EVICT).to(dtype)
+    z, slope = _transformed(x, factors, FACTORS)
+    if FACTORS > 0:
+        z = tl.where(inside, z, float("-inf"))
+    return z, slope
+
+
+@triton.jit
 def _load_tile(
     row_logits,
     start,
     V,
+    factors,
     dtype: tl.constexpr,
+    FACTORS: tl.constexpr,
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -68,8 +134,7 @@ def _load_tile(
 ):
     vectors = tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     columns = start + vectors[:, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
-    values = tl.load(row_logits + columns, mask=columns < V, other=float("-inf"), eviction_policy=EVICT)
-    return values.to(dtype)
+    return _load_logits(row_logits, columns, columns < V, factors, dtype, FACTORS, EVICT)[0]
 
 
 @triton.jit
@@ -83,15 +148,24 @@ def _lane_sum(tile):
 
 
 @triton.jit
-def _softmax_stats(row_logits, V, dtype: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+def _softmax_stats(
+    row_logits,
+    V,
+    factors,
+    dtype: tl.constexpr,
+    FACTORS: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     """``(shift, logsum)`` of one row, shift its maximum."""
     top = tl.full([LANES], float("-inf"), dtype)
     total = tl.zeros([LANES], dtype)
     for start in range(0, V, STEPS * LANES * VECTOR):
-        x = _load_tile(row_logits, start, V, dtype, STEPS, LANES, VECTOR, "evict_first")
-        new_top = tl.maximum(top, _lane_max(x))
+        z = _load_tile(row_logits, start, V, factors, dtype, FACTORS, STEPS, LANES, VECTOR, "evict_first")
+        new_top = tl.maximum(top, _lane_max(z))
         origin = _origin(new_top)
-        total = total * _exp(top - origin) + _lane_sum(_exp(x - origin[None, :, None]))
+        total = total * _exp(top - origin) + _lane_sum(_exp(z - origin[None, :, None]))
         top = new_top
     shift = _origin(tl.max(top, 0))
     return shift, tl.log(tl.sum(total * _exp(top - shift), 0))
@@ -111,7 +185,11 @@ def _kl_stats(
     row_logits,
     row_ref,
     V,
+    factors,
+    ref_factors,
     dtype: tl.constexpr,
+    FACTORS: tl.constexpr,
+    REF_FACTORS: tl.constexpr,
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -128,8 +206,8 @@ def _kl_stats(
     ref_total = tl.zeros([LANES], dtype)
     gap = tl.zeros([LANES], dtype)
     for start in range(0, V, STEPS * LANES * VECTOR):
-        z = _load_tile(row_logits, start, V, dtype, STEPS, LANES, VECTOR, EVICT)
-        r = _load_tile(row_ref, start, V, dtype, STEPS, LANES, VECTOR, EVICT)
+        z = _load_tile(row_logits, start, V, factors, dtype, FACTORS, STEPS, LANES, VECTOR, EVICT)
+        r = _load_tile(row_ref, start, V, ref_factors, dtype, REF_FACTORS, STEPS, LANES, VECTOR, EVICT)
         new_top = tl.maximum(top, _lane_max(z))
         new_ref_top = tl.maximum(ref_top, _lane_max(r))
         origin = _origin(new_top)
@@ -192,6 +270,12 @@ def token_stats_fwd_kernel(
     ref_stride_b,
     ref_stride_t,
     ignore_index,
+    transform,  # [1 or 2, transform_rows], or None
+    transform_rows,  # 1 or N, or None
+    ref_transform,  # [1 or 2, ref_transform_rows], or None
+    ref_transform_rows,  # 1 or N, or None
+    FACTORS: tl.constexpr,
+    REF_FACTORS: tl.constexpr,
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -201,6 +285,7 @@ def token_stats_fwd_kernel(
     N = tl.num_programs(0)
     dtype: tl.constexpr = stats.dtype.element_ty
     logits += _row_offset(row, T, stride_b, stride_t)
+    factors = _factors(transform, row, transform_rows, dtype, FACTORS)
 
     if labels is not None:
         label = tl.load(labels + row)
@@ -217,17 +302,29 @@ def token_stats_fwd_kernel(
         wanted = True if mask is None else tl.load(mask + row)
         if wanted:
             row_ref = ref_logits + _row_offset(row, T, ref_stride_b, ref_stride_t)
+            ref_factors = _factors(ref_transform, row, ref_transform_rows, dtype, REF_FACTORS)
             shift, logsum, ref_shift, ref_logsum, row_kl = _kl_stats(
-                logits, row_ref, V, dtype, STEPS, LANES, VECTOR, "evict_first"
+                logits,
+                row_ref,
+                V,
+                factors,
+                ref_factors,
+                dtype,
+                FACTORS,
+                REF_FACTORS,
+                STEPS,
+                LANES,
+                VECTOR,
+                "evict_first",
             )
         elif labelled:
-            shift, logsum = _softmax_stats(logits, V, dtype, STEPS, LANES, VECTOR)
+            shift, logsum = _softmax_stats(logits, V, factors, dtype, FACTORS, STEPS, LANES, VECTOR)
         tl.store(kl + row, row_kl)
         ref_stats = stats + N + N  # in two steps: 2 * N may not fit in 32 bits
         tl.store(ref_stats + row, ref_shift)
         tl.store(ref_stats + N + row, ref_logsum)
     elif labelled:
-        shift, logsum = _softmax_stats(logits, V, dtype, STEPS, LANES, VECTOR)
+        shift, logsum = _softmax_stats(logits, V, factors, dtype, FACTORS, STEPS, LANES, VECTOR)
     tl.store(stats + row, shift)
     tl.store(stats + N + row, logsum)
 
@@ -237,6 +334,7 @@ def token_stats_fwd_kernel(
         tl.device_assert(in_range | elsewhere | ~labelled, "labels must be in [0, V) or ignore_index")
         # In this order: shift + logsum rounded to float32 near 1e4 would cost 5e-4 of the probability.
         picked = tl.load(logits + label, mask=labelled & in_range, other=0.0).to(dtype)
+        picked = _transformed(picked, factors, FACTORS)[0]
         logp = tl.where(elsewhere, float("-inf"), (picked - shift) - logsum)
         tl.store(logps + row, tl.where(labelled, logp, 0.0))
 
@@ -246,6 +344,7 @@ def token_stats_bwd_kernel(
     dlogits,  # out [B, T, V]; may be logits
     dlogps,  # [N], or None
     dkl,  # [N], or None
+    dlse,  # [N], or None
     logits,  # [B, T, V]
     labels,  # [N] int64; None if dlogps is None
     ref_logits,  # [B, T, V]; None if dkl is None
@@ -254,6 +353,7 @@ def token_stats_bwd_kernel(
     stats,  # [2 or 4, N]
     N,
     V,
+    width,  # columns of dlogits, or None: V
     T,
     stride_b,
     stride_t,
@@ -262,10 +362,16 @@ def token_stats_bwd_kernel(
     ref_stride_b,
     ref_stride_t,
     ignore_index,
+    transform,  # [1 or 2, transform_rows], or None
+    transform_rows,  # 1 or N, or None
+    ref_transform,  # [1 or 2, ref_transform_rows], or None
+    ref_transform_rows,  # 1 or N, or None
+    FACTORS: tl.constexpr,
+    REF_FACTORS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: one program per BLOCK of a row. Each element is read, then written, by the same program."""
-    tiles = tl.cdiv(V, BLOCK)
+    """Grid: one program per BLOCK of a row of dlogits. Each element is read, then written, by the same program."""
+    tiles = tl.cdiv(V if width is None else width, BLOCK)
     row = tl.program_id(0) // tiles
     columns = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
@@ -282,25 +388,45 @@ def token_stats_bwd_kernel(
         wanted = tl.load(dkl + row) != 0
         if mask is not None:
             wanted &= tl.load(mask + row)
+    read = labelled | wanted
+    if dlse is not None:
+        g_lse = tl.load(dlse + row).to(dtype)
+        read |= g_lse != 0
 
     grad = tl.zeros([BLOCK], dtype)
-    if labelled | wanted:
-        z = tl.load(logits + columns, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(dtype)
+    if read:
+        factors = _factors(transform, row, transform_rows, dtype, FACTORS)
+        z, slope = _load_logits(logits, columns, inside, factors, dtype, FACTORS, "evict_first")
         z -= tl.load(stats + row)
         logsum = tl.load(stats + N + row)
         p = _probability(z, logsum)
         if dlogps is not None:
             g = tl.where(labelled, tl.load(dlogps + row).to(dtype), 0.0)
             grad += g * (tl.where(columns == label, 1.0, 0.0) - p)
+        if dlse is not None:
+            grad += g_lse * p
         if (dkl is not None) and wanted:
             row_ref = ref_logits + _row_offset(row, T, ref_stride_b, ref_stride_t)
-            r = tl.load(row_ref + columns, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(dtype)
+            ref_factors = _factors(ref_transform, row, ref_transform_rows, dtype, REF_FACTORS)
+            r = _load_logits(row_ref, columns, inside, ref_factors, dtype, REF_FACTORS, "evict_first")[0]
             ref_stats = stats + N + N
             r -= tl.load(ref_stats + row)
             ref_logsum = tl.load(ref_stats + N + row)
             g_kl = tl.load(dkl + row).to(dtype)
             grad += g_kl * _kl_grad(z, r, p, logsum, ref_logsum, tl.load(kl + row))
-    tl.store(dlogits + columns, grad.to(dlogits.dtype.element_ty), mask=inside)
+        if FACTORS > 0:
+            grad *= slope
+        if width is not None:
+            grad = tl.where(inside, grad, 0.0)  # NaN where a statistic of the row is not finite
+    written = inside if width is None else columns < width
+    tl.store(dlogits + columns, grad.to(dlogits.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def _store_zeros(row_dlogits, start, end, BLOCK: tl.constexpr):
+    for first in range(start, end, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        tl.store(row_dlogits + columns, tl.zeros([BLOCK], row_dlogits.dtype.element_ty), mask=columns < end)
 
 
 @_row_kernel
@@ -311,6 +437,7 @@ def kl_loss_fwd_kernel(
     ref_logits,  # [B, T, V]
     row_weight,  # [N], or None: 1
     V,
+    width,  # columns of dlogits, or None: V
     T,
     stride_b,
     stride_t,
@@ -318,6 +445,12 @@ def kl_loss_fwd_kernel(
     dlogits_stride_t,
     ref_stride_b,
     ref_stride_t,
+    transform,  # [1 or 2, transform_rows], or None
+    transform_rows,  # 1 or N, or None
+    ref_transform,  # [1 or 2, ref_transform_rows], or None
+    ref_transform_rows,  # 1 or N, or None
+    FACTORS: tl.constexpr,
+    REF_FACTORS: tl.constexpr,
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -333,13 +466,23 @@ def kl_loss_fwd_kernel(
     loss = tl.full([], 0.0, dtype)
     BLOCK: tl.constexpr = STEPS * LANES * VECTOR
     if weight == 0:
-        for start in range(0, V, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            zeros = tl.zeros([BLOCK], dlogits.dtype.element_ty)
-            tl.store(dlogits + columns, zeros, mask=columns < V)
+        _store_zeros(dlogits, 0, V if width is None else width, BLOCK)
     else:
+        factors = _factors(transform, row, transform_rows, dtype, FACTORS)
+        ref_factors = _factors(ref_transform, row, ref_transform_rows, dtype, REF_FACTORS)
         shift, logsum, ref_shift, ref_logsum, kl = _kl_stats(
-            logits, ref_logits, V, dtype, STEPS, LANES, VECTOR, "evict_last"
+            logits,
+            ref_logits,
+            V,
+            factors,
+            ref_factors,
+            dtype,
+            FACTORS,
+            REF_FACTORS,
+            STEPS,
+            LANES,
+            VECTOR,
+            "evict_last",
         )
         loss = weight * kl
         # In place the loop overwrites the logits that the statistics were read from. That is no race: each statistic is
@@ -347,11 +490,15 @@ def kl_loss_fwd_kernel(
         for start in range(0, V, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             inside = columns < V
-            z = tl.load(logits + columns, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(dtype)
-            r = tl.load(ref_logits + columns, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(dtype)
+            z, slope = _load_logits(logits, columns, inside, factors, dtype, FACTORS, "evict_first")
+            r = _load_logits(ref_logits, columns, inside, ref_factors, dtype, REF_FACTORS, "evict_first")[0]
             z -= shift
             grad = weight * _kl_grad(z, r - ref_shift, _probability(z, logsum), logsum, ref_logsum, kl)
+            if FACTORS > 0:
+                grad *= slope
             tl.store(dlogits + columns, grad.to(dlogits.dtype.element_ty), mask=inside)
+        if width is not None:
+            _store_zeros(dlogits, V, width, BLOCK)
     tl.store(losses + row, loss)
 
 

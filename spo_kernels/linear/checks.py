@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from spo_kernels.checks import check_is_number, check_number, describe
-from spo_kernels.linear.records import Head, HeadOptions, LogitOptions
+from spo_kernels.checks import describe
+from spo_kernels.linear.records import Head, HeadOptions
+from spo_kernels.logit_options import checked_logit_options, checked_ref_logit_options, transform_of
 from spo_kernels.precision import LOGITS_DTYPES
 from spo_kernels.shards import Columns
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-
-def checked_logit_options(temperature: float, softcap: float | None, logit_scale: float) -> LogitOptions:
-    check_number("temperature", temperature, above=True)
-    check_is_number("softcap", 1.0 if softcap is None else softcap)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be > 0 and finite, or None, got {softcap}")
-    check_is_number("logit_scale", logit_scale)
-    if not 0 < abs(logit_scale) < math.inf:
-        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
-    return LogitOptions(float(temperature), None if softcap is None else float(softcap), float(logit_scale))
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
@@ -35,18 +18,25 @@ def check_chunk_size(chunk_size: int | None) -> None:
 
 
 def checked_options(
-    weight: Tensor,
-    temperature: float,
+    head: Head,
+    hidden: Tensor,
+    temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
     chunk_size: int | None,
-    process_group: ProcessGroup | None,
-    vocab_shards: Sequence[int] | None,
+    columns: Columns,
+    *,
+    ref_temperature: float | Tensor | None = None,
+    ref_softcap: float | None = None,
+    ref_logit_scale: float | None = None,
 ) -> HeadOptions:
-    """The checked options of a head's function; weight gives the number of columns."""
-    logits = checked_logit_options(temperature, softcap, logit_scale)
+    """The checked options of a head's function. hidden: ``[..., H]``, the argument of which the head was made."""
+    policy = checked_logit_options(temperature, softcap, logit_scale, hidden, "hidden")
+    reference = checked_ref_logit_options(ref_temperature, ref_softcap, ref_logit_scale, policy, hidden, "hidden")
     check_chunk_size(chunk_size)
-    return HeadOptions(logits, chunk_size, Columns.checked(process_group, vocab_shards, weight.shape[0]))
+    transform = transform_of(policy, head.hidden)
+    ref_transform = transform if reference is policy else transform_of(reference, head.hidden)
+    return HeadOptions(chunk_size, columns, transform, ref_transform)
 
 
 def checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> Head:
@@ -75,9 +65,12 @@ def checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: st
 
 
 def checked_ref_head(
-    ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None, hidden: Tensor, head: Head
+    ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None, hidden: Tensor, head: Head, vocab_size: int | None
 ) -> Head:
-    """The reference's head, with the vocabulary of the policy's head and the rows of its hidden ``[..., H]``."""
+    """The reference's head, with the vocabulary of the policy's head and the rows of its hidden ``[..., H]``.
+
+    With a vocab_size the heads may have different numbers of padding rows.
+    """
     for name, tensor in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} must not require grad: the gradient flows to the policy only (use .detach())")
@@ -85,8 +78,11 @@ def checked_ref_head(
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         wanted = ", ".join(map(str, (*hidden.shape[:-1], "H'")))
         raise ValueError(f"ref_hidden must be [{wanted}] like hidden, got {list(ref_hidden.shape)}")
-    if ref_weight.shape[0] != head.weight.shape[0]:
-        raise ValueError(f"ref_weight must have V = {head.weight.shape[0]} rows like weight, got {ref_weight.shape[0]}")
+    if vocab_size is None and ref_weight.shape[0] != head.weight.shape[0]:
+        raise ValueError(
+            f"ref_weight must have V = {head.weight.shape[0]} rows like weight, got {ref_weight.shape[0]}; give "
+            "vocab_size where the vocabularies are padded differently"
+        )
     if ref_head.hidden.dtype != head.hidden.dtype:
         raise ValueError(f"ref_hidden must be {head.hidden.dtype} like hidden, got {ref_hidden.dtype}")
     if ref_hidden.device != hidden.device:

@@ -25,9 +25,8 @@ DTensors are taken where all are replicated, or where the head is sharded along 
 its mesh; see `spo_kernels.distributed.takes_dtensors`. For a head that FSDP shards, use `gather_head`.
 
 Options of every function:
-    temperature: > 0; divides the logits last.
-    softcap: > 0 or None, as Gemma 2 caps its logits.
-    logit_scale: not 0; multiplies the logits first, as Cohere does.
+    temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size: as in
+        `spo_kernels.functional`. Rows of the weight after vocab_size are padding.
     chunk_size: rows of a tile, at most, >= 1. None: rows and columns are chosen by size in bytes.
     process_group: the group that holds the vocabulary, or None: this process has all of it.
     vocab_shards: columns of each process, in the order of ranks; None: all have as many as this one.
@@ -49,8 +48,11 @@ from spo_kernels.distributed import takes_dtensors
 from spo_kernels.linear.checks import checked_head, checked_options, checked_ref_head
 from spo_kernels.linear.ops import linear_kl_loss_fwd, linear_token_stats_fwd
 from spo_kernels.linear.records import Head, HeadOptions, Needs
+from spo_kernels.op_library import is_transforming
 from spo_kernels.precision import accumulate_dtype, can_precompute_gradient, precomputed_gradient_dtype
+from spo_kernels.row_ops import entropy_and_lse
 from spo_kernels.sequences import checked_sums
+from spo_kernels.shards import Columns
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,12 +67,14 @@ def linear_token_logps(
     *,
     ignore_index: int = IGNORE_INDEX,
     chunk_size: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
     return_entropy: Literal[False] = False,
+    return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
 
@@ -83,13 +87,15 @@ def linear_token_logps(
     *,
     ignore_index: int = IGNORE_INDEX,
     chunk_size: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
-    return_entropy: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    return_entropy: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 @takes_dtensors(weight=0, bias=0)
@@ -101,13 +107,15 @@ def linear_token_logps(
     *,
     ignore_index: int = IGNORE_INDEX,
     chunk_size: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """`token_logps` of a head's logits: ``log softmax(logits)[label]`` of each row.
 
     Args:
@@ -115,23 +123,24 @@ def linear_token_logps(
         weight: ``[V, H]``, in any layout (tied to an embedding, or a transposed view).
         labels: ``[...]`` int64, aligned with hidden; rows labelled ``ignore_index`` are dropped before the product.
         bias: ``[V]`` or None.
-        chunk_size, temperature, softcap, logit_scale, process_group, vocab_shards: see the module.
-        return_entropy: also the entropy of each row's distribution, ``log V - KL(p || uniform)``, from the same pass.
-            Its gradient flows too.
+        chunk_size, temperature, softcap, logit_scale, vocab_size, process_group, vocab_shards: see the module.
+        return_entropy: also the entropy of each row's distribution, from the same pass. Its gradient flows too.
+        return_lse: also the log-sum-exp of each row's logits, from the same pass, for a z-loss. Its gradient flows too.
 
     Returns:
-        ``labels.shape``; 0 where ignored. With return_entropy ``(logps, entropy)``.
+        ``labels.shape``; 0 where ignored. With return_entropy or return_lse a tuple: the log-probs, then the entropy
+        (nats) if asked for, then the log-sum-exp if asked for.
     """
     head = checked_head(hidden, weight, bias)
-    options = checked_options(weight, temperature, softcap, logit_scale, chunk_size, process_group, vocab_shards)
+    columns = Columns.checked(process_group, vocab_shards, weight.shape[0], vocab_size)
+    options = checked_options(head, hidden, temperature, softcap, logit_scale, chunk_size, columns)
     check_rows(labels, "labels", torch.int64, hidden, "hidden")
     rows = labels.reshape(-1)
     logps, kl, stats = linear_token_stats_fwd(head, rows, None, None, ignore_index, return_entropy, options)
-    if not return_entropy:
-        return logps.view(labels.shape)
-    # stats[2] + stats[3] is log V over all shards, so this is log V - KL(p || uniform).
-    entropy = (stats[2] + stats[3] - kl).view(labels.shape)
-    return logps.view(labels.shape), torch.where(labels != ignore_index, entropy, 0)
+    logps = logps.view(labels.shape)
+    if not (return_entropy or return_lse):
+        return logps
+    return logps, *entropy_and_lse(kl, stats, labels, ignore_index, entropy=return_entropy, lse=return_lse)
 
 
 @takes_dtensors(weight=0, bias=0)
@@ -145,9 +154,10 @@ def linear_sequence_logps(
     cu_seqlens: Tensor | None = None,
     average: bool = False,
     chunk_size: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
 ) -> Tensor:
@@ -161,7 +171,7 @@ def linear_sequence_logps(
         cu_seqlens: ``[B + 1]`` int32 or int64, on the device of hidden: sequence s is rows ``cu_seqlens[s]`` to
             ``cu_seqlens[s + 1]``, from 0 to N.
         average: divide by the number of unignored tokens; a sequence without any gives 0.
-        chunk_size, temperature, softcap, logit_scale, process_group, vocab_shards: see the module.
+        chunk_size, temperature, softcap, logit_scale, vocab_size, process_group, vocab_shards: see the module.
 
     Returns:
         ``[B]``.
@@ -176,6 +186,7 @@ def linear_sequence_logps(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
+        vocab_size=vocab_size,
         process_group=process_group,
         vocab_shards=vocab_shards,
     )
@@ -197,9 +208,13 @@ def linear_token_kl(
     ref_bias: Tensor | None = None,
     *,
     chunk_size: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    ref_temperature: float | Tensor | None = None,
+    ref_softcap: float | None = None,
+    ref_logit_scale: float | None = None,
+    vocab_size: int | None = None,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
 ) -> Tensor:
@@ -214,15 +229,27 @@ def linear_token_kl(
         ref_weight: ``[V, H']``, without gradient; the same vocabulary.
         mask: ``[...]`` bool; rows of False are dropped before the matrix products.
         bias, ref_bias: ``[V]`` or None.
-        chunk_size, temperature, softcap, logit_scale, process_group, vocab_shards: see the module; they hold for
-            both heads.
+        chunk_size, temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size,
+            process_group, vocab_shards: see the module.
 
     Returns:
         ``hidden.shape[:-1]``; 0 where masked.
     """
     head = checked_head(hidden, weight, bias)
-    options = checked_options(weight, temperature, softcap, logit_scale, chunk_size, process_group, vocab_shards)
-    ref_head = checked_ref_head(ref_hidden, ref_weight, ref_bias, hidden, head)
+    columns = Columns.checked(process_group, vocab_shards, weight.shape[0], vocab_size)
+    ref_head = checked_ref_head(ref_hidden, ref_weight, ref_bias, hidden, head, vocab_size)
+    options = checked_options(
+        head,
+        hidden,
+        temperature,
+        softcap,
+        logit_scale,
+        chunk_size,
+        columns,
+        ref_temperature=ref_temperature,
+        ref_softcap=ref_softcap,
+        ref_logit_scale=ref_logit_scale,
+    )
     if mask is not None:
         check_rows(mask, "mask", torch.bool, hidden, "hidden")
     return kl_of(head, ref_head, mask, options).view(hidden.shape[:-1])
@@ -247,9 +274,13 @@ def linear_kl_loss(
     *,
     row_weight: Tensor | None = None,
     chunk_size: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    ref_temperature: float | Tensor | None = None,
+    ref_softcap: float | None = None,
+    ref_logit_scale: float | None = None,
+    vocab_size: int | None = None,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
 ) -> Tensor:
@@ -266,23 +297,36 @@ def linear_kl_loss(
         hidden, weight, ref_hidden, ref_weight, mask, bias, ref_bias: as in `linear_token_kl`.
         row_weight: ``[...]`` floating, no gradient flows to it; 1 when None. For a mean over S sequences of token sums
             pass ``1 / S`` in every row. Rows of weight 0 are dropped before the matrix products.
-        chunk_size, temperature, softcap, logit_scale, process_group, vocab_shards: see the module; they hold for
-            both heads.
+        chunk_size, temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size,
+            process_group, vocab_shards: see the module.
 
     Returns:
         0-d, float32 (float64 for float64 hidden states).
     """
     head = checked_head(hidden, weight, bias)
-    options = checked_options(weight, temperature, softcap, logit_scale, chunk_size, process_group, vocab_shards)
-    ref_head = checked_ref_head(ref_hidden, ref_weight, ref_bias, hidden, head)
+    columns = Columns.checked(process_group, vocab_shards, weight.shape[0], vocab_size)
+    ref_head = checked_ref_head(ref_hidden, ref_weight, ref_bias, hidden, head, vocab_size)
+    options = checked_options(
+        head,
+        hidden,
+        temperature,
+        softcap,
+        logit_scale,
+        chunk_size,
+        columns,
+        ref_temperature=ref_temperature,
+        ref_softcap=ref_softcap,
+        ref_logit_scale=ref_logit_scale,
+    )
     weights = checked_row_weight(mask, row_weight, hidden, "hidden")
     return kl_loss_of(head, ref_head, None if weights is None else weights.reshape(-1), options)
 
 
 def kl_loss_of(head: Head, ref_head: Head, row_weight: Tensor | None, options: HeadOptions) -> Tensor:
     """`linear_kl_loss` for checked arguments. row_weight: ``[N]``, 0 where masked, or None if all are 1."""
-    needs = precomputed_needs(head, options)
-    if not (torch.is_grad_enabled() and any(needs[:3]) and can_precompute_gradient(head.hidden.dtype)):
+    needs = precomputed_needs(head)
+    precompute = torch.is_grad_enabled() and any(needs[:3]) and can_precompute_gradient(head.hidden.dtype)
+    if not precompute or is_transforming():
         kl = kl_of(head, ref_head, None if row_weight is None else row_weight != 0, options)
         return kl.sum() if row_weight is None else (kl * row_weight).sum()
     if row_weight is None:
@@ -291,9 +335,9 @@ def kl_loss_of(head: Head, ref_head: Head, row_weight: Tensor | None, options: H
     return loss
 
 
-def precomputed_needs(head: Head, options: HeadOptions) -> Needs:
+def precomputed_needs(head: Head) -> Needs:
     """The gradients that autograd wants, if it is on, in the dtype in which a forward keeps them."""
     hidden = head.hidden
-    dtype = precomputed_gradient_dtype(hidden.device.type, hidden.dtype, options.logits.softcap is not None)
+    dtype = precomputed_gradient_dtype(hidden.device.type, hidden.dtype)
     hidden_wanted, weight_wanted, bias_wanted = (tensor is not None and tensor.requires_grad for tensor in head)
     return Needs(hidden_wanted, weight_wanted, bias_wanted, dtype)

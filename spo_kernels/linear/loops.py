@@ -28,7 +28,9 @@ from spo_kernels.linear.tiles import (
     tile_shape,
     wide_tile_shape,
 )
+from spo_kernels.logit_options import transform_rows
 from spo_kernels.precision import accumulate_dtype
+from spo_kernels.reference import RowOptions
 
 
 class RowStats(NamedTuple):
@@ -44,6 +46,13 @@ class RowGradients(NamedTuple):
 
     logps: Tensor | None  # [n]
     kl: Tensor | None  # [n]
+    lse: Tensor | None  # [n]
+
+
+def _row_options(rows: Rows, buffer: LogitsBuffer, reference: RefLogits | None) -> RowOptions:
+    """How the row ops take a tile with these rows."""
+    ref_transform = None if reference is None else reference.transform
+    return RowOptions(None, transform_rows(buffer.transform, rows), transform_rows(ref_transform, rows))
 
 
 def _row_stats(rows: Rows, buffer: LogitsBuffer, reference: RefLogits | None, labels: Tensor | None) -> RowStats:
@@ -51,15 +60,16 @@ def _row_stats(rows: Rows, buffer: LogitsBuffer, reference: RefLogits | None, la
     hidden = buffer.hidden(rows)
     ref_block = None if reference is None else functools.partial(reference.fill, reference.hidden(rows))
     tile_labels = None if labels is None else labels[rows]
+    options = _row_options(rows, buffer, reference)
     merged: shards.BlockStats | None = None
     for begin, end in buffer.blocks():
-        logits, _ = buffer.fill(hidden, begin, end)
+        logits = buffer.fill(hidden, begin, end)
         local = buffer.local_labels(tile_labels, begin, end)
-        ref_logits = None if ref_block is None else ref_block(begin, end)[0]
+        ref_logits = None if ref_block is None else ref_block(begin, end)
         if buffer.holds_vocabulary(begin, end):
-            whole = torch.ops.spo_kernels.token_stats_fwd(logits, local, ref_logits, None, shards.IGNORED, False)
-            return RowStats(*whole)
-        stats = shards.block_stats(logits, local, ref_logits)
+            inputs = (logits, local, ref_logits, None, shards.IGNORED, False)
+            return RowStats(*torch.ops.spo_kernels.token_stats_fwd(*inputs, *options))
+        stats = shards.block_stats(logits, local, ref_logits, None, options)
         merged = stats if merged is None else shards.merge(merged, stats)
     assert merged is not None  # a head has a column
     return _whole_vocabulary_stats(merged, buffer)
@@ -85,21 +95,27 @@ def _add_gradients(
     gradients.begin_rows(rows, hidden)
     ref_block = None if reference is None else functools.partial(reference.fill, reference.hidden(rows))
     tile_labels = None if labels is None else labels[rows]
+    options = _row_options(rows, buffer, reference)
     for begin, end in buffer.blocks():
-        logits, slope = buffer.fill(hidden, begin, end, with_slope=True)
-        ref_logits = None if ref_block is None else ref_block(begin, end)[0]
+        logits = buffer.fill(hidden, begin, end)
+        ref_logits = None if ref_block is None else ref_block(begin, end)
         local = buffer.local_labels(tile_labels, begin, end)
-        _to_gradient_(logits, local, ref_logits, upstream, saved)
-        gradients.add(buffer, hidden, logits, slope, begin, end)
+        _to_gradient_(logits, local, ref_logits, upstream, saved, options)
+        gradients.add(buffer, hidden, logits, begin, end)
     gradients.end_rows()
 
 
 def _to_gradient_(
-    logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, upstream: RowGradients, saved: RowStats
+    logits: Tensor,
+    labels: Tensor | None,
+    ref_logits: Tensor | None,
+    upstream: RowGradients,
+    saved: RowStats,
+    options: RowOptions,
 ) -> None:
     """Replace logits by their gradient."""
     torch.ops.spo_kernels.token_stats_bwd_(
-        upstream.logps, upstream.kl, logits, labels, ref_logits, None, saved.kl, saved.stats, shards.IGNORED
+        *upstream, logits, labels, ref_logits, None, saved.kl, saved.stats, shards.IGNORED, *options
     )
 
 
@@ -122,7 +138,7 @@ def token_stats_fwd(
     kl = head.hidden.new_zeros(0 if ref_head is None else rows, dtype=dtype)
     stats = head.hidden.new_zeros(2 if ref_head is None else 4, rows, dtype=dtype)
     shape = tile_shape(head, options, rows, forward=True)
-    buffer = LogitsBuffer(head, options, shape)
+    buffer = LogitsBuffer(head, options, shape, options.transform)
     reference = ref_logits_buffer(head, ref_head, options, shape)
     for selected in row_tiles(kept, rows, shape.rows):
         tile_results = _row_stats(selected, buffer, reference, labels)
@@ -147,7 +163,7 @@ def token_stats_bwd(
     """``(dhidden, dweight, dbias)``, each ``[0]`` where not wanted. saved: what the forward returned."""
     rows = head.hidden.shape[0]
     shape = tile_shape(head, options, rows, forward=False)
-    buffer = LogitsBuffer(head, options, shape)
+    buffer = LogitsBuffer(head, options, shape, options.transform)
     if upstream.logps is None:
         labels = None
     saved_kl, stats = saved.kl, saved.stats
@@ -157,11 +173,10 @@ def token_stats_bwd(
     tiles = row_tiles(kept, rows, shape.rows)
     gradients = GradientSums(head, needs, options, one_tile=len(tiles) <= 1)
     for selected in tiles:
-        dlogps = None if upstream.logps is None else upstream.logps[selected]
-        dkl = None if upstream.kl is None else upstream.kl[selected]
-        tile_kl = saved_kl if dkl is None else saved_kl[selected]
+        of_tile = RowGradients(*(None if values is None else values[selected] for values in upstream))
+        tile_kl = saved_kl if of_tile.kl is None else saved_kl[selected]
         tile_stats = RowStats(saved.logps, tile_kl, stats[:, selected])
-        _add_gradients(selected, buffer, reference, labels, RowGradients(dlogps, dkl), tile_stats, gradients)
+        _add_gradients(selected, buffer, reference, labels, of_tile, tile_stats, gradients)
     return gradients.finish()
 
 
@@ -173,7 +188,8 @@ def kl_loss_fwd(
     Tiles are as wide as the vocabulary. The gradients are ``[0]`` where not wanted.
     """
     shape = wide_tile_shape(head, options, tiles=2)
-    buffer, reference = LogitsBuffer(head, options, shape), LogitsBuffer(ref_head, options, shape)
+    buffer = LogitsBuffer(head, options, shape, options.transform)
+    reference = LogitsBuffer(ref_head, options, shape, options.ref_transform)
     tiles = row_tiles(row_weight != 0, head.hidden.shape[0], shape.rows)
     gradients = GradientSums(head, needs, options, one_tile=len(tiles) <= 1)
     loss = head.hidden.new_zeros((), dtype=torch.float64)  # a sum over many tiles
@@ -189,16 +205,17 @@ def _kl_loss_of_tile(
     """``sum_i row_weight_i KL_i`` of these rows, whose gradients are added."""
     hidden = buffer.hidden(rows)
     gradients.begin_rows(rows, hidden)
-    logits, slope = buffer.fill(hidden, 0, buffer.width, with_slope=True)
-    ref_logits, _ = reference.fill(reference.hidden(rows), 0, buffer.width)
+    logits = buffer.fill(hidden, 0, buffer.width)
+    ref_logits = reference.fill(reference.hidden(rows), 0, buffer.width)
+    options = _row_options(rows, buffer, reference)
     loss: Tensor
     if buffer.columns.group is not None:  # the gradient has to wait for the other columns' statistics
-        saved = _whole_vocabulary_stats(shards.block_stats(logits, None, ref_logits), buffer)
-        _to_gradient_(logits, None, ref_logits, RowGradients(None, row_weight), saved)
+        saved = _whole_vocabulary_stats(shards.block_stats(logits, None, ref_logits, None, options), buffer)
+        _to_gradient_(logits, None, ref_logits, RowGradients(None, row_weight, None), saved, options)
         loss = saved.kl.double() @ row_weight.double()
     else:
-        loss = torch.ops.spo_kernels.kl_loss_fwd_(logits, ref_logits, row_weight)
-    gradients.add(buffer, hidden, logits, slope, 0, buffer.width)
+        loss = torch.ops.spo_kernels.kl_loss_fwd_(logits, ref_logits, row_weight, *options)
+    gradients.add(buffer, hidden, logits, 0, buffer.width)
     gradients.end_rows()
     return loss
 
@@ -243,7 +260,7 @@ def pair_gradients(
         )
     gradients = GradientSums(head, needs, options, one_tile=len(order) <= shape.rows)
     fits = any(0 < length <= shape.rows for length in lengths)
-    buffer = LogitsBuffer(head, options, shape) if fits else None
+    buffer = LogitsBuffer(head, options, shape, options.transform) if fits else None
     for group in _pair_groups(order, lengths, shape.rows):
         gradient_of_logps = functools.partial(log_probs.complete_group, group)
         if group.rows.shape[0] == 0:  # pairs without rows have a loss too, at log-probs of 0
@@ -312,12 +329,13 @@ def _add_gradients_of_tile(
 ) -> None:
     hidden = buffer.hidden(rows)
     gradients.begin_rows(rows, hidden)
-    logits, slope = buffer.fill(hidden, 0, buffer.width, with_slope=True)
+    logits = buffer.fill(hidden, 0, buffer.width)
     local = buffer.local_labels(labels[rows], 0, buffer.width)
     assert local is not None
-    saved = _whole_vocabulary_stats(shards.block_stats(logits, local, None), buffer)
-    _to_gradient_(logits, local, None, RowGradients(gradient_of_logps(saved.logps), None), saved)
-    gradients.add(buffer, hidden, logits, slope, 0, buffer.width)
+    options = _row_options(rows, buffer, None)
+    saved = _whole_vocabulary_stats(shards.block_stats(logits, local, None, None, options), buffer)
+    _to_gradient_(logits, local, None, RowGradients(gradient_of_logps(saved.logps), None, None), saved, options)
+    gradients.add(buffer, hidden, logits, 0, buffer.width)
     gradients.end_rows()
 
 
@@ -330,8 +348,8 @@ def _add_gradients_of_long_pair(
     options: HeadOptions,
 ) -> None:
     shape = tile_shape(head, options, rows.shape[0], forward=False)
-    buffer = LogitsBuffer(head, options, shape)
+    buffer = LogitsBuffer(head, options, shape, options.transform)
     saved = [(chunk, _row_stats(chunk, buffer, None, labels)) for chunk in rows.split(shape.rows)]
     dlogps = gradient_of_logps(torch.cat([stats.logps for _, stats in saved])).split(shape.rows)
     for (chunk, stats), upstream in zip(saved, dlogps, strict=True):
-        _add_gradients(chunk, buffer, None, labels, RowGradients(upstream, None), stats, gradients)
+        _add_gradients(chunk, buffer, None, labels, RowGradients(upstream, None, None), stats, gradients)

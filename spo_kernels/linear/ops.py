@@ -18,8 +18,10 @@ from spo_kernels import shards
 from spo_kernels.linear import loops
 from spo_kernels.linear.records import Head, HeadOptions, Needs, PairObjective, PairWeights, Uniform
 from spo_kernels.losses import SoftImportance, mean_or_zero, pair_error, pair_preference
-from spo_kernels.op_library import mark_written, op, refuse_double_backward, refuse_second_backward
+from spo_kernels.op_library import is_transforming, mark_written, op, refuse_double_backward, refuse_second_backward
 from spo_kernels.precision import accumulate_dtype
+
+_HEAD_CALLS = ("the functions of a head", "compute the logits and call the function that takes them")
 
 
 def _empty_gradients(head: Head, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +50,7 @@ def linear_token_stats_fwd(
     uniform: bool,  # compute the KL to the uniform distribution; ref_head is then None
     options: HeadOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(logps, kl, stats)`` of each row, 0 on rows that are ignored or masked."""
+    """``(logps, kl, stats)`` of each row, 0 on rows that are ignored or masked. Gradients as in the row op."""
     columns = options.columns
     if columns.group is not None and (labels is not None or mask is not None):
         columns.check_same(labels=labels, mask=mask)
@@ -73,6 +75,7 @@ def _empty_stats(
 def linear_token_stats_bwd(
     dlogps: Tensor | None,
     dkl: Tensor | None,
+    dlse: Tensor | None,
     head: Head,
     labels: Tensor | None,
     ref_head: Head | None,
@@ -86,10 +89,11 @@ def linear_token_stats_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dhidden, dweight, dbias)``, ``[0]`` where not wanted."""
     # A row with an upstream gradient of 0 is not read: its hidden states may be NaN.
-    kept = functools.reduce(operator.or_, (upstream != 0 for upstream in (dlogps, dkl) if upstream is not None))
+    upstream = loops.RowGradients(dlogps, dkl, dlse)
+    kept = functools.reduce(operator.or_, (gradient != 0 for gradient in upstream if gradient is not None))
     in_forward = _kept(labels, mask, ignore_index)
     return loops.token_stats_bwd(
-        loops.RowGradients(dlogps, dkl),
+        upstream,
         head,
         labels,
         Uniform() if uniform else ref_head,
@@ -107,28 +111,33 @@ def _empty_gradients_of_stats(head: Head, needs: Needs) -> tuple[Tensor, Tensor,
 
 def _save_token_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     given = linear_token_stats_fwd.records(inputs)
-    ctx.ignore_index, ctx.uniform, ctx.options = given["ignore_index"], given["uniform"], given["options"]
+    options: HeadOptions = given["options"]
+    ctx.ignore_index, ctx.uniform = given["ignore_index"], given["uniform"]
+    ctx.chunk_size, ctx.columns = options.chunk_size, options.columns
     ctx.dtype = given["head"].hidden.dtype
     logps, kl, stats = output
     not_asked = [logps] if given["labels"] is None else []
     not_asked += [kl] if given["ref_head"] is None and not ctx.uniform else []
-    ctx.mark_non_differentiable(stats, *not_asked)
+    ctx.mark_non_differentiable(*not_asked)
     ctx.set_materialize_grads(False)
     ref_head = given["ref_head"] or (None, None, None)
-    ctx.save_for_backward(*given["head"], given["labels"], *ref_head, given["mask"], kl, stats)
+    transforms = options.transform, options.ref_transform
+    ctx.save_for_backward(*given["head"], given["labels"], *ref_head, given["mask"], kl, stats, *transforms)
 
 
 def _token_stats_backward(
-    ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, _: Any
+    ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, dstats: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if dlogps is None and dkl is None:
+    if dlogps is None and dkl is None and dstats is None:
         return None, None, None
-    refuse_double_backward()
-    hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, mask, kl, stats = ctx.saved_tensors
+    if not is_transforming():  # there a second derivative asks for the gradient of `linear_token_stats_bwd`
+        refuse_double_backward(*_HEAD_CALLS)
+    hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, mask, kl, stats, *transforms = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]  # of hidden, weight and bias
     gradients = linear_token_stats_bwd(
         dlogps,
         dkl,
+        None if dstats is None else dstats[1],
         Head(hidden, weight, bias),
         labels,
         None if ref_hidden is None else Head(ref_hidden, ref_weight, ref_bias),
@@ -138,13 +147,25 @@ def _token_stats_backward(
         ctx.ignore_index,
         ctx.uniform,
         Needs(wanted[0], wanted[1], wanted[2], ctx.dtype),
-        ctx.options,
+        HeadOptions(ctx.chunk_size, ctx.columns, *transforms),
     )
     dhidden, dweight, dbias = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
     return dhidden, dweight, dbias
 
 
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+def _refuse_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+    call, instead = _HEAD_CALLS
+    raise RuntimeError(f"spo_kernels: the gradients of {call} cannot be differentiated again: {instead}")
+
+
 linear_token_stats_fwd.gradient(_save_token_stats, _token_stats_backward, of="head")
+linear_token_stats_fwd.transform_with_loops(*_HEAD_CALLS)
+linear_token_stats_bwd.gradient(_save_nothing, _refuse_backward, of="head")
+linear_token_stats_bwd.transform_with_loops(*_HEAD_CALLS)
 
 
 @op
@@ -185,8 +206,9 @@ def linear_spo_loss_fwd(
     if options.columns.group is not None:
         options.columns.check_same(labels=labels, cu_seqlens=bounds, pair_weight=weights.given)
     shards.check_labels(labels, options.columns.vocab_size, ignore_index)
-    alpha, center, average, nll_weight = objective
-    importance = None if weights.normalizer is None else SoftImportance(weights.gamma, weights.normalizer)
+    alpha, nll_weight = objective.alpha.item(), objective.nll_weight.item()
+    center, average = objective.center, objective.average
+    importance = None if weights.normalizer is None else SoftImportance(weights.gamma.item(), weights.normalizer)
     losses = counts.new_zeros(pairs)
     divisor = counts.clamp(min=1) if average else torch.ones_like(counts)
     nll_share = nll_weight / counts[:pairs].sum().clamp(min=1)
@@ -233,7 +255,7 @@ def _scaled_gradients(message: str) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return None, None, None
-        refuse_double_backward()
+        refuse_double_backward(*_HEAD_CALLS)
         refuse_second_backward(ctx, message)
         gradients: list[Tensor | None] = []
         for gradient, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True):

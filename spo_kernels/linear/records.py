@@ -23,20 +23,13 @@ class Uniform(NamedTuple):
     """Stands in for a reference head whose distribution is uniform: the KL to it is log V minus the entropy."""
 
 
-class LogitOptions(NamedTuple):
-    """``logits = softcap(logit_scale (h W^T + b)) / temperature``, with ``softcap(x) = softcap tanh(x / softcap)``."""
-
-    temperature: float = 1.0
-    softcap: float | None = None
-    logit_scale: float = 1.0
-
-
 class HeadOptions(NamedTuple):
     """The options of every function of a head, checked."""
 
-    logits: LogitOptions
     chunk_size: Size | None  # rows of a tile, at most
     columns: Columns  # of weight and bias, in the whole vocabulary
+    transform: Tensor | None  # of the policy's logits, see `reference.RowOptions`
+    ref_transform: Tensor | None  # of the reference's
 
 
 class PairWeights(NamedTuple):
@@ -44,16 +37,16 @@ class PairWeights(NamedTuple):
 
     given: Tensor | None  # [P]
     normalizer: Tensor | None  # [], of soft importance; None without it
-    gamma: float  # of soft importance
+    gamma: Tensor  # [], of soft importance
 
 
 class PairObjective(NamedTuple):
-    """What `LinearSPOLoss` minimizes over pairs."""
+    """What `LinearSPOLoss` minimizes over pairs. Numbers are CPU tensors: torch.compile specializes floats of ops."""
 
-    alpha: float
+    alpha: Tensor  # []
+    nll_weight: Tensor  # []
     center: bool
     average: bool
-    nll_weight: float
 
 
 class Needs(NamedTuple):

@@ -1,9 +1,8 @@
 """A head's logits and gradients, a tile at a time: rows x columns of logits in one scratch buffer that tiles reuse.
 
-    z = softcap(logit_scale (h W^T + b)) / temperature,    softcap(x) = softcap tanh(x / softcap), or x without one
-
-A matrix product fills the tile, a row op works on it in place, and the matrix products of the backward consume it.
-Sums over tiles are float32, or float64.
+A matrix product ``h W^T + b`` fills the tile, a row op works on it in place, and the matrix products of the backward
+consume it. Temperature, softcap and scale are the row op's work (`reference.RowOptions`). Sums over tiles are float32,
+or float64.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels import shards
-from spo_kernels.linear.records import Head, HeadOptions, LogitOptions, Needs, Uniform
+from spo_kernels.linear.records import Head, HeadOptions, Needs, Uniform
 from spo_kernels.precision import accumulate_dtype, accumulates_in_float32, product_dtype
 
 Rows = slice | Tensor  # of the hidden states: a range, or the indices of the rows that were kept
@@ -80,8 +79,8 @@ def tile_sizes(hidden: Tensor) -> TileSizes:
 
 def tile_shape(head: Head, options: HeadOptions, rows: int, *, forward: bool) -> TileShape:
     """Shape of the tiles for this many rows: wide in a forward if enough rows fit, else narrow."""
-    sizes, width = tile_sizes(head.hidden), head.weight.shape[0]
-    itemsize = _product_dtype(head, options.logits).itemsize
+    sizes, width = tile_sizes(head.hidden), head_columns(head, options)
+    itemsize = _product_dtype(head).itemsize
     if forward and sizes.least_forward_rows is not None:
         whole = _same_rows(head, options, _rounded_down(sizes.bytes // (width * itemsize), sizes.row_multiple))
         tile_rows = _tile_rows(rows, options, whole)
@@ -96,8 +95,8 @@ def tile_shape(head: Head, options: HeadOptions, rows: int, *, forward: bool) ->
 
 def wide_tile_shape(head: Head, options: HeadOptions, tiles: int = 1) -> TileShape:
     """Shape of tiles as wide as the vocabulary, of which so many are held at once."""
-    sizes, width = tile_sizes(head.hidden), head.weight.shape[0]
-    row_bytes = width * _product_dtype(head, options.logits).itemsize
+    sizes, width = tile_sizes(head.hidden), head_columns(head, options)
+    row_bytes = width * _product_dtype(head).itemsize
     size = _rounded_down(max(sizes.wide_bytes // row_bytes, sizes.least_wide_rows) // tiles, sizes.row_multiple)
     rows = _same_rows(head, options, _tile_rows(head.hidden.shape[0], options, size))
     return TileShape(rows, width)
@@ -108,8 +107,13 @@ def _same_rows(head: Head, options: HeadOptions, rows: int) -> int:
     return rows if options.columns.group is None else options.columns.all_min(rows, head.hidden.device)
 
 
-def _product_dtype(head: Head, options: LogitOptions) -> torch.dtype:
-    return product_dtype(head.hidden.device.type, head.hidden.dtype, capped=options.softcap is not None)
+def head_columns(head: Head, options: HeadOptions) -> int:
+    """How many columns of logits a head has in this process, without padding."""
+    return shards.columns_read(options.columns, head.weight.shape[0])
+
+
+def _product_dtype(head: Head) -> torch.dtype:
+    return product_dtype(head.hidden.device.type, head.hidden.dtype)
 
 
 def _tile_rows(rows: int, options: HeadOptions, size: int) -> int:
@@ -131,19 +135,17 @@ def row_tiles(kept: Tensor | None, rows: int, size: int) -> list[Rows]:
 
 
 class LogitsBuffer:
-    """Logits of one head, a tile at a time in one buffer."""
+    """Logits of one head before their transform, a tile at a time in one buffer."""
 
-    def __init__(self, head: Head, options: HeadOptions, shape: TileShape) -> None:
+    def __init__(self, head: Head, options: HeadOptions, shape: TileShape, transform: Tensor | None) -> None:
+        self.transform = transform
         self._head = head
-        self._options = options.logits
         self._shape = shape
         self._memory: Tensor | None = None
         self.columns = options.columns
-        self.width = head.weight.shape[0]  # columns of this process
-        self.dtype = _product_dtype(head, options.logits)
+        self.width = head_columns(head, options)
+        self.dtype = _product_dtype(head)
         self.accumulate = accumulate_dtype(head.hidden.dtype)
-        # dz / d(h W^T + b), without the softcap's slope
-        self.scale = options.logits.logit_scale / options.logits.temperature
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """First column and end of each block of columns."""
@@ -154,29 +156,19 @@ class LogitsBuffer:
         """Hidden states ``[n, H]`` of these rows, as the products take them."""
         return self._head.hidden[rows].to(self.dtype)
 
-    def fill(self, hidden: Tensor, begin: int, end: int, *, with_slope: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Logits ``[n, end - begin]`` in the buffer; and, if asked for, the softcap's slope at each of them.
-
-        Args:
-            hidden: what the method of that name returned.
-        """
+    def fill(self, hidden: Tensor, begin: int, end: int) -> Tensor:
+        """Logits ``[n, end - begin]``, in the buffer, of what `hidden` returned."""
         if self._memory is None:
             self._memory = self._head.hidden.new_empty(self._shape, dtype=self.dtype)
         logits = self._memory[: hidden.shape[0], : end - begin]
-        softcap = self._options.softcap
-        factor = self.scale if softcap is None else self._options.logit_scale / softcap
         for b, e in self._cast_blocks(begin, end):
             weight, out = self._head.weight[b:e].to(self.dtype), logits[:, b - begin : e - begin]
             if self._head.bias is None:
-                torch.addmm(out, hidden, weight.t(), beta=0, alpha=factor, out=out)
+                torch.mm(hidden, weight.t(), out=out)
             else:
                 bias = self._head.bias[b:e].to(self.dtype)
-                torch.addmm(bias, hidden, weight.t(), beta=factor, alpha=factor, out=out)
-        if softcap is None:
-            return logits, None
-        logits.tanh_()
-        slope = 1 - logits.square() if with_slope else None
-        return logits.mul_(softcap / self._options.temperature), slope
+                torch.addmm(bias, hidden, weight.t(), out=out)
+        return logits
 
     def local_labels(self, labels: Tensor | None, begin: int, end: int) -> Tensor | None:
         """Labels of the whole vocabulary, relative to a block of columns."""
@@ -211,15 +203,17 @@ class LogitsBuffer:
 class UniformLogits:
     """Logits of the uniform distribution, in place of a reference's `LogitsBuffer`."""
 
+    transform = None
+
     def __init__(self, head: Head, options: HeadOptions, shape: TileShape) -> None:
-        self._row = head.hidden.new_zeros(1, shape.columns, dtype=_product_dtype(head, options.logits))
+        self._row = head.hidden.new_zeros(1, shape.columns, dtype=_product_dtype(head))
 
     def hidden(self, rows: Rows) -> Tensor:
         """A view ``[n, V]`` of one row of zeros."""
         return self._row.expand(rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0], -1)
 
-    def fill(self, hidden: Tensor, begin: int, end: int) -> tuple[Tensor, None]:
-        return hidden[:, : end - begin], None
+    def fill(self, hidden: Tensor, begin: int, end: int) -> Tensor:
+        return hidden[:, : end - begin]
 
 
 RefLogits = LogitsBuffer | UniformLogits
@@ -232,7 +226,7 @@ def ref_logits_buffer(
     if ref_head is None:
         return None
     if isinstance(ref_head, Head):
-        return LogitsBuffer(ref_head, options, shape)
+        return LogitsBuffer(ref_head, options, shape, options.ref_transform)
     return UniformLogits(head, options, shape)
 
 
@@ -253,6 +247,7 @@ class GradientSums:
         weight_dtype = needs.dtype if one_tile else self._wide
         self._weight = weight.new_empty(weight.shape if needs.weight else 0, dtype=weight_dtype)
         self._bias = weight.new_zeros(weight.shape[0] if needs.bias and bias is not None else 0, dtype=self._wide)
+        self._width = head_columns(head, options)
         self._tiles = 0
 
     def begin_rows(self, rows: Rows, hidden: Tensor) -> None:
@@ -261,27 +256,17 @@ class GradientSums:
         self._dhidden = torch.empty_like(hidden, dtype=self._wide) if self._hidden.numel() else None
         self._tiles += 1
 
-    def add(
-        self, buffer: LogitsBuffer, hidden: Tensor, dlogits: Tensor, slope: Tensor | None, begin: int, end: int
-    ) -> None:
-        """Add the products of the backward of a block of logits.
-
-        Args:
-            hidden: of the block's rows.
-            dlogits: gradient of the block; overwritten.
-            slope: the softcap's slope at the block's logits, or None without a softcap.
-        """
-        if slope is not None:
-            dlogits = dlogits.mul_(slope)
+    def add(self, buffer: LogitsBuffer, hidden: Tensor, dlogits: Tensor, begin: int, end: int) -> None:
+        """Add the products of the backward of a block of logits, whose rows have these hidden states."""
         dweight_dtype = self._weight.dtype if self._weight.numel() else None
         for b, e, weight in buffer.weights(begin, end, dweight_dtype):
             block = dlogits[:, b - begin : e - begin]
             if self._dhidden is not None:
-                _accumulate(self._dhidden, block, weight, buffer.scale, first=b == 0)
+                _accumulate(self._dhidden, block, weight, first=b == 0)
             if self._weight.numel():
-                _accumulate(self._weight[b:e], block.t(), hidden, buffer.scale, first=self._tiles == 1)
+                _accumulate(self._weight[b:e], block.t(), hidden, first=self._tiles == 1)
         if self._bias.numel():
-            self._bias[begin:end].add_(dlogits.sum(0, dtype=self._wide), alpha=buffer.scale)
+            self._bias[begin:end].add_(dlogits.sum(0, dtype=self._wide))
 
     def end_rows(self) -> None:
         """Store the gradient of the rows: all their columns have been added."""
@@ -292,22 +277,21 @@ class GradientSums:
         """``(dhidden, dweight, dbias)`` of all rows, dhidden summed over the processes that share the vocabulary."""
         if self._columns.group is not None and self._hidden.numel():
             self._columns.sum_(self._hidden)
-        if self._tiles == 0:
-            self._weight.zero_()
+        self._weight[0 if self._tiles == 0 else self._width :].zero_()
         return self._hidden.to(self._dtype), self._weight.to(self._dtype), self._bias.to(self._dtype)
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float, *, first: bool) -> None:
-    """``total += scale a b``; with first ``total = scale a b``, and total may be uninitialized.
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """``total += a b``; with first ``total = a b``, and total may be uninitialized.
 
     Total may have a wider dtype than the operands. It may have a narrower one only if this is the sole call for it.
     """
     beta = 0 if first else 1
     if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=beta, alpha=scale, out=total)
+        torch.addmm(total, a, b, beta=beta, out=total)
     elif accumulates_in_float32(total.dtype, a.dtype, a.device.type):
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=scale, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     elif first:
-        torch.mul(torch.mm(a, b), scale, out=total)
+        total.copy_(torch.mm(a, b))
     else:
-        total.add_(torch.mm(a, b), alpha=scale)
+        total.add_(torch.mm(a, b))

@@ -52,35 +52,78 @@ double lse(const T* z, std::int64_t V) {
   return std::log(sum);
 }
 
+// Which option of the rows check() sets: none, a softcap of the policy and a factor of the reference, or the columns
+// after V of the gradient.
+enum class Option { none, transforms, padding };
+
 template <class T>
-void check(DType dtype, std::int64_t V, std::int64_t pad, std::int64_t lead, int multiprocessors) {
+void check(DType dtype, std::int64_t V, std::int64_t pad, std::int64_t lead, int multiprocessors, Option option) {
   using A = cuda::Acc<T>;
   constexpr std::int64_t B = 2, steps = 2, N = B * steps;
   const Block<T> z(B, steps, V, pad, lead, dtype), r(B, steps, V, pad + lead, lead + 1, dtype);
-  Block<T> dz(B, steps, V, lead, lead, dtype);
+  const std::int64_t padding = option == Option::padding ? 5 + lead : 0;
+  Block<T> dz(B, steps, V + padding, lead, lead, dtype);
   const std::unique_ptr<std::int64_t[]> labels(new std::int64_t[N]{0, V - 1, kIgnore, V / 2});
   const std::unique_ptr<bool[]> mask(new bool[N]{true, false, true, true});
   const std::unique_ptr<A[]> logps(new A[N]), kl(new A[N]), stats(new A[4 * N]), loss(new A[1]), half(new A[1]{0.5});
   const std::unique_ptr<A[]> dlogps(new A[N]{-1.5, -1.5, -1.5, -1.5}), dkl(new A[N]{0.75, 0.75, 0.75, 0.75});
+  const std::unique_ptr<A[]> dlse(new A[N]{0.5, 0.5, 0.5, 0.5});
+  const std::unique_ptr<A[]> softcap(new A[2 * N]{0.25, 0.25, 0.5, -0.5, 4, 3, 2, 3}), factor(new A[1]{0.75});
+  Transform of_z, of_r;
+  if (option == Option::transforms) {
+    of_z = {.a = softcap.get(), .b = softcap.get() + N, .stride = 1};
+    of_r = {.a = factor.get(), .b = nullptr, .stride = 0};
+  }
   const std::unique_ptr<double[]> weighted(new double[N]);
   const bool deterministic = multiprocessors == 0;
   const std::int64_t bytes = cuda::TypedOps<T>::workspace_bytes(true, N, V, multiprocessors, deterministic);
   const std::unique_ptr<A[]> workspace(new A[bytes / sizeof(A)]);
   const cuda::LaunchContext context{nullptr, multiprocessors, deterministic, workspace.get()};
 
-  const TokenStatsFwdArgs fwd{z.rows, r.rows,  labels.get(), mask.get(), N,
-                              V,      kIgnore, logps.get(),  kl.get(),   stats.get()};
+  const TokenStatsFwdArgs fwd{.z = z.rows,
+                              .r = r.rows,
+                              .of_z = of_z,
+                              .of_r = of_r,
+                              .labels = labels.get(),
+                              .mask = mask.get(),
+                              .N = N,
+                              .V = V,
+                              .ignore_index = kIgnore,
+                              .logps = logps.get(),
+                              .kl = kl.get(),
+                              .stats = stats.get()};
   cuda::TypedOps<T>::launch_token_stats_fwd(fwd, context);
-  const TokenStatsBwdArgs bwd{z.rows, r.rows,  dz.rows,      labels.get(), mask.get(), N,
-                              V,      kIgnore, dlogps.get(), dkl.get(),    kl.get(),   stats.get()};
+  const TokenStatsBwdArgs bwd{.z = z.rows,
+                              .r = r.rows,
+                              .dz = dz.rows,
+                              .of_z = of_z,
+                              .of_r = of_r,
+                              .labels = labels.get(),
+                              .mask = mask.get(),
+                              .N = N,
+                              .V = V,
+                              .padding = padding,
+                              .ignore_index = kIgnore,
+                              .dlogps = dlogps.get(),
+                              .dkl = dkl.get(),
+                              .dlse = dlse.get(),
+                              .kl = kl.get(),
+                              .stats = stats.get()};
   cuda::TypedOps<T>::launch_token_stats_bwd(bwd, context);
 
   const double exact = sizeof(A) == 8 ? 1e-9 : 2e-5, rounding = sizeof(T) == 2 ? 0x1p-8 : exact;
   double total = 0;
+  const std::unique_ptr<double[]> z_row(new double[V]), r_row(new double[V]), slope(new double[V]);
   for (std::int64_t i = 0; i < N; ++i) {
-    const double lse_z = lse(z.row(i), V), lse_r = lse(r.row(i), V);
-    const auto log_p = [&](std::int64_t v) { return double(cuda::to_acc(z.row(i)[v])) - lse_z; };
-    const auto gap = [&](std::int64_t v) { return log_p(v) - (double(cuda::to_acc(r.row(i)[v])) - lse_r); };
+    for (std::int64_t v = 0; v < V; ++v) {
+      z_row[v] = cuda::to_acc(z.row(i)[v]), r_row[v] = cuda::to_acc(r.row(i)[v]), slope[v] = 1;
+      if (option != Option::transforms) continue;
+      const double a = softcap[i], b = softcap[N + i], t = std::tanh(a * z_row[v]);
+      z_row[v] = b * t, slope[v] = a * b * (1 - t * t), r_row[v] *= factor[0];
+    }
+    const double lse_z = lse(z_row.get(), V), lse_r = lse(r_row.get(), V);
+    const auto log_p = [&](std::int64_t v) { return z_row[v] - lse_z; };
+    const auto gap = [&](std::int64_t v) { return log_p(v) - (r_row[v] - lse_r); };
     double want_kl = 0;
     for (std::int64_t v = 0; v < V; ++v) want_kl += std::exp(log_p(v)) * gap(v);
     total += 0.75 * want_kl;
@@ -90,12 +133,22 @@ void check(DType dtype, std::int64_t V, std::int64_t pad, std::int64_t lead, int
     for (std::int64_t v = 0; v < V; ++v) {
       const double p = std::exp(log_p(v));
       const double want =
-          (with_logp ? -1.5 * ((v == labels[i]) - p) : 0) + (mask[i] ? 0.75 * p * (gap(v) - want_kl) : 0);
-      close("dlogits", cuda::to_acc(dz.row(i)[v]), want, 2 * rounding);
+          (with_logp ? -1.5 * ((v == labels[i]) - p) : 0) + (mask[i] ? 0.75 * p * (gap(v) - want_kl) : 0) + 0.5 * p;
+      close("dlogits", cuda::to_acc(dz.row(i)[v]), slope[v] * want, 2 * rounding);
     }
+    for (std::int64_t v = V; v < V + padding; ++v) close("padding", cuda::to_acc(dz.row(i)[v]), 0, 0);
   }
-  cuda::TypedOps<T>::launch_kl_loss_fwd({z.rows, r.rows, dz.rows, dkl.get(), N, V, weighted.get()}, loss.get(),
-                                        context);
+  const KlLossFwdArgs kl_loss{.z = z.rows,
+                              .r = r.rows,
+                              .dz = dz.rows,
+                              .of_z = of_z,
+                              .of_r = of_r,
+                              .row_weight = dkl.get(),
+                              .N = N,
+                              .V = V,
+                              .padding = padding,
+                              .weighted_kl = weighted.get()};
+  cuda::TypedOps<T>::launch_kl_loss_fwd(kl_loss, loss.get(), context);
   close("loss", loss[0], total, 10 * exact);
   const double before = cuda::to_acc(dz.row(N - 1)[V - 1]);
   cuda::TypedOps<T>::launch_scale(dz.rows, N, V, half.get(), context);
@@ -122,7 +175,19 @@ void check_clusters(DType dtype, std::int64_t V, int blocks, int threads) {
       cuda::launch_kl_loss_cluster<T>(a, config, memory, nullptr, launched);
       close("launched", launched, 1, 0);
     };
-    run({z.rows, r.rows, dz.rows, weight.get(), N, V, weighted.get()});
+    const auto args = [&](const Rows& z, const Rows& r, const Rows& dz, const A* weight, std::int64_t N, double* kl) {
+      return KlLossFwdArgs{.z = z,
+                           .r = r,
+                           .dz = dz,
+                           .of_z = {},
+                           .of_r = {},
+                           .row_weight = weight,
+                           .N = N,
+                           .V = V,
+                           .padding = 0,
+                           .weighted_kl = kl};
+    };
+    run(args(z.rows, r.rows, dz.rows, weight.get(), N, weighted.get()));
     const double exact = 2e-5, rounding = sizeof(T) == 2 ? 0x1p-8 : exact;
     for (std::int64_t i = 0; i < N; ++i) {
       const double lse_z = lse(z.row(i), V), lse_r = lse(r.row(i), V);
@@ -140,12 +205,12 @@ void check_clusters(DType dtype, std::int64_t V, int blocks, int threads) {
       };
       Rows z_row = z.rows, r_row = r.rows;
       z_row.data = const_cast<T*>(z.row(i)), r_row.data = const_cast<T*>(r.row(i));
-      run({z_row, r_row, alone.rows, weight.get() + i, 1, V, weighted_alone.get()});
+      run(args(z_row, r_row, alone.rows, weight.get() + i, 1, weighted_alone.get()));
       same(alone.row(0), weighted_alone[0]);
-      run({z_row, r_row, z_row, weight.get() + i, 1, V, weighted_alone.get()});
+      run(args(z_row, r_row, z_row, weight.get() + i, 1, weighted_alone.get()));
       same(z.row(i), weighted_alone[0]);
     }
-    run({r.rows, r.rows, r.rows, nullptr, N, V, weighted.get()});
+    run(args(r.rows, r.rows, r.rows, nullptr, N, weighted.get()));
     for (std::int64_t i = 0; i < N; ++i) close("kl of equal rows", weighted[i], 0, 0);
   }
 }
@@ -158,10 +223,25 @@ void check_choice(DType dtype) {
   Block<T> dz(1, N, V, 0, 0, dtype), odd_dz(1, N, V, 3, 0, dtype);
   const std::unique_ptr<double[]> weighted(new double[N]);
   cuda::Acc<T> loss;
-  const auto clusters = [&](const Rows& z, const Rows& r, const Rows& dz, std::int64_t N, std::int64_t V) {
+  const auto clusters_of = [&](const KlLossFwdArgs& a) {
     const long before = emulator::clusters_run;
-    cuda::TypedOps<T>::launch_kl_loss_fwd({z, r, dz, nullptr, N, V, weighted.get()}, &loss, {nullptr, 16});
+    cuda::TypedOps<T>::launch_kl_loss_fwd(a, &loss, {nullptr, 16});
     return double(emulator::clusters_run - before);
+  };
+  const auto args = [&](const Rows& z, const Rows& r, const Rows& dz, std::int64_t N, std::int64_t V) {
+    return KlLossFwdArgs{.z = z,
+                         .r = r,
+                         .dz = dz,
+                         .of_z = {},
+                         .of_r = {},
+                         .row_weight = nullptr,
+                         .N = N,
+                         .V = V,
+                         .padding = 0,
+                         .weighted_kl = weighted.get()};
+  };
+  const auto clusters = [&](const Rows& z, const Rows& r, const Rows& dz, std::int64_t N, std::int64_t V) {
+    return clusters_of(args(z, r, dz, N, V));
   };
   const bool can = sizeof(T) < 8;
   close("three rows in clusters", clusters(z.rows, z.rows, dz.rows, N, V), can ? 3 : 0, 0);
@@ -176,6 +256,15 @@ void check_choice(DType dtype) {
     other.dtype = dtype == DType::f16 ? DType::bf16 : DType::f16;
     close("a reference of another type", clusters(z.rows, other, dz.rows, 1, V / 2), 0, 0);
   }
+  KlLossFwdArgs other = args(z.rows, z.rows, dz.rows, 1, V);
+  const cuda::Acc<T> a = 1;
+  other.of_r = {.a = &a, .b = nullptr, .stride = 0};
+  close("a transform", clusters_of(other), 0, 0);
+  Block<T> wide(1, N, 2 * V, 0, 0, dtype);
+  other = args(wide.rows, wide.rows, wide.rows, N, V);
+  close("a part of a row", clusters_of(other), can ? 3 : 0, 0);
+  other.padding = V;
+  close("padding", clusters_of(other), 0, 0);
   emulator::capability = 80;
   close("a device without clusters", clusters(z.rows, z.rows, dz.rows, N, V), 0, 0);
   emulator::capability = 90;
@@ -188,9 +277,11 @@ int main() {
     for (const std::int64_t lead : {0, 1, 2, 3})
       for (const int multiprocessors : {0, 64}) {
         if (multiprocessors && V < 20000) continue;  // too short to be split
-#define SPO_TYPE(T, name) check<T>(DType::name, V, lead % 2 ? 3 : 0, lead, multiprocessors);
-        SPO_TYPES
+        for (const Option option : {Option::none, Option::transforms, Option::padding}) {
+#define SPO_TYPE(T, name) check<T>(DType::name, V, lead % 2 ? 3 : 0, lead, multiprocessors, option);
+          SPO_TYPES
 #undef SPO_TYPE
+        }
       }
   // Shares in which each warp has a piece, some warps have one, some have two, and the last block has less than others.
 #define SPO_TYPE(T, name)                                                 \

@@ -17,6 +17,7 @@ from background import background
 
 from spo_kernels import backends
 from spo_kernels.backends import cuda
+from spo_kernels.reference import PLAIN, RowOptions
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
@@ -95,6 +96,18 @@ BUGS = {
     "blocks that have not begun": (CLUSTER, "cluster_sync();  // without", "// without", "has not begun"),
     "more bytes announced than copied": (CLUSTER, "2 * bytes", "3 * bytes", "deadlock"),
     "shuffle mask": ("online_sums.cuh", "0xffffffffu, s.sum", "0x0000ffffu, s.sum", "not in its mask"),
+    "a softcap of the padding": (
+        "row_reader.cuh",
+        "        x[k] = -INFINITY;",
+        "        x[k] = logit(x[k]);",
+        "off",
+    ),
+    "padding left as it was": (
+        "row_kernels.cuh",
+        "  if (end == a.V) write_padding",
+        "  if (false) write_padding",
+        "off",
+    ),
     "out of bounds": ("row_reader.cuh", "(first < E || first + 2 * E > V)", "first < E", "heap-buffer-overflow"),
     "misaligned vector": (
         "row_reader.cuh",
@@ -151,6 +164,13 @@ def test_values_on_another_device_are_refused(emulated_cuda: backends.Backend) -
         emulated_cuda.token_stats_fwd(logits, elsewhere, None, None, -100)
     with pytest.raises(RuntimeError, match="row_weight must be on cpu like the logits, got meta"):
         emulated_cuda.kl_loss_fwd(logits, logits, elsewhere.float(), False)
+    with pytest.raises(RuntimeError, match="dlse must be on cpu like the logits, got meta"):
+        emulated_cuda.token_stats_bwd(
+            None, None, logits, None, None, None, logits[:, 0], logits[:, :2], -100, False, elsewhere.float()
+        )
+    for options in (RowOptions(None, elsewhere.float()[:1, None]), RowOptions(None, None, elsewhere.float()[:1, None])):
+        with pytest.raises(RuntimeError, match="transform must be on cpu like the logits, got meta"):
+            emulated_cuda.token_stats_fwd(logits, None, None, None, -100, options)
     with pytest.raises(RuntimeError, match="scale must be on cpu like the logits, got meta"):
         emulated_cuda.scale_(logits, elsewhere[0].float())
 
@@ -167,10 +187,16 @@ def test_rows_are_not_split_where_results_must_be_deterministic(emulated_cuda: b
         torch.use_deterministic_algorithms(False)
     assert alone[0] == among[0]
     torch.testing.assert_close(split, alone, rtol=0, atol=4e-6)
+    splits_rows = torch.ops.spo_kernels_emulated.kl_loss_splits_rows
     odd = torch.randn(3, 40_001)  # not whole vectors, so these rows do not go to clusters
-    assert torch.ops.spo_kernels_emulated.kl_loss_splits_rows(odd, odd, False)
-    assert not torch.ops.spo_kernels_emulated.kl_loss_splits_rows(odd, odd, True)
-    assert not torch.ops.spo_kernels_emulated.kl_loss_splits_rows(logits, logits, False)
+    assert splits_rows(odd, odd, False, *PLAIN)
+    assert not splits_rows(odd, odd, True, *PLAIN)
+    assert not splits_rows(logits, logits, False, *PLAIN)
+    assert not splits_rows(logits, torch.randn(3, 40_008), False, *RowOptions(40_000))
+    # Clusters take neither transforms nor columns after the vocabulary.
+    factor = torch.full((1, 1), 0.5)
+    for options in (RowOptions(39_992), RowOptions(None, factor), RowOptions(None, None, factor)):
+        assert splits_rows(logits, logits, False, *options)
 
 
 @pytest.mark.skipif(cuda.library_path() is None, reason="built without CUDA")

@@ -30,7 +30,7 @@ from spo_kernels import (
     precision,
 )
 from spo_kernels.linear import ops
-from spo_kernels.linear.records import Head, HeadOptions, LogitOptions, Needs, PairObjective, PairWeights
+from spo_kernels.linear.records import Head, HeadOptions, Needs, PairObjective, PairWeights
 from spo_kernels.op_library import Op
 from spo_kernels.shards import Columns
 
@@ -91,7 +91,13 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[type]:
     precision.native_products.cache_clear()
     operands: list[type] = []
     product = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b: (operands.append(type(a)), product(a, b))[1])
+
+    def spy(a: Tensor, b: Tensor, **out: Tensor) -> Tensor:
+        if not out:
+            operands.append(type(a))
+        return product(a, b, **out)
+
+    monkeypatch.setattr(torch, "mm", spy)
     return operands
 
 
@@ -154,12 +160,13 @@ def op_arguments(op: str) -> tuple[Any, ...]:
     """Arguments of an op, records included, with every option set."""
     x = Inputs(12, dtype=torch.float32)
     head, ref_head = Head(*(tensor.requires_grad_() for tensor in x.policy)), Head(*x.reference)
-    options = HeadOptions(LogitOptions(1.3, 3.0, 0.6), 5, Columns(0, x.weight.shape[0], None))
+    options = HeadOptions(5, Columns(0, x.weight.shape[0], None), torch.tensor([[0.2], [2.3]]), None)
     needs = Needs(True, True, True, torch.float32)
     constant = Head(*(tensor.detach() for tensor in head))
     _, kl, stats = ops.linear_token_stats_fwd(constant, x.labels, None, None, IGNORE, True, options)
-    upstream = (torch.rand(12), torch.rand(12))
-    pairs = (x.labels, torch.arange(5) * 3, torch.full((4,), 2.0), PairWeights(None, torch.tensor(-1.0), 0.05))
+    upstream = (torch.rand(12), torch.rand(12), torch.rand(12))
+    weights = PairWeights(None, torch.tensor(-1.0), torch.tensor(0.05))
+    pairs = (x.labels, torch.arange(5) * 3, torch.full((4,), 2.0), weights)
     return {
         "linear_token_stats_fwd": (head, x.labels, None, None, IGNORE, True, options),
         "linear_token_stats_bwd": (
@@ -179,7 +186,7 @@ def op_arguments(op: str) -> tuple[Any, ...]:
         "linear_spo_loss_fwd": (
             head,
             *pairs,
-            PairObjective(alpha=0.1, center=False, average=True, nll_weight=0.2),
+            PairObjective(torch.tensor(0.1), torch.tensor(0.2), center=False, average=True),
             IGNORE,
             False,
             needs,

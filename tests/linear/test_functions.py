@@ -170,7 +170,7 @@ def test_within_the_budget(
     """Compared with float64 of the same rounded inputs.
 
     The yardstick is eager PyTorch on float32 logits. Its products are in the inputs' dtype if native products are
-    selected and no softcap is given, else in float32.
+    selected, else in float32.
     """
     if dtype == torch.float32 and native:
         pytest.skip("the choice is of half precision alone")
@@ -180,14 +180,14 @@ def test_within_the_budget(
 
     def by_formula(wide: torch.dtype, products: torch.dtype) -> list[Tensor]:
         def value(*policy: Tensor) -> Tensor:
-            ref_z = logits_of(*(tensor.to(products) for tensor in x.reference), **kw).to(wide)
-            return formula(x, logits_of(*policy, **kw).to(wide), ref_z)
+            ref_z = logits_of(*(tensor.to(products) for tensor in x.reference), **kw, wide=wide)
+            return formula(x, logits_of(*policy, **kw, wide=wide), ref_z)
 
         return differentiate(value, tuple(tensor.to(products) for tensor in x.policy), x.upstream)
 
     got = differentiate(lambda *policy: ours(x, policy, chunk_size=chunk_size, **kw), x.policy, x.upstream)
     truth = by_formula(torch.float64, torch.float64)
-    yardstick = by_formula(torch.float32, dtype if native and "softcap" not in kw else torch.float32)
+    yardstick = by_formula(torch.float32, dtype if native else torch.float32)
     assert got[0].dtype == torch.float32
     for label, actual, true, eager in zip((name, "hidden", "weight", "bias"), got, truth, yardstick, strict=True):
         assert label == name or actual.dtype == dtype

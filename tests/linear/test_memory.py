@@ -26,12 +26,12 @@ from spo_kernels import (
     precision,
 )
 from spo_kernels.linear import loops
-from spo_kernels.linear.records import Head, HeadOptions, LogitOptions, Needs
+from spo_kernels.linear.records import Head, HeadOptions, Needs
 from spo_kernels.shards import Columns
 
 
 def plain_options(head: Head) -> HeadOptions:
-    return HeadOptions(LogitOptions(), None, Columns(0, head.weight.shape[0], None))
+    return HeadOptions(None, Columns(0, head.weight.shape[0], None), None, None)
 
 
 def forward_loop(head: Head, labels: Tensor) -> Calls:
@@ -74,7 +74,7 @@ def test_what_is_frozen_costs_no_product(frozen: str) -> None:
     head, kept = Head(*x.policy), x.labels != IGNORE
     saved = loops.token_stats_fwd(head, x.labels, None, kept, plain_options(head))
     needs = Needs(frozen == "weight", frozen == "hidden", True, torch.float64)
-    upstream = loops.RowGradients(x.upstream, None)
+    upstream = loops.RowGradients(x.upstream, None, None)
     with Calls() as calls:
         dhidden, dweight, dbias = loops.token_stats_bwd(
             upstream, head, x.labels, None, kept, saved, needs, plain_options(head)

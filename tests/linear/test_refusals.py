@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -154,9 +155,12 @@ def test_bad_arguments_are_named(what: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("name", ["temperature", "softcap", "logit_scale"])
-@pytest.mark.parametrize("value", ["1", torch.ones(())], ids=["str", "Tensor"])
-def test_options_that_are_no_number_are_named(value: Any, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", "1"), *itertools.product(["softcap", "logit_scale"], ["1", torch.ones(())])],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
+)
+def test_options_that_are_no_number_are_named(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be a Python number, got {type(value).__name__}"):
         linear_token_logps(H, W, Y, **{name: value})
 

@@ -65,12 +65,30 @@ void check(DType dtype_z, DType dtype_r, std::int64_t V, std::int64_t pad, std::
   std::vector<float> logps(N, NAN), kl(N, NAN), stats(4 * N, NAN), dlogps(N, -1.5f), dkl(N, 0.75f);
 
   const std::int64_t P = N * parts_of_row(dtype_z, V);
-  const TokenStatsFwdArgs fwd{z.rows, r.rows, labels.data(), mask.get(), N,
-                              V,      ignore, logps.data(),  kl.data(),  stats.data()};
+  const TokenStatsFwdArgs fwd{.z = z.rows,
+                              .r = r.rows,
+                              .labels = labels.data(),
+                              .mask = mask.get(),
+                              .N = N,
+                              .V = V,
+                              .ignore_index = ignore,
+                              .logps = logps.data(),
+                              .kl = kl.data(),
+                              .stats = stats.data()};
   token_stats_fwd(fwd, 0, N);
   Block<T> dz(B, steps, V, pad, lead, dtype_z, spread);
-  TokenStatsBwdArgs bwd{z.rows, r.rows, dz.rows,       labels.data(), mask.get(), N,
-                        V,      ignore, dlogps.data(), dkl.data(),    kl.data(),  stats.data()};
+  TokenStatsBwdArgs bwd{.z = z.rows,
+                        .r = r.rows,
+                        .dz = dz.rows,
+                        .labels = labels.data(),
+                        .mask = mask.get(),
+                        .N = N,
+                        .V = V,
+                        .ignore_index = ignore,
+                        .dlogps = dlogps.data(),
+                        .dkl = dkl.data(),
+                        .kl = kl.data(),
+                        .stats = stats.data()};
   token_stats_bwd(bwd, 0, P);
 
   const double half = sizeof(T) == 2 ? 0x1p-8 : 0;
@@ -93,7 +111,13 @@ void check(DType dtype_z, DType dtype_r, std::int64_t V, std::int64_t pad, std::
   }
 
   std::vector<double> weighted(N), weighted_of_parts(N);
-  KlLossFwdArgs loss{z.rows, r.rows, dz.rows, dkl.data(), N, V, weighted.data()};
+  KlLossFwdArgs loss{.z = z.rows,
+                     .r = r.rows,
+                     .dz = dz.rows,
+                     .row_weight = dkl.data(),
+                     .N = N,
+                     .V = V,
+                     .weighted_kl = weighted.data()};
   kl_loss_fwd(loss, 0, N);
   scale(dz.rows, V, 0.5, 0, P);
 
@@ -119,8 +143,83 @@ void check(DType dtype_z, DType dtype_r, std::int64_t V, std::int64_t pad, std::
   token_stats_bwd(bwd, 0, P);
 }
 
+// A softcap with factors of each row for the policy, one factor for the reference, and columns after the first V.
+template <class T, class R>
+void check_transformed(DType dtype_z, DType dtype_r, std::int64_t V, std::int64_t padding) {
+  const std::int64_t N = 6;
+  Block<T> z(2, 3, V + padding, 0, 1, dtype_z, 3.), dz(2, 3, V + padding, 1, 0, dtype_z, 3.);
+  const Block<R> r(2, 3, V + padding + 1, 0, 1, dtype_r, 3.);
+  const std::vector<float> a{.1f, .2f, .3f, -.2f, .5f, 1.f}, b{5, 6, 7, 8, 9, 2}, ref_a{.7f};
+  const std::vector<float> ones(N, 1), dlse{.5f, 0, -1, 2, 0, .25f};
+  const std::vector<std::int64_t> labels{0, V - 1, V / 2, 0, V - 1, 0};
+  std::vector<float> logps(N, NAN), kl(N, NAN), stats(4 * N, NAN);
+  std::vector<double> weighted(N);
+  const Transform of_z{a.data(), b.data(), 1}, of_r{.a = ref_a.data()};
+  const TokenStatsFwdArgs fwd{.z = z.rows,
+                              .r = r.rows,
+                              .of_z = of_z,
+                              .of_r = of_r,
+                              .labels = labels.data(),
+                              .N = N,
+                              .V = V,
+                              .ignore_index = -100,
+                              .logps = logps.data(),
+                              .kl = kl.data(),
+                              .stats = stats.data()};
+  token_stats_fwd(fwd, 0, N);
+  const TokenStatsBwdArgs bwd{.z = z.rows,
+                              .r = r.rows,
+                              .dz = dz.rows,
+                              .of_z = of_z,
+                              .of_r = of_r,
+                              .labels = labels.data(),
+                              .N = N,
+                              .V = V,
+                              .padding = padding,
+                              .ignore_index = -100,
+                              .dlogps = ones.data(),
+                              .dkl = ones.data(),
+                              .dlse = dlse.data(),
+                              .kl = kl.data(),
+                              .stats = stats.data()};
+  token_stats_bwd(bwd, 0, N * parts_of_row(dtype_z, V));
+  const double half = sizeof(T) == 2 ? 0x1p-8 : 0;
+  for (std::int64_t i = 0; i < N; ++i) {
+    std::vector<double> x(V), slope(V), y(V);
+    for (std::int64_t v = 0; v < V; ++v) {
+      const double t = std::tanh(a[i] * to_double(z.row(i)[v]));
+      x[v] = b[i] * t, slope[v] = a[i] * b[i] * (1 - t * t), y[v] = ref_a[0] * to_double(r.row(i)[v]);
+    }
+    const double lse_x = lse(x.data(), V), lse_y = lse(y.data(), V);
+    double want_kl = 0;
+    for (std::int64_t v = 0; v < V; ++v) want_kl += std::exp(x[v] - lse_x) * ((x[v] - lse_x) - (y[v] - lse_y));
+    close("logp of a softcap", logps[i], x[labels[i]] - lse_x, 8e-6);
+    close("kl of a softcap", kl[i], want_kl, 8e-6);
+    for (std::int64_t v = 0; v < V; ++v) {
+      const double log_p = x[v] - lse_x, p = std::exp(log_p), gap = log_p - (y[v] - lse_y) - want_kl;
+      const double want = slope[v] * ((v == labels[i]) - p + p * gap + dlse[i] * p);
+      close("dlogits of a softcap", to_double(dz.row(i)[v]), want, 4e-5 + 2 * half);
+    }
+    for (std::int64_t v = V; v < V + padding; ++v) close("dlogits of padding", to_double(dz.row(i)[v]), 0, 0);
+  }
+  const KlLossFwdArgs loss{.z = z.rows,
+                           .r = r.rows,
+                           .dz = z.rows,
+                           .of_z = of_z,
+                           .of_r = of_r,
+                           .N = N,
+                           .V = V,
+                           .padding = padding,
+                           .weighted_kl = weighted.data()};
+  kl_loss_fwd(loss, 0, N);  // in place
+  for (std::int64_t i = 0; i < N; ++i) close("loss of a softcap", weighted[i], kl[i], 1e-6);
+}
+
 template <class T, class R>
 void check_shapes(DType z, DType r) {
+  for (const std::int64_t V : {1, 3, 15, 16, 31, 33, 64, 1000, 4097})
+    for (const std::int64_t padding : {0, 1, 40}) check_transformed<T, R>(z, r, V, padding);
+  check_transformed<T, R>(z, r, kPart + 5, 3);
   for (const std::int64_t V : {1, 3, 15, 16, 17, 63, 64, 65, 127, 511, 513, 4095, 4096, 4097, 9000})
     for (const std::int64_t lead : {0, 1, 3}) check<T, R>(z, r, V, lead, lead, lead == 3 ? 40. : 3.);
   for (const std::int64_t V : {kPart - 1, kPart, kPart + 1, 2 * kPart + 70}) check<T, R>(z, r, V, 1, 1, 3.);

@@ -44,9 +44,11 @@ def logits_of(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    wide: torch.dtype | None = None,
 ) -> Tensor:
-    """The logits of a head by their formula, in the dtype of the operands."""
-    z = logit_scale * F.linear(hidden, weight, bias)
+    """What the options mean: a product in the dtype of the operands, and the rest in a wide dtype if one is given."""
+    product = F.linear(hidden, weight, bias)
+    z = logit_scale * (product if wide is None else product.to(wide))
     return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
 
 

@@ -1,4 +1,4 @@
-"""A backend that takes CPU tensors and computes on a device, so that the tests of the CPU run on the device too."""
+"""A backend that computes on a device and is called with CPU tensors, so that the cases of the CPU run there too."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from spo_kernels.backends import Backend
+from spo_kernels.reference import RowOptions
 
 
 class OnDevice:
-    """The functions of a backend. Their tensors are copied to the device and, since functions may write, back again.
+    """The functions of a backend. What they get is copied there and, since they may write to it, copied back.
 
-    Whole storages are copied, so a slice keeps its strides, offset and neighbours, and two views of one tensor still
-    share memory. Results are on the CPU. A result in place is the caller's own tensor, as from any backend.
+    Whole storages are: a slice keeps its strides, offset and neighbours, and two views of one tensor stay that. Results
+    are on the CPU; one in place is the caller's own tensor, as from any backend.
     """
 
     def __init__(self, backend: Backend, name: str, device: str) -> None:
@@ -27,10 +28,13 @@ class OnDevice:
         function = getattr(self._backend, name)
 
         def call(*args: Any) -> Any:
-            here = {_address(arg): arg for arg in args if isinstance(arg, Tensor)}
+            flat = [x for arg in args for x in (arg if isinstance(arg, RowOptions) else (arg,))]
+            here = {_address(arg): arg for arg in flat if isinstance(arg, Tensor)}
             there = {address: _elements(arg).to(self._device, copy=True) for address, arg in here.items()}
 
             def carried(arg: Any) -> Any:
+                if isinstance(arg, RowOptions):
+                    return RowOptions(*map(carried, arg))
                 if not isinstance(arg, Tensor):
                     return arg
                 return there[_address(arg)].as_strided(arg.shape, arg.stride(), arg.storage_offset())

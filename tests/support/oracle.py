@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spo_kernels import backends, precision, reference
 from spo_kernels.backends import Backend, cpu
+from spo_kernels.reference import PLAIN, RowOptions
 
 ACTIVE = backends.active("cpu")
 LEVELS: list[str] = cpu.load().simd_levels() if ACTIVE == "cpu" else []
@@ -63,22 +64,27 @@ class Case:
     mask: Any
     dlogps: Any
     dkl: Any
+    dlse: Any = None
+    options: RowOptions = PLAIN
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Case:
-        """A case with a function applied to every tensor."""
-        return Case(*(None if x is None else function(x) for x in vars(self).values()))  # type: ignore[arg-type]
+        """A case with a function applied to every tensor but the transforms."""
+        rows = {name: value for name, value in vars(self).items() if name != "options"}
+        return replace(self, **{name: None if x is None else function(x) for name, x in rows.items()})
 
     def only(self, mode: str) -> Case:
         """The inputs that one of `MODES` needs."""
         if mode == "logps":
-            return Case(self.logits, self.labels, None, None, self.dlogps, None)
+            return replace(self, ref_logits=None, mask=None, dkl=None)
         if mode == "kl":
-            return Case(self.logits, None, self.ref_logits, self.mask, None, self.dkl)
+            return replace(self, labels=None, dlogps=None)
         return self
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same numbers, which are rounded already, in a wider dtype."""
-        return self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+        transforms = [None if x is None else x.to(dtype) for x in self.options[1:]]
+        wide = self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+        return replace(wide, options=RowOptions(self.options.vocab_size, *transforms))
 
 
 def run(backend: Backend, case: Case, *, inplace: bool = False, deterministic: bool = True) -> Result:
@@ -88,9 +94,10 @@ def run(backend: Backend, case: Case, *, inplace: bool = False, deterministic: b
     several blocks.
     """
     with poisoned_memory() if deterministic else nullcontext():
-        logps, kl, stats = backend.token_stats_fwd(case.logits, case.labels, case.ref_logits, case.mask, IGNORE)
+        rows = (case.logits, case.labels, case.ref_logits, case.mask)
+        logps, kl, stats = backend.token_stats_fwd(*rows, IGNORE, case.options)
         dlogits = backend.token_stats_bwd(
-            case.dlogps, case.dkl, case.logits, case.labels, case.ref_logits, case.mask, kl, stats, IGNORE, inplace
+            case.dlogps, case.dkl, *rows, kl, stats, IGNORE, inplace, case.dlse, case.options
         )
     return Result(logps if case.labels is not None else None, kl if case.ref_logits is not None else None, dlogits)
 
@@ -111,6 +118,40 @@ def truth(case: Case) -> Result:
     return run(reference, case.to(torch.float64))
 
 
+class TransformRounding(NamedTuple):
+    """Logits z and their slope dz/dx in float64, and what float32 rounds of both.
+
+    With ``w = a x`` and ``t = tanh(w)``, in the first order:
+
+    - ``z = a x``: by the rounding of the product. The slope a is exact.
+    - t: by two ulp, which the CUDA library promises, and by the rounding of w times ``1 - t^2``.
+    - ``z = b t``: by b times the error of t, and by the rounding of the product.
+    - ``a b (1 - t^2)``: by ``a b`` times ``2 t`` times the error of t, by the rounding of ``1 - t^2``, and by the
+      roundings of the two products, an ulp and a half of the slope together.
+    """
+
+    z: Tensor
+    error: Tensor
+    slope: Tensor
+    slope_error: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, vocab_size: Any, transform: Tensor | None) -> TransformRounding:
+        x = x[..., :vocab_size].double()
+        if transform is None:
+            return cls(x, torch.zeros_like(x), torch.ones_like(x), torch.zeros_like(x))
+        a, *b = (row.double().view(x.shape[:-1] if row.shape[0] > 1 else ())[..., None] for row in transform)
+        w = a * x
+        if not b:
+            return cls(w, half_ulp(w).where(w.isfinite(), 0), a.expand_as(x), torch.zeros_like(x))
+        t = w.tanh()
+        z, rest = b[0] * t, 1 - t.square()
+        t_error = 2 * ulp(t, torch.float32) + (rest * half_ulp(w)).where(w.isfinite(), 0)
+        slope = a * b[0] * rest
+        slope_error = (a * b[0]).abs() * (2 * t.abs() * t_error + half_ulp(rest)) + 1.5 * ulp(slope, torch.float32)
+        return cls(z, b[0].abs() * t_error + half_ulp(z), slope, slope_error)
+
+
 class SoftmaxRounding(NamedTuple):
     """``s = z - shift``, ``logsum``, ``log p`` and p of rows of logits in float64, with the errors of float32."""
 
@@ -120,20 +161,24 @@ class SoftmaxRounding(NamedTuple):
     p: Tensor
     p_error: Tensor  # relative
     sum_error: Tensor  # relative, of the sum of exponentials whose logarithm is logsum
+    z_error: Tensor  # of the logits
+    lse_error: Tensor  # what z_error adds to the log-sum-exp
 
     @property
     def logsum_error(self) -> Tensor:
         return self.sum_error + ulp(self.logsum, torch.float32)
 
     @classmethod
-    def of(cls, logits: Tensor) -> SoftmaxRounding:
+    def of(cls, transformed: TransformRounding) -> SoftmaxRounding:
+        logits = transformed.z
         shift = logits.amax(-1)
         s = logits - torch.where(shift == -torch.inf, 0, shift)[..., None]
         logsum = s.exp().sum(-1).log()
         log_p = s - logsum[..., None]
         p = log_p.exp()
         p_error = torch.where(p > 0, torch.finfo(torch.float32).eps * (1 + log_p.abs()), 0)
-        return cls(s, logsum, log_p, p, p_error, _norm(p * p_error))
+        lse_error = (p * transformed.error).sum(-1)
+        return cls(s, logsum, log_p, p, p_error, _norm(p * p_error), transformed.error, lse_error)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -159,26 +204,40 @@ def rounding(case: Case) -> Result | None:
     - ``g p (log p - log q - kl)``: the same error of p times the parenthesis; p times the error of the parenthesis (the
       roundings of s, t, ``s - t`` and of the parenthesis, the errors of the logsums and of kl); the rounding of the
       product.
+    - ``g_lse p``: the error of p, and the rounding of the product. ``g_logp - g_lse``: its rounding.
+    - Errors of transformed logits (`TransformRounding`) move each result by its derivative: ``log p_v`` by the error of
+      z_v and the mean under p of all errors; kl by ``p (log p - log q - kl)`` and ``q - p`` times the errors of policy
+      and reference. Equal numbers have equal errors, so these are sums, not roots of sums of squares.
+    - ``dx = slope dz``: the slope times the error of dz, and the error of the slope times dz.
 
     The final rounding of a result is not counted here.
     """
     if case.logits.dtype == torch.float64:
         return None
     wide = case.to(torch.float64)
-    policy = SoftmaxRounding.of(wide.logits)
+    vocab_size, transform, ref_transform = wide.options
+    transformed = TransformRounding.of(wide.logits, vocab_size, transform)
+    policy = SoftmaxRounding.of(transformed)
     p, possible = policy.p, policy.p > 0
-    p_error = policy.p_error + policy.logsum_error[..., None]
+    p_error = policy.p_error + policy.z_error + (policy.logsum_error + policy.lse_error)[..., None]
     logps = kl = None
-    dlogits = torch.zeros_like(p)
+    dz, error = torch.zeros_like(p), torch.zeros_like(p)  # error: of dz
+    g_logp = g_lse = torch.zeros_like(p[..., :1])
     if wide.labels is not None:
         at = wide.labels.clamp(0, p.shape[-1] - 1)[..., None]  # a label that is not in the row has an exact result
         logps = half_ulp(policy.s.gather(-1, at)[..., 0]) + policy.logsum_error
+        logps += policy.z_error.gather(-1, at)[..., 0] + policy.lse_error
         if wide.dlogps is not None:
-            g = wide.dlogps.abs().where(wide.labels != IGNORE, 0)[..., None]
+            g_logp = wide.dlogps.where(wide.labels != IGNORE, 0)[..., None]
             to_label = (torch.arange(p.shape[-1]) == wide.labels[..., None]).double() - p
-            dlogits += g * (p * p_error + half_ulp(to_label)) + half_ulp(g * to_label)
+            dz += g_logp * to_label
+            error += g_logp.abs() * (p * p_error + half_ulp(to_label)) + half_ulp(g_logp * to_label)
+    if wide.dlse is not None:
+        g_lse = wide.dlse[..., None]
+        dz += g_lse * p
+        error += g_lse.abs() * p * p_error + half_ulp(g_lse * p) + half_ulp(g_logp - g_lse) * p
     if wide.ref_logits is not None:
-        ref = SoftmaxRounding.of(wide.ref_logits)
+        ref = SoftmaxRounding.of(TransformRounding.of(wide.ref_logits, vocab_size, ref_transform))
         gap = torch.where(possible, policy.s - ref.s, 0)
         ratio = torch.where(possible, policy.log_p - ref.log_p, 0)
         off_mean = torch.where(possible, ratio - (p * ratio).sum(-1, keepdim=True), 0)
@@ -186,10 +245,16 @@ def rounding(case: Case) -> Result | None:
         logsums_error = policy.logsum_error + ref.logsum_error
         kl = (_norm(p * off_mean * policy.p_error).square() + _norm(p * gap_error).square()).sqrt()
         kl += logsums_error + half_ulp((p * gap).sum(-1)) + half_ulp(ref.logsum - policy.logsum)
+        kl += (p * off_mean.abs() * policy.z_error + (ref.p - p).abs() * ref.z_error).sum(-1)
         if wide.dkl is not None:
-            g = (wide.dkl.abs() if wide.mask is None else wide.dkl.abs().where(wide.mask, 0))[..., None]
-            ratio_error = gap_error + half_ulp(off_mean) + (logsums_error + kl)[..., None]
-            dlogits += g * p * (off_mean.abs() * p_error + ratio_error) + half_ulp(g * p * off_mean)
+            g = (wide.dkl if wide.mask is None else wide.dkl.where(wide.mask, 0))[..., None]
+            lse_errors = policy.lse_error + ref.lse_error
+            ratio_error = gap_error + policy.z_error + ref.z_error + half_ulp(off_mean)
+            ratio_error += (logsums_error + lse_errors + kl)[..., None]
+            dz += g * p * off_mean
+            error += g.abs() * p * (off_mean.abs() * p_error + ratio_error) + half_ulp(g * p * off_mean)
+    dlogits = transformed.slope.abs() * error + dz.abs() * transformed.slope_error
+    dlogits = torch.nn.functional.pad(dlogits, (0, wide.logits.shape[-1] - p.shape[-1]))
     return Result(logps, kl, dlogits).map(lambda x: x.nan_to_num(0, 0, 0))  # 0 where the truth is not finite
 
 
@@ -228,14 +293,17 @@ def assert_stats_within_budget(stats: Tensor, case: Case) -> None:
 
     A backend's shift may lie below the maximum. Its logsum is then larger, and has a larger rounding error.
     """
-    pairs = ((case.logits, stats[:2]), (case.ref_logits, stats[2:]))
-    for logits, (shift, logsum) in [(logits.double(), pair) for logits, pair in pairs if logits is not None]:
-        true = logits.logsumexp(-1)
-        assert ((logits.amax(-1) - shift).abs() < 10).all(), "shift is too far from the maximum"
+    vocab_size, transform, ref_transform = case.options
+    tensors = ((case.logits, transform, stats[:2]), (case.ref_logits, ref_transform, stats[2:]))
+    for logits, of_logits, (shift, logsum) in [tensor for tensor in tensors if tensor[0] is not None]:
+        transformed = TransformRounding.of(logits, vocab_size, of_logits)
+        true = transformed.z.logsumexp(-1)
+        assert ((transformed.z.amax(-1) - shift).abs() < 10).all(), "shift is too far from the maximum"
         if case.logits.dtype == torch.float64:
             budget = _float64_budget(true)
         else:
-            budget = FACTOR * (SoftmaxRounding.of(logits).sum_error + ulp(logsum, torch.float32))
+            softmax = SoftmaxRounding.of(transformed)
+            budget = FACTOR * (softmax.sum_error + softmax.lse_error + ulp(logsum, torch.float32))
         _assert_within(shift.double() + logsum.double(), true, budget, "lse")
 
 

@@ -57,23 +57,35 @@ def test_kernels_compile_without_spills(compiled: list[dict[str, Any]], target: 
     results = [result for result in compiled if result["target"] == target]
     kernels = {result["kernel"] for result in results}
     assert kernels == {"token_stats_fwd_kernel", "token_stats_bwd_kernel", "kl_loss_fwd_kernel", "scale_kernel"}
+    assert {result["factors"] for result in results} >= {0, 2}
     spilling = [result for result in results if result["spills"]]
     assert not spilling
 
 
 def test_quotients_are_rounded_once(compiled: list[dict[str, Any]]) -> None:
     """If x / x is not 1, the KL of equal rows is not 0. The interpreter cannot show that: it divides exactly."""
-    kl = [result for result in compiled if result["target"].startswith("cuda") and result["ref_dtype"]]
+    # The tanh of a softcap has a quotient of its own, which need not be rounded once.
+    kl = [
+        result
+        for result in compiled
+        if result["target"].startswith("cuda") and result["ref_dtype"] and result["factors"] < 2
+    ]
     kinds = {kind for result in kl for kind in result["divisions"]}
     assert kinds == {"div.rn.f32", "div.rn.f64"}
 
 
 def shares(compiled: list[dict[str, Any]], gpu: str, *, planted: bool) -> dict[tuple[str, bool, bool], float]:
-    """The share of the memory's time that each loop over bfloat16 vectors needs, by kernel, reference and stores."""
+    """The share of the memory's time that each loop over bfloat16 vectors needs, by kernel, reference and stores.
+
+    Without transforms: beside the tanh of a softcap an element takes three special functions, 1.3 to 2.9 times the
+    memory's time.
+    """
     target = f"cuda:{GPUS[gpu].arch.removeprefix('sm_')}"
     found: dict[tuple[str, bool, bool], float] = {}
     for result in compiled:
         is_planted = result["constants"].get("STEPS") == 1
+        if result["factors"]:
+            continue
         if result["target"] == target and result["dtype"] == "bf16" and is_planted == planted:
             for fields in result["loops"]:
                 loop = Loop(**fields)

@@ -9,8 +9,12 @@ import math
 import operator
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import row_options
 import torch
+import triton
+import triton.language as tl
 from oracle import (
     DTYPES,
     FACTOR,
@@ -30,12 +34,15 @@ from oracle import (
     rounding,
     run,
     truth,
+    ulp,
 )
+from row_options import Spec
 from torch import Tensor
 
 import spo_kernels
 from spo_kernels import backends, precision, reference
-from spo_kernels.backends import Backend
+from spo_kernels.backends import Backend, triton_kernels
+from spo_kernels.reference import RowOptions
 
 INF, NAN = math.inf, math.nan
 
@@ -373,11 +380,121 @@ def test_scale(backend: Backend, dtype: torch.dtype, loads: list[int]) -> None:
     assert_same(tensor, values, "times 1")
 
 
+# One program takes one row: longer rows and more rows add nothing but time.
+ROW_OPTIONS = [spec._replace(n=min(spec.n, 12)) for spec in row_options.SPECS if spec.v < 10_000]
+ROW_OPTIONS_OF_KL_LOSS = [spec for spec in row_options.KL_LOSS_SPECS if spec.v < 10_000]
+
+
+@pytest.mark.parametrize("spec", ROW_OPTIONS, ids=str)
+def test_row_options(backend: Backend, spec: Spec) -> None:
+    row_options.check(backend, spec)
+
+
+@pytest.mark.parametrize("spec", ROW_OPTIONS_OF_KL_LOSS, ids=str)
+def test_row_options_of_kl_loss(backend: Backend, spec: Spec) -> None:
+    row_options.check_kl_loss(backend, spec)
+
+
+@triton.jit
+def tanh_kernel(x, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at, triton_kernels._tanh(tl.load(x + at)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tanh_is_within_1_8_ulp(dtype: torch.dtype) -> None:
+    """The bound for exponentials and quotients within an ulp; numpy's, which the interpreter takes, are."""
+    sizes = torch.cat([torch.logspace(-30, 0, 1 << 14, dtype=torch.float64), torch.linspace(0.2, 30, 3 << 14).double()])
+    x = torch.cat([sizes, -sizes]).to(dtype)
+    out = torch.empty_like(x)
+    tanh_kernel[(1,)](x, out, BLOCK=x.numel())
+    error = out.numpy().astype(np.longdouble) - np.tanh(x.numpy().astype(np.longdouble))
+    in_ulps = np.abs(error).astype(np.float64) / ulp(out, dtype).numpy()
+    assert in_ulps.max() <= 1.8
+    odd = torch.tensor([INF, -INF, NAN, 0.0, 88.0, -1e30, 1e-38, 1e-45], dtype=dtype)
+    out = torch.empty_like(odd)
+    tanh_kernel[(1,)](odd, out, BLOCK=odd.numel())
+    assert_same(out, odd.tanh())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kl_to_oneself_is_exactly_zero_under_a_transform(backend: Backend, dtype: torch.dtype) -> None:
+    case = make_case(3, 4097, dtype, mode="kl")
+    transform = torch.tensor([[0.1, -0.3, 1.0], [20.0, 3.0, 2.0]])
+    for factors in (transform, transform[:1]):
+        options = RowOptions(4000, factors, factors)
+        elsewhere = torch.empty(case.logits.numel() + 1, dtype=dtype)[1:].view_as(case.logits).copy_(case.logits)
+        result = run(backend, replace(case, ref_logits=elsewhere, options=options))
+        assert not result.kl.any()
+        assert not result.dlogits.any()
+
+
+def test_columns_after_vocab_size_are_not_read(backend: Backend, loads: list[int]) -> None:
+    case = replace(make_case(3, 100), mask=None, labels=torch.arange(3))
+    transform = torch.tensor([[0.5], [30.0]])
+    options = RowOptions(70, transform, transform)
+    run(backend, replace(case, options=options, dlse=torch.ones(3)))
+    assert sum(loads) == 3 * 2 * 70 * 2  # forward and backward, each both tensors once
+    loads.clear()
+    backend.kl_loss_fwd(case.logits, case.ref_logits, None, False, options)
+    assert sum(loads) == 3 * 2 * 70 * 2  # both tensors, for the statistics and for the gradient
+
+
+def test_the_gradient_after_vocab_size_is_zero_where_statistics_are_not_finite(backend: Backend) -> None:
+    case = replace(make_case(4, 100), mask=None, labels=torch.arange(4), options=RowOptions(70))
+    case.logits[0, 3], case.logits[1] = NAN, -INF
+    case.ref_logits[2, 3] = -INF
+    result = run(backend, case)
+    assert result.kl.isfinite().tolist() == [False, False, False, True]
+    _, of_kl_loss = backend.kl_loss_fwd(case.logits, case.ref_logits, None, False, case.options)
+    for dlogits in (result.dlogits, of_kl_loss):
+        assert dlogits[:3, :70].isnan().any(-1).all()
+        assert not dlogits[:, 70:].any()
+
+
+def test_a_transform_may_have_any_strides(backend: Backend) -> None:
+    case = make_case(4, 33)
+    transform = torch.rand(4, 2) + 0.5
+    expected = run(backend, replace(case, options=RowOptions(None, transform.t().contiguous())))
+    assert_same_bits(run(backend, replace(case, options=RowOptions(None, transform.t()))), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (RowOptions(0), r"vocab_size must be in \[1, 9\], got 0"),
+        (RowOptions(10), r"vocab_size must be in \[1, 9\], got 10"),
+        (RowOptions(9), r"ref_logits must have at least 9 columns, got 8"),
+        (RowOptions(), r"ref_logits must have the shape of logits \[4, 9\], got \[4, 8\]"),
+        (RowOptions(8, torch.ones(3, 1)), r"transform must be \[1 or 2, 1 or 4\] torch.float32, got \[3, 1\]"),
+        (RowOptions(8, torch.ones(1, 3)), r"transform must be \[1 or 2, 1 or 4\] torch.float32, got \[1, 3\]"),
+        (RowOptions(8, torch.ones(4)), r"transform must be \[1 or 2, 1 or 4\] torch.float32, got \[4\]"),
+        (RowOptions(8, None, torch.ones(1, 4).double()), r"ref_transform must be .* got \[1, 4\] torch.float64"),
+    ],
+)
+def test_illegal_row_options_are_named(backend: Backend, options: RowOptions, message: str) -> None:
+    logits, ref_logits = torch.zeros(4, 9), torch.zeros(4, 8)
+    with pytest.raises(ValueError, match=message):
+        backend.kl_loss_fwd(logits, ref_logits, None, False, options)
+    with pytest.raises(ValueError, match=message):
+        backend.token_stats_fwd(logits, None, ref_logits, None, IGNORE, options)
+    zeros = torch.zeros(4)
+    rest = (logits, None, ref_logits, None, zeros, torch.zeros(4, 4), IGNORE, True)
+    with pytest.raises(ValueError, match=message):
+        backend.token_stats_bwd(None, zeros, *rest, options=options)
+
+
+def test_a_label_after_vocab_size_is_out_of_range(backend: Backend) -> None:
+    with pytest.raises(RuntimeError, match=r"labels must be in \[0, 8\) or ignore_index -100, got 8"):
+        backend.token_stats_fwd(torch.zeros(1, 9), torch.tensor([8]), None, None, IGNORE, RowOptions(8))
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_public_functions(inplace: bool) -> None:
     assert backends.active("cpu") == "triton"
     case = make_case(6, 100)
-    leaf, labels, ref_logits, mask, _, _ = (x.unflatten(0, (2, 3)) for x in vars(case).values())
+    inputs = (case.logits, case.labels, case.ref_logits, case.mask)
+    leaf, labels, ref_logits, mask = (x.unflatten(0, (2, 3)) for x in inputs)
     leaf.requires_grad_()
     log_p, log_q = leaf.log_softmax(-1), ref_logits.log_softmax(-1)
     token = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != IGNORE)

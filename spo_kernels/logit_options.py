@@ -1,0 +1,109 @@
+"""The options that make the logits of a distribution of raw logits, and the transforms that the row ops take for them.
+
+logits = softcap(logit_scale raw) / temperature,    softcap(x) = softcap tanh(x / softcap), or x without one
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spo_kernels.checks import check_is_number, check_number, describe
+from spo_kernels.precision import accumulate_dtype
+
+
+class LogitOptions(NamedTuple):
+    temperature: float | Tensor = 1.0  # > 0; a number, or one for each row
+    softcap: float | None = None  # > 0
+    logit_scale: float = 1.0  # not 0
+
+
+PLAIN = LogitOptions()
+
+
+def checked_logit_options(
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    rows: Tensor | None,
+    like: str = "",
+    prefix: str = "",
+) -> LogitOptions:
+    """The options of a public function or module.
+
+    Args:
+        rows: logits or hidden states, ``[..., X]``; a temperature may be a Tensor ``[...]`` or ``[]``. None: it must be
+            a number.
+        like: name of rows in the error text.
+        prefix: of the options' names.
+    """
+    plain = isinstance(temperature, float) and isinstance(logit_scale, float) and softcap is None
+    if plain and temperature == 1 and logit_scale == 1:
+        return PLAIN  # most calls
+    if rows is not None and isinstance(temperature, Tensor):
+        _check_temperatures(temperature, rows, like, prefix)
+    else:
+        check_number(f"{prefix}temperature", temperature, above=True)
+    check_is_number(f"{prefix}softcap", 1.0 if softcap is None else softcap)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{prefix}softcap must be > 0 and finite, or None, got {softcap}")
+    check_is_number(f"{prefix}logit_scale", logit_scale)
+    if not 0 < abs(logit_scale) < math.inf:
+        raise ValueError(f"{prefix}logit_scale must be finite and not 0, got {logit_scale}")
+    return LogitOptions(temperature, softcap, logit_scale)
+
+
+def checked_ref_logit_options(
+    temperature: float | Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+    policy: LogitOptions,
+    rows: Tensor | None,
+    like: str = "",
+) -> LogitOptions:
+    """The reference's options. None stands for the policy's; a softcap of inf for none."""
+    if temperature is None and softcap is None and logit_scale is None:
+        return policy
+    no_softcap = isinstance(softcap, float) and softcap == math.inf
+    return checked_logit_options(
+        policy.temperature if temperature is None else temperature,
+        None if no_softcap else policy.softcap if softcap is None else softcap,
+        policy.logit_scale if logit_scale is None else logit_scale,
+        rows,
+        like,
+        "ref_",
+    )
+
+
+def _check_temperatures(temperature: Tensor, rows: Tensor, like: str, prefix: str) -> None:
+    name, wanted = f"{prefix}temperature", rows.shape[:-1]
+    if not temperature.is_floating_point() or temperature.shape not in (wanted, ()):
+        raise ValueError(f"{name} must be a number, or floating {list(wanted)} or [], got {describe(temperature)}")
+    if temperature.device != rows.device:
+        raise ValueError(f"{name} must be on {rows.device} like {like}, got {temperature.device}")
+    if temperature.requires_grad:
+        raise ValueError(f"{name} must not require grad: no gradient flows to it (use .detach())")
+    torch._assert_async((temperature > 0).all(), f"{name} must be > 0 in every row")
+
+
+def transform_of(options: LogitOptions, rows: Tensor) -> Tensor | None:
+    """`reference.RowOptions.transform` for logits, or for the logits of hidden states, ``[..., X]``."""
+    if options is PLAIN:
+        return None
+    temperature, softcap, logit_scale = options
+    if isinstance(temperature, Tensor):
+        temperature = temperature.double().reshape(-1)
+    # Numbers enter by multiplication and division with tensors: torch.compile specializes them in any other operation.
+    one = torch.ones(1, dtype=torch.float64, device=rows.device)
+    factors = one * logit_scale / temperature
+    if softcap is not None:
+        factors = torch.stack(torch.broadcast_tensors(one * logit_scale / softcap, one * softcap / temperature))
+    return factors.view(-1, factors.shape[-1]).to(accumulate_dtype(rows.dtype))
+
+
+def transform_rows(transform: Tensor | None, rows: slice | Tensor) -> Tensor | None:
+    """The transform of some rows."""
+    return transform if transform is None or transform.shape[1] == 1 else transform[:, rows]
