@@ -8,8 +8,8 @@ namespace spo {
 enum class DType { f32, bf16, f16, f64 };
 
 // Label of a row whose token lies in another shard of the vocabulary. The row's statistics are as usual, its log-prob
-// is -inf, and its gradient lacks the label's term. No common mistake produces this number. (The smallest int64 would
-// not do: casting NaN to an integer gives it.)
+// is -inf, and its gradient lacks the label's term. No common mistake produces this number. The smallest int64 would
+// not do, because casting NaN to an integer produces it.
 constexpr std::int64_t kLabelElsewhere = -(std::int64_t{1} << 62) - 1;
 
 // Rows [N, V] of a tensor [B, T, V] with unit stride along V. Strides are in elements. T is 1 for a tensor [N, V] and
@@ -51,7 +51,7 @@ struct KlLossFwdArgs {
   Transform of_z, of_r;
   const void* row_weight;      // acc [N] or null: 1
   std::int64_t N, V, padding;  // padding as above
-  double* weighted_kl;         // [N]: row_weight kl
+  double* weighted_kl;         // [N]: row_weight times the KL
 };
 
 }  // namespace spo

@@ -159,7 +159,7 @@ def test_error_messages_are_complete_with_a_static_libstdcxx(tmp_path: Path) -> 
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | flags, capture_output=True, text=True, timeout=300)
     assert done.stdout.startswith(str(tmp_path)), done
-    assert re.search(r"tensor_args\.h:\d+, labels has the wrong dtype", done.stdout), done
+    assert re.search(r"tensor_args\.h:\d+, labels must be int64, got int32", done.stdout), done
 
 
 @pytest.fixture

@@ -325,7 +325,7 @@ def test_an_error_in_the_library_reaches_python(device: str, tmp_path: Path) -> 
     )
     # In another folder: from the repository's root Python would import the source tree, not the installed package.
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, "labels has the wrong dtype" in done.stdout) == (0, True), done.stderr
+    assert (done.returncode, "labels must be int64, got int32" in done.stdout) == (0, True), done.stderr
 
 
 @on_gpu

@@ -46,6 +46,53 @@ def test_undefined_symbols_are_stable(library: Path) -> None:
     assert not {symbol for symbol in symbols if not ALLOWED_SYMBOLS.fullmatch(symbol)}
 
 
+_Z = torch.randn(2, 5)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    {
+        "dtype of labels": (
+            "token_stats_fwd",
+            (_Z, _Z[:, 0].int(), None, None, -100, False),
+            "labels must be int64, got int32",
+        ),
+        "dtype of mask": ("token_stats_fwd", (_Z, None, _Z, _Z[:, 0], -100, False), "mask must be bool, got float32"),
+        "dtype of weight": ("kl_loss_fwd", (_Z, _Z, _Z[:, 0].half()), "row_weight must be float32, got float16"),
+        "dtype of logits": (
+            "token_stats_fwd",
+            (_Z.int(), None, None, None, -100, False),
+            "logits must be float32, bfloat16, float16 or float64, got int32",
+        ),
+        "dtype of scale": (
+            "scale_",
+            (_Z.bfloat16(), torch.ones((), dtype=torch.float64)),
+            "scale must be float32 for a tensor in bfloat16, got float64",
+        ),
+        "number of weights": (
+            "kl_loss_fwd",
+            (_Z, _Z, torch.ones(3)),
+            "row_weight must have 2 elements for logits of 2 rows, got 3",
+        ),
+        "shape of reference": (
+            "kl_loss_fwd",
+            (_Z, _Z[:, 1:], None),
+            "ref_logits must be [2, 5] like logits, got [2, 4]",
+        ),
+        "dtype of reference": (
+            "kl_loss_fwd",
+            (_Z, _Z.double(), None),
+            "ref_logits must be float64 exactly when logits are, got float64 for logits in float32",
+        ),
+    }.values(),
+)
+def test_errors_say_what_an_argument_must_be_and_what_came(
+    op: str, arguments: tuple[object, ...], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        getattr(torch.ops.spo_kernels, op)(*arguments)
+
+
 @pytest.mark.skipif(cuda.library_path() is None, reason="built without CUDA")
 def test_the_cuda_library_depends_on_the_library_with_the_stream_function() -> None:
     """The stream function is a weak symbol: without libtorch.so the library links and loads, and every call fails."""

@@ -9,8 +9,8 @@
 
 namespace spo::cpu {
 
-// lse = shift + logsum, where shift is near the row's maximum and exact in the accumulation dtype. The two stay apart:
-// for logits near 1e4 their float32 sum would change every probability by a factor of up to 1 + 5e-4.
+// The log-sum-exp of a row is shift + logsum. shift is near the row's maximum and exact in the accumulation dtype. The
+// two stay apart: for logits near 1e4 their float32 sum would change every probability by a factor of up to 1 + 5e-4.
 struct RowStats {
   double shift, logsum;
 };
@@ -40,7 +40,7 @@ struct RowPart {
   } heaviest;
 };
 
-// Upstream gradients of one row. g_logp is 0 if no log-prob is wanted; label is negative if the row or part has no
+// Upstream gradients of one row's log-prob and KL, 0 where there is none. label is negative if the row or part has no
 // label.
 struct RowGrad {
   double g_logp, g_kl, g_lse;
@@ -63,7 +63,7 @@ template <class T>
 using LogitsStatsFn = RowStats (*)(const T* z, std::int64_t V, const RowPart* parts);
 template <class T, class R>
 using KlStatsFn = KlStats (*)(const T* z, const R* r, std::int64_t V, const RowPart* parts);
-// Gradient of a row or part without a KL, and with one.
+// Gradient of a row or part: of the log-prob alone, and of log-prob and KL.
 template <class T>
 using GradLogpFn = void (*)(const T* z, T* dz, std::int64_t V, const RowStats& stats, const RowGrad& grad);
 template <class T, class R>

@@ -1,10 +1,10 @@
 // The row kernels over F32 vectors. Each SIMD level's source file includes this header once and names the level.
 //
 // What decides the speed of rows beyond the cache (docs/lab.md has the measurements):
-// - One sweep a row. The shift is the maximum of a part's first 512 logits. A block is summed again with a larger shift
-//   only if its sum shows that the shift is far below some logit: nothing has overflowed yet, but the rounding error of
-//   the exponent grows with the difference. Rows of a wide spread repeat blocks most: their blocks are a quarter as
-//   long.
+// - One sweep a row. The shift is the maximum of a part's first 512 logits. If a block's sum is above kTooLarge, the
+//   shift is far below some logit. The block is then summed again with a larger shift, because the exponential's
+//   rounding error grows with the difference (and a float overflows at 88). Rows of a wide spread repeat blocks most,
+//   so their blocks are a quarter as long.
 // - Four vectors a step, stage by stage (see horner).
 // - Software prefetch: float32 4.5 KB ahead into L2, since misses to L1 hold its few fill buffers; 16-bit types 2 KB
 //   ahead into L1, since arithmetic limits them.
@@ -26,12 +26,12 @@ namespace {
 constexpr int kGroup = 4 * F32::size;  // elements that a step of the inner loops takes: four independent chains
 // A block: elements between two overflow checks. A lane adds 64 terms in float32, then the block's sum joins a double.
 constexpr std::int64_t kBlock = 64 * kGroup;
-constexpr std::int64_t kKlBlock = kBlock / 2;  // the KL has two chains a sum
-constexpr std::int64_t kFirst = 512;           // the first shift is the maximum of so many elements
+constexpr std::int64_t kKlBlock = kBlock / 2;  // the KL has two chains for each sum
+constexpr std::int64_t kFirst = 512;           // a part's first shift is the maximum of its first kFirst elements
 constexpr float kWide = 64.f;  // if the first kFirst elements spread further than this, blocks are a quarter as long
 constexpr float kTooLarge = 8192.f;  // a block with a larger sum is summed again with a larger shift
 
-// The exponential of gradients, as precise as their type shows.
+// The exponential for gradients of type T, no more precise than T can show.
 template <class T>
 struct GradExpOf {
   using type = Exp<5>;
@@ -47,14 +47,14 @@ struct GradExpOf<bf16> {
 template <class T>
 using GradExp = typename GradExpOf<T>::type;
 
-// The address is computed as an integer: it may lie beyond the logits, where a pointer would be undefined.
+// The address is computed as an integer: it may lie beyond the logits, and computing such a pointer is undefined.
 template <class T>
 SPO_INLINE void prefetch(const T* p) {
-  constexpr bool kOfMemory = sizeof(T) >= sizeof(float);  // memory limits the loop
-  const std::uintptr_t ahead = reinterpret_cast<std::uintptr_t>(p) + (kOfMemory ? 4608 : 2048);
+  constexpr bool kMemoryBound = sizeof(T) >= sizeof(float);  // by arithmetic otherwise
+  const std::uintptr_t ahead = reinterpret_cast<std::uintptr_t>(p) + (kMemoryBound ? 4608 : 2048);
 #pragma GCC unroll 8
   for (std::uintptr_t byte = 0; byte < kGroup * sizeof(T); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead + byte), 0, kOfMemory ? 2 : 3);
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead + byte), 0, kMemoryBound ? 2 : 3);
 }
 
 // A group as four vectors, in the fastest order for its type.
@@ -269,10 +269,9 @@ KlStats kl_stats(const T* z, const R* r, std::int64_t V, const RowPart* parts) {
   const auto& block = parts[at].heaviest;
   if ((block.shift_z != shift_z || block.shift_r != shift_r) && heaviest.p > row.p / 4 &&
       std::fabs(row.gap) < INFINITY) {
-    // A token with p near 1 has the difference of its zs - rs and the row's mean of zs - rs as its gradient. Both must
-    // be rounded alike, so the block that holds this token is summed again with the row's shifts. If no block has a
-    // quarter of the probability, no token has p near 1, and this is left out: most rows of several parts would do it
-    // in vain.
+    // The gradient of a token with p near 1 is its own zs - rs less the row's mean of zs - rs. Both must be rounded
+    // alike, so the block that holds this token is summed again with the row's shifts. A block with less than a quarter
+    // of the probability holds no such token and is not summed again, which saves the work in most rows.
     const std::int64_t v = at * kPart + block.begin, n = block.size;
     const float sz = static_cast<float>(shift_z), sr = static_cast<float>(shift_r);
     const KlBlock b = n < kGroup ? sum_kl(Tail<T>(z + v, n).data, Tail<R>(r + v, n).data, 1, sz, sr)
@@ -286,7 +285,7 @@ KlStats kl_stats(const T* z, const R* r, std::int64_t V, const RowPart* parts) {
   return {p, q, row.gap / row.p - p.logsum + q.logsum};
 }
 
-// False for a row without finite statistics, and for one whose forward ran in `scalar`.
+// Whether a row has finite statistics. The gradient of other rows runs in `scalar`.
 SPO_INLINE bool in_range(const RowStats& s) { return std::fabs(s.shift) <= FLT_MAX && std::fabs(s.logsum) < 40; }
 
 // Calls f(in, out, groups) for the whole groups of a row, then for its tail in a padded buffer.
@@ -329,7 +328,7 @@ void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats
   const double at_label = grad.label >= 0 ? scalar::label_grad_kl(z, r, stats, grad) : 0;
   // zs and rs are the logits less their shifts, mean is the row's mean of zs - rs:
   // p (g_kl (log p - log q - kl) + g_lse - g_logp) = exp(zs) ((zs - rs - mean) slope + rest)
-  // A token with p near 1 has zs - rs near the mean, so their difference is exact. rest corrects the mean's rounding.
+  // For a token with p near 1, zs - rs is near the mean, so the difference is exact. rest corrects the mean's rounding.
   const double scale = std::exp(-stats.policy.logsum);
   const double exact_mean = stats.kl + stats.policy.logsum - stats.ref.logsum;
   const F32 mean(static_cast<float>(exact_mean));

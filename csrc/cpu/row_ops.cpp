@@ -59,7 +59,7 @@ T* row(const Rows& rows, std::int64_t i) {
 }
 
 // Calls f.template operator()<T, R>(kernels) with the element types of policy and reference logits, and counts `rows`
-// for the SIMD level. float64 runs in scalar double arithmetic, which keeps subnormals.
+// for the SIMD level. float64 runs in scalar double arithmetic, which keeps subnormals and is not counted.
 template <class F>
 void dispatch(DType z, DType r, std::int64_t rows, F f) {
   if (z == DType::f64) return f.template operator()<double, double>(scalar::kernels());

@@ -52,8 +52,8 @@ struct ExpPoly<6> {
       1.f, 1.f, 0.4999999404f, 0.1666643173f, 0.04166800156f, 0.008374155499f, 0.001384365489f};
 };
 
-// x[k] = c[0] + c[1] f[k] + ... The exponentials take several vectors stage by stage. Left alone, the compiler emits
-// one vector after the other, too far apart for out-of-order execution (11 % of the loop's time on Zen 4).
+// x[k] = c[0] + c[1] f[k] + ... Each stage runs over all n vectors before the next stage begins. Otherwise the compiler
+// finishes one vector before the next, too far apart for out-of-order execution (11 % of the loop's time on Zen 4).
 template <class V, int size, int n>
 SPO_INLINE void horner(const V (&c)[size], const V (&f)[n], V (&x)[n]) {
 #pragma GCC unroll 8
@@ -105,12 +105,14 @@ SPO_INLINE float reduce_max(F32 a) {
   return m;
 }
 
+// w x and w x + sum, where 0 x is 0 even if x is infinite or NaN.
 SPO_INLINE F32 weigh(F32 w, F32 x) { return w * where_nonzero(w, x); }
 SPO_INLINE F32 add_weighed(F32 w, F32 x, F32 sum) { return fma(w, where_nonzero(w, x), sum); }
 
-// x[k] = e^x[k] * scale. Adding 1.5 * 2^23 rounds x log2(e) to an integer n; the low bits of the sum are n, which the
-// bias makes an exponent. The polynomial takes x - n ln(2), subtracted in two steps since ln(2) does not fit one float.
-// x is clamped to exponents from -127 (result 0) to 128 (inf).
+// x[k] = e^x[k] * scale. Adding kRound = 1.5 * 2^23 + 127 rounds x log2(e) to an integer n. The low bits of the sum are
+// n + 127, the exponent bits of 2^n. The polynomial takes x - n ln(2); ln(2) does not fit one float, so it is
+// subtracted in two steps. x is clamped so that n runs from -127 (result 0) to 128 (inf). `exact` is for simd_avx512.h:
+// this way is always exact.
 template <int degree, bool exact = true>
 struct Exp {
   static constexpr float kRound = 12582912.f + 127.f;

@@ -45,14 +45,15 @@ SPO_INLINE void load2(const bf16* p, F32& a, F32& b) {
   a = widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   b = widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
 }
-// Rounded to nearest even, in the lower 16 bits.
-SPO_INLINE __m256i round_high_half(__m256 x) {
+// x rounded to bfloat16, in the lower 16 bits of each lane.
+SPO_INLINE __m256i bf16_in_lower_half(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff))), 16);
 }
 SPO_INLINE void store2(bf16* p, F32 a, F32 b) {
-  const __m256i packed = _mm256_packus_epi32(round_high_half(a.v), round_high_half(b.v));  // packs within 128-bit lanes
+  const __m256i packed =
+      _mm256_packus_epi32(bf16_in_lower_half(a.v), bf16_in_lower_half(b.v));  // packs within 128-bit lanes
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
 SPO_INLINE void load2_any(const bf16* p, F32& even, F32& odd) {
@@ -61,8 +62,8 @@ SPO_INLINE void load2_any(const bf16* p, F32& even, F32& odd) {
   odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
 }
 SPO_INLINE void store2_any(bf16* p, F32 even, F32 odd) {
-  const __m256i high = _mm256_slli_epi32(round_high_half(odd.v), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(high, round_high_half(even.v)));
+  const __m256i high = _mm256_slli_epi32(bf16_in_lower_half(odd.v), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(high, bf16_in_lower_half(even.v)));
 }
 SPO_INLINE void load2(const f16* p, F32& a, F32& b) {
   a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -45,8 +45,9 @@ SPO_INLINE void load2(const bf16* p, F32& a, F32& b) {
   a = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   b = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
 }
-// Rounded to nearest even in the upper 16 bits. A NaN of the exponential, quiet and without payload, stays NaN.
-SPO_INLINE __m512i round_high_half(__m512 x) {
+// x rounded to bfloat16, in the upper 16 bits of each lane; the lower bits mean nothing. A NaN whose lower 16 bits are
+// 0 stays NaN: this includes the exponential's NaN and NaN loaded from bfloat16.
+SPO_INLINE __m512i bf16_in_upper_half(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   return _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
@@ -55,7 +56,8 @@ SPO_INLINE void store2(bf16* p, F32 a, F32 b) {
   alignas(64) static constexpr std::uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
                                                          23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
                                                          45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  const __m512i halves = _mm512_permutex2var_epi16(round_high_half(a.v), _mm512_load_si512(kOdd), round_high_half(b.v));
+  const __m512i halves =
+      _mm512_permutex2var_epi16(bf16_in_upper_half(a.v), _mm512_load_si512(kOdd), bf16_in_upper_half(b.v));
   _mm512_storeu_si512(p, halves);
 }
 SPO_INLINE void load2_any(const bf16* p, F32& even, F32& odd) {
@@ -66,8 +68,8 @@ SPO_INLINE void load2_any(const bf16* p, F32& even, F32& odd) {
 SPO_INLINE void store2_any(bf16* p, F32 even, F32 odd) {
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   constexpr int kSelect = 0xca;  // a ? b : c for each bit
-  _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(high, round_high_half(odd.v),
-                                                   _mm512_srli_epi32(round_high_half(even.v), 16), kSelect));
+  _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(high, bf16_in_upper_half(odd.v),
+                                                   _mm512_srli_epi32(bf16_in_upper_half(even.v), 16), kSelect));
 }
 SPO_INLINE void load2(const f16* p, F32& a, F32& b) {
   a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -78,11 +80,11 @@ SPO_INLINE void store2(f16* p, F32 a, F32 b) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm512_cvtps_ph(b.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// x[k] = e^x[k] * scale, with scale in the coefficients: x log2(e) = n + f, then poly(f) 2^n. scalef handles every
-// exponent, and overflow to inf and x = -inf too.
+// x[k] = e^x[k] * scale, with scale in the coefficients: x log2(e) = n + f, then poly(f) 2^n. scalef gives inf where
+// the result overflows, and 0 for x = -inf.
 //
-// exact: f comes from x itself, not from the rounded product, for one more instruction. Without it the relative error
-// of a small result is 1e-7 |log2 result|: invisible in a sum, visible in a float32 gradient.
+// exact: f comes from x itself, not from the rounded product, which takes two more instructions. Without it the
+// relative error of a small result is 1e-7 |log2 result|: invisible in a sum, visible in a float32 gradient.
 template <int degree, bool exact = false>
 struct Exp {
   F32 c[degree + 1];
@@ -95,7 +97,7 @@ struct Exp {
     F32 u[n], f[n];
 #pragma GCC unroll 8
     for (int k = 0; k < n; ++k) {
-      if constexpr (exact) x[k] = max(F32(-1000.f), x[k]);  // far below, the rounding error exceeds the range of f
+      if constexpr (exact) x[k] = max(F32(-1000.f), x[k]);  // below, u's rounding error would exceed the range of f
       u[k] = x[k] * F32(kLog2e);
     }
 #pragma GCC unroll 8

@@ -48,12 +48,12 @@ SPO_INLINE F32 widen(const f16* p) {
   const F32::words finite = exponent == 0 ? subnormal.bits() : normal;
   return F32((exponent == (0x1f << 23) ? special : finite) | (bits & 0x8000) << 16);
 }
-// Rounded to nearest even, in the lower 16 bits.
-SPO_INLINE F32::words rounded_high_half(F32 x) {
+// x rounded to bfloat16, in the lower 16 bits of each lane.
+SPO_INLINE F32::words bf16_in_lower_half(F32 x) {
   const F32::words bits = x.bits();
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
-SPO_INLINE void narrow(F32 x, bf16* p) { store_halves(rounded_high_half(x), p); }
+SPO_INLINE void narrow(F32 x, bf16* p) { store_halves(bf16_in_lower_half(x), p); }
 SPO_INLINE void narrow(F32 x, f16* p) {
   const F32::words sign = (x.bits() >> 16) & 0x8000, bits = x.bits() & 0x7fffffff;
   const F32 half_ulp(0.5f);  // adding it aligns and rounds a subnormal's bits
@@ -89,7 +89,7 @@ SPO_INLINE void load2_any(const bf16* p, F32& even, F32& odd) {
   odd = F32(both & 0xffff0000u);
 }
 SPO_INLINE void store2_any(bf16* p, F32 even, F32 odd) {
-  const F32::words both = rounded_high_half(even) | rounded_high_half(odd) << 16;
+  const F32::words both = bf16_in_lower_half(even) | bf16_in_lower_half(odd) << 16;
   std::memcpy(p, &both, sizeof both);
 }
 #endif

@@ -1,7 +1,8 @@
-// kl_loss with the row in the shared memory of a cluster of blocks: it reads policy and reference logits from memory
-// once, where kl_loss_fwd_kernel reads a row that exceeds the cache twice. It needs a device with enough shared memory
-// (sm_90, sm_10x), policy and reference of one type, rows that begin and end at a multiple of 16 bytes, and neither
-// transforms nor padding.
+// kl_loss with the row in the shared memory of a cluster of blocks. This kernel reads policy and reference logits from
+// memory once; kl_loss_fwd_kernel reads them twice if a row exceeds the cache. The cluster kernel needs a device with
+// enough shared memory (sm_90, sm_10x), policy and reference of one type, neither transforms nor padding, and rows that
+// begin at a multiple of 16 bytes and are a multiple of 16 bytes long, at least kClusterRowBytes and no more than a
+// cluster holds. kl_loss_fwd_kernel takes all other rows.
 //
 // A cluster takes one row after another. Each block holds a share of the row, and each warp of the block takes every
 // eighth (or sixteenth) piece of the share. A warp starts the copies of its pieces and waits for them. When it has
@@ -9,8 +10,8 @@
 // wait for each other once a row, to merge their sums.
 //
 // The row's length and the device alone decide which lane sums which elements (cluster_config), so a row's result does
-// not depend on other rows or their number. kl_loss_fwd_kernel takes a row that does not begin at a multiple of 16
-// bytes; its result may differ in the last bits.
+// not depend on other rows or their number. A row that does not begin at a multiple of 16 bytes goes to
+// kl_loss_fwd_kernel, so its result may differ in the last bits.
 #pragma once
 
 #include <algorithm>
@@ -51,7 +52,7 @@ SPO_DEVICE float kl_gradient(const Gradient<float>& grad, float z, float r) {
   return grad.g_kl * p * (((zs - (r - grad.ref.shift)) - grad.mean) + grad.rounding);
 }
 
-// row_of() for tensors with the same T, with one division. 32 bits suffice: a launch has fewer rows.
+// row_of() for several tensors with the same T, with one division for all. Row numbers of a launch fit 32 bits.
 struct Place {
   unsigned b, t;
   SPO_DEVICE Place(unsigned row, const Rows& rows)
@@ -238,7 +239,7 @@ __global__ void __launch_bounds__(threads, threads == kThreads ? 3 : 2)
           share.read(v, x, y);
 #pragma unroll
           for (int k = 0; k < E; ++k) x[k] = kl_gradient(grad, x[k], y[k]);
-          if (careful) {  // again: a choice for p = 0 in every element would cost an eighth of the instructions
+          if (careful) {  // computed anew; a test of p = 0 for each element would be an eighth of the instructions
             float z[E];
             share.read(v, z, y);
 #pragma unroll
@@ -271,9 +272,9 @@ inline bool with_same_steps(const KlLossFwdArgs& a, KlLossFwdArgs* out) {
   return true;
 }
 
-// The cluster for rows like these; 0 blocks if kl_loss_fwd_kernel takes them. Length, alignment and strides decide, for
-// one row as for many. A gradient out of place is contiguous, so rows of whole vectors are aligned there: a row goes to
-// the same kernel in place and out of place.
+// The cluster for rows like these; 0 blocks if kl_loss_fwd_kernel takes them. Length, alignment and strides decide, and
+// the number of rows does not. A gradient out of place is contiguous, so its rows are aligned if they are whole
+// vectors: a row goes to the same kernel in place and out of place.
 inline ClusterConfig cluster_config_of(const KlLossFwdArgs& a, int element_bytes, const SharedMemory& memory) {
   const auto aligned = [&](const Rows& rows) {
     const std::int64_t begin = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(rows.data));

@@ -10,7 +10,7 @@ namespace spo::cuda {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;                  // of every block, except in clusters
 constexpr std::int64_t kMaxGrid = 0x7fffffff;  // blocks along x
-constexpr std::int64_t kWarpRow = 2048;  // elements; a row up to this long belongs to one warp, of eight in a block
+constexpr std::int64_t kWarpRow = 2048;  // a row of at most so many elements belongs to one warp; a block has eight
 constexpr std::int64_t kSplitElements = 1 << 13;  // a split has at least so many elements
 constexpr int kMaxSplits = 64;
 
@@ -38,9 +38,9 @@ inline ReduceConfig reduce_config(std::int64_t N, std::int64_t V, int multiproce
   return {kThreads, static_cast<unsigned>(splits), elements, N * splits};
 }
 
-// Blocks of a launch in which each block takes one share of the work after another. They are few, so that idle blocks
-// cost only microseconds. They are several times what the GPU holds, so that all multiprocessors end at about the same
-// time.
+// Blocks of a launch in which each block takes one share of the work after another. They are few, so that a launch in
+// which no block has work takes only microseconds. They are several times what the GPU holds, so that all
+// multiprocessors end at about the same time.
 inline std::int64_t looping_blocks(std::int64_t blocks, int multiprocessors) {
   constexpr std::int64_t kEach = 64;
   return std::min(blocks, kEach * std::max(multiprocessors, 1));
@@ -64,7 +64,7 @@ inline ElementwiseConfig elementwise_config(std::int64_t N, std::int64_t V, int 
   return {kThreads, static_cast<unsigned>(splits), elements, N * splits};
 }
 
-// Bytes of shared memory that a device offers to a block of a cluster: 0 if its kernels run without clusters.
+// Bytes of shared memory that a device offers to a block of a cluster. 0: no kernel uses clusters on this device.
 struct SharedMemory {
   std::int64_t block;
 };
@@ -73,7 +73,7 @@ struct SharedMemory {
 struct ClusterConfig {
   int blocks;        // of a cluster; 0 if the kernel does not suit the row
   int threads;       // of a block: 256 or 512
-  int vectors;       // of 16 bytes that a block holds of each tensor; the last blocks may hold fewer
+  int vectors;       // 16-byte vectors of each tensor in a block; the last blocks of a row may hold fewer
   int shared_bytes;  // of a block
   int rounds = 1;    // the grid has this many times the clusters that the device holds at once
 };
@@ -81,7 +81,7 @@ struct ClusterConfig {
 constexpr int kMaxCluster = 8;                      // blocks; every device with clusters allows so many
 constexpr int kPieceVectors = 128;                  // a warp copies and computes a block's share in pieces of this size
 constexpr std::int64_t kClusterRowBytes = 1 << 14;  // of one tensor; a shorter row leaves a block too little work
-constexpr std::int64_t kWideShareBytes = 1 << 16;   // of both tensors; from here on a block has 512 threads
+constexpr std::int64_t kWideSharedBytes = 1 << 16;  // of a block's shared memory; from here on it has 512 threads
 constexpr int kSumBytes = 20;                       // of the partial sums of a thread, warp or block
 
 // Shared memory of a block: its share of both tensors, a barrier for each piece, two barriers for the blocks' sums, and
@@ -101,14 +101,14 @@ inline ClusterConfig cluster_of(std::int64_t V, int element_bytes, int blocks, i
 }
 
 // The choice depends on the row's length and the device alone, so that a row's result does not depend on the number of
-// rows. On an H100 the fewest blocks that hold the row are best: they meet once a row, and each block refills its
-// pieces while others wait. Clusters of five to seven blocks leave some multiprocessors idle.
+// rows. On an H100 the fewest blocks that hold the row are best: once a row, all blocks of a cluster wait for the
+// slowest. Clusters of five to seven blocks leave some multiprocessors idle.
 inline ClusterConfig cluster_config(std::int64_t V, int element_bytes, const SharedMemory& memory) {
   if (memory.block == 0 || V * element_bytes % 16 != 0 || V * element_bytes < kClusterRowBytes) return {};
   for (const int blocks : {1, 2, 3, 4, kMaxCluster}) {
     ClusterConfig config = cluster_of(V, element_bytes, blocks, 512);
     if (config.blocks == 0 || config.shared_bytes > memory.block) continue;
-    return config.shared_bytes < kWideShareBytes ? cluster_of(V, element_bytes, blocks, 256) : config;
+    return config.shared_bytes < kWideSharedBytes ? cluster_of(V, element_bytes, blocks, 256) : config;
   }
   return {};
 }

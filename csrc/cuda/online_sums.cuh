@@ -1,5 +1,5 @@
-// Sums of exponentials relative to a running maximum: of a thread's packets, of all threads of a row, and the row's
-// statistics from them.
+// Sums of exponentials relative to a running maximum: over a thread's packets, then over all threads of a row. The
+// row's statistics come from the row's sums.
 #pragma once
 
 #include <cfloat>
@@ -25,8 +25,9 @@ SPO_DEVICE double2 add2(double2 a, double2 b) { return {a.x + b.x, a.y + b.y}; }
 SPO_DEVICE double2 mul2(double2 a, double2 b) { return {a.x * b.x, a.y * b.y}; }
 SPO_DEVICE double2 fma2(double2 a, double2 b, double2 c) { return {fma(a.x, b.x, c.x), fma(a.y, b.y, c.y)}; }
 
-// 2^x for -inf <= x <= 0 without the special function unit, which is the bottleneck. x = n + f; a polynomial takes f
-// (its relative error is 1.7e-7, and it is 1 at 0), and n becomes the exponent. Results below 2^-126 become 2^-126.
+// 2^x for -inf <= x <= 0 without the special function unit, which is the bottleneck. x = n + f: a polynomial
+// computes 2^f (its relative error is 1.7e-7, and it is 1 at 0), and n becomes the exponent. Results below 2^-126
+// become 2^-126.
 SPO_DEVICE float2 exp2_polynomial(float2 x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const float2 clamped{fmaxf(x.x, -126.f), fmaxf(x.y, -126.f)};
@@ -112,7 +113,7 @@ struct KlSum {
 
   static SPO_DEVICE KlSum empty() { return {ExpSum<A>::empty(), ExpSum<A>::empty(), 0}; }
 
-  // A sum that vanishes has no gap, even if its top moves by infinity.
+  // If the policy's sum becomes 0, so does the gap, even where a top moves by infinity.
   SPO_DEVICE void move(A z_top, A r_top) {
     const A dz = z_top - z.top, dr = r_top - r.top, keep = weight(-dz);
     gap = z.sum * keep == 0 ? 0 : keep * (gap + z.sum * (dr - dz));
@@ -120,8 +121,8 @@ struct KlSum {
     r = {r_top, r.sum * weight(-dr)};
   }
 
-  // An infinite logit makes the gap infinite or NaN; sum_rows then uses gap_of_positive. padded: both packets end in
-  // -inf.
+  // An infinite logit makes the gap infinite or NaN; sum_rows then computes the gap again, with gap_of_positive.
+  // padded: both packets end in -inf.
   template <bool padded, int n>
   SPO_DEVICE void add(const A (&zx)[n], const A (&rx)[n]) {
     const A z_high = highest(zx), r_high = highest(rx);
@@ -171,7 +172,8 @@ SPO_DEVICE KlSum<A> shuffle_xor(const KlSum<A>& s, int lanes) {
   return {shuffle_xor(s.z, lanes), shuffle_xor(s.r, lanes), __shfl_xor_sync(0xffffffffu, s.gap, lanes)};
 }
 
-// Merges the sums of a row's threads; every thread gets the result. With kThreads a row, a kernel may call it once.
+// Merges the sums of a row's threads; every thread gets the result. With kThreads a row, a kernel may call it only
+// once: a second call could overwrite sums that other threads still read.
 template <int threads_per_row, class Sum>
 SPO_DEVICE Sum merge_threads(Sum sum) {
 #pragma unroll
@@ -187,7 +189,7 @@ SPO_DEVICE Sum merge_threads(Sum sum) {
   return sum;
 }
 
-// lse = shift + logsum, as in csrc/cpu/row_kernels.h.
+// The log-sum-exp of a row is shift + logsum, as in csrc/cpu/row_kernels.h.
 template <class A>
 struct RowStats {
   A shift, logsum;
@@ -200,8 +202,8 @@ struct RowStats {
   SPO_DEVICE A log_prob(A z) const { return (z - shift) - logsum; }
 };
 
-// One logarithm of a quotient, not the difference of two logarithms, whose rounding errors could exceed a small KL. The
-// rounding error of gap / p is added, so that a large KL is rounded once.
+// The KL from a row's sums. It takes the logarithm of a quotient: the rounding errors of a difference of two logarithms
+// could exceed a small KL. The rounding error of gap / p is added, so that a large KL is rounded only once.
 template <class A>
 SPO_DEVICE A kl_of(const KlSum<A>& s) {
   const A p = s.z.total(), gap = p == 0 ? A(0) : s.gap, mean = gap / p, logs = log_of(s.r.total() / p);
@@ -257,7 +259,7 @@ SPO_DEVICE KlSum<Acc<T>> sum_rows(const RowReader<T, E>& z, const RowReader<R, E
     r.edge(first, y);
     sum.template add<true>(x, y);
   }
-  if (!(fabs(sum.gap) <= -kLowest<Acc<T>>)) {  // again with gap_of_positive, for which the loop above has no time
+  if (!(fabs(sum.gap) <= -kLowest<Acc<T>>)) {  // once more with gap_of_positive, too slow for the loop above
     sum.gap = 0;
     for (first = begin + static_cast<std::int64_t>(threadIdx.x % threads_per_row) * E; first < end; first += kStep)
       for (int k = 0; k < E && first + k < end; ++k) {

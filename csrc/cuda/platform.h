@@ -89,7 +89,7 @@ cudaError_t prepare_clusters(void (*kernel)(Params...), const ClusterConfig& con
   resident = 0;
   cudaFuncAttributes attributes{};
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess || attributes.ptxVersion < 90) return error;  // PTX of compute_80, compiled at load time
+  if (error != cudaSuccess || attributes.ptxVersion < 90) return error;  // compiled from compute_80's PTX
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory.block));
   if (error == cudaSuccess)
     error =
@@ -141,8 +141,8 @@ SPO_DEVICE float max_nan(float a, float b) {
 #define SPO_PACKED_FLOAT 0
 #endif
 
-// A polynomial computes some of the exponentials where memory outruns the special function unit. These are the devices
-// with packed operations, which make a polynomial cheap. The emulator's builds test both.
+// Where memory outruns the special function unit, a polynomial computes some of the exponentials. This is so on the
+// devices with packed operations, which make a polynomial cheap. The tests build the emulator with it and without it.
 #if !defined(SPO_POLYNOMIAL_EXP)
 #define SPO_POLYNOMIAL_EXP SPO_PACKED_FLOAT
 #endif
@@ -203,8 +203,8 @@ SPO_DEVICE std::uint32_t address_in_block(const void* own, std::uint32_t block) 
 }
 #endif
 
-// A barrier in shared memory. Its phase ends after one arrival (mbarrier_expect) and the bytes announced with it, which
-// may arrive before they are announced.
+// A barrier in shared memory. Its phase ends when one thread has called mbarrier_expect and all bytes that this call
+// announced have arrived. Bytes may arrive before they are announced.
 SPO_DEVICE void mbarrier_init(std::uint64_t* barrier) {
 #if SPO_CLUSTER_PTX
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
@@ -273,7 +273,8 @@ SPO_DEVICE void copy_bulk(void* shared, const void* global, std::uint32_t bytes,
 #endif
 }
 
-// Waits for all threads of the cluster and their stores. Costly, since this includes stores in global memory.
+// Waits for all threads of the cluster and for their stores. It is slow, because it waits for stores in global memory
+// too.
 SPO_DEVICE void cluster_sync() {
 #if SPO_CLUSTER_PTX
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

@@ -5,14 +5,16 @@
 // merge their sums in a fixed order.
 //
 // What decides the speed for bfloat16, by the instruction counts of tests/cuda/test_machine_code.py:
-// - An element costs one exponential, and 1/16 of one for new maxima, which a thread looks for once in two packets.
+// - An element of a log-prob costs one exponential, and 1/16 of one for a new maximum: a thread looks for a new maximum
+//   once in two packets.
 // - On an H100 the special function unit takes 50 % of the memory's time, and the issue of instructions 42 %.
 // - A B200 moves more than twice the bytes a cycle: the special function unit alone would take 97 %. A polynomial
 //   computes a quarter of the exponentials, with two operations an instruction, which leaves 74 %.
-// - The loops leave out what at most one element of a row needs (the label's gradient, infinite gaps): a branch that is
-//   never taken cost the KL a third of its instructions.
+// - The loops leave out what few elements need: the label's gradient, and gaps of infinite logits. A branch for
+// infinite
+//   gaps, though never taken, cost the KL a third of its instructions.
 // - Logits with a transform have kernels of their own. A tanh costs two operations of the special function unit, as
-// much
+// many
 //   as two exponentials, and no more memory.
 #pragma once
 
@@ -25,8 +27,8 @@
 
 namespace spo::cuda {
 
-// Blocks that a multiprocessor must hold: a thread has 80 registers then, 128 for double. Without this bound ptxas 13.0
-// aims at more blocks and spills.
+// Blocks that a multiprocessor must hold. A thread then has 80 registers, or 128 for double. Without this bound ptxas
+// 13.0 aims at more blocks and spills.
 template <class T>
 constexpr int kBlocks = std::is_same_v<Acc<T>, double> ? 2 : 3;
 
@@ -203,7 +205,7 @@ struct Gradient {
     // At the label apart, so that 1 - p keeps the digits that a p near 1 leaves.
     const A grad = at_label ? fma(g_lse, p, g_logp * (1 - p)) : g_minus_p * (0 - p);
     if constexpr (!with_kl) return grad;
-    // A token with p near 1 has its gap near the mean, so their difference is exact. It comes first for that reason.
+    // The gap of a token with p near 1 is near the mean, so their difference is exact. `rounding` is added after it.
     const A gap = p == 0 ? 0 : ((zs - (r - ref.shift)) - mean) + rounding;
     return fma(g_kl * p, gap, grad);
   }
@@ -232,8 +234,8 @@ template <int threads_per_row, bool with_kl, class T, class R, int E>
 SPO_DEVICE void write_gradient(Stored<T>* out, const RowReader<T, E>& z, const RowReader<R, E>& r,
                                const Gradient<Acc<T>>& grad, std::int64_t label, std::int64_t begin, std::int64_t end) {
   using A = Acc<T>;
-  // The thread that writes the label's element writes it twice: inside the packet, every element would need a
-  // comparison. Its logits are read before the first write, which may be in place.
+  // The label's element is written twice, by the same thread. To write it once, inside its packet, every element would
+  // need a comparison. The label's logits are read before the first write, which may be in place.
   const bool owns_label = label >= 0 && writes_in_packet<threads_per_row, E>(out, label, begin, end, z.V);
   const A u_label = owns_label ? z.at(label) : A{0}, r_label = with_kl && owns_label ? r.logit(r.at(label)) : A{0};
   const auto dx = [&](A u, A r_logit, bool at_label) {
@@ -320,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) kl_loss_fwd_kernel(KlLos
   }
   const RowReader<T, E> z(a.z, a.of_z, row, a.V);
   const RowReader<R, E> r(a.r, a.of_r, row, a.V);
-  // merge_threads is the barrier between the sweeps: in place, the second overwrites what the first reads.
+  // merge_threads is the barrier between the sweeps: in place, the second sweep overwrites what the first one reads.
   const auto sum = merge_threads<threads_per_row>(z.aligned_at(0) && r.aligned_at(0)
                                                       ? sum_rows<threads_per_row, true, Cache::keep>(z, r, 0, a.V)
                                                       : sum_rows<threads_per_row, false, Cache::keep>(z, r, 0, a.V));
@@ -344,8 +346,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>) sum_kernel(const double*
   if (threadIdx.x == 0) *loss = static_cast<A>(of_thread[0]);
 }
 
-// rows *= *scale, where a scale of 1 leaves the memory untouched. Each group takes one split after another: with a
-// block for each split, a scale of 1 would still cost a tenth of the work.
+// rows *= *scale. A scale of 1 leaves the memory untouched. Each group takes one split after another: if each split had
+// a block of its own, a scale of 1 would still take a tenth of the time of another scale.
 template <class T, int threads_per_row>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     scale_kernel(Rows rows, std::int64_t N, std::int64_t V, const Acc<T>* scale, unsigned splits,

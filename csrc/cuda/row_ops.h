@@ -21,8 +21,8 @@ struct LaunchContext {
 
 cudaError_t launch_token_stats_fwd(const TokenStatsFwdArgs& args, const LaunchContext& context);
 cudaError_t launch_token_stats_bwd(const TokenStatsBwdArgs& args, const LaunchContext& context);
-// Whether launch_kl_loss_fwd runs in clusters for z, r and dz laid out like these. It then keeps the
-// GPU busy with few rows, too.
+// Whether launch_kl_loss_fwd runs in clusters for z, r and dz laid out like these. Clusters keep the GPU busy even with
+// few rows.
 bool kl_loss_in_clusters(const KlLossFwdArgs& args);
 // loss (acc, one element) = the sum of weighted_kl. A row's results never depend on the number of rows.
 cudaError_t launch_kl_loss_fwd(const KlLossFwdArgs& args, void* loss, const LaunchContext& context);

@@ -1,5 +1,5 @@
-// Launches for policy logits of one type T. A source file for each type instantiates TypedOps, so that types compile in
-// parallel.
+// Launches for policy logits of one type T. Each type has a source file that instantiates TypedOps, so that the types
+// compile in parallel.
 #pragma once
 
 #include "kl_loss_cluster.cuh"
@@ -20,7 +20,8 @@ struct TypedOps {
                                   const LaunchContext& context);
 };
 
-// Calls f.template operator()<R>() with the reference's type. The reference of double is double.
+// Calls f.template operator()<R>(), where R is T for a reference of the policy's type and AnyType for another. A
+// reference of double logits is double.
 template <class T, class F>
 cudaError_t with_ref_type(DType r, F f) {
   constexpr DType own = std::is_same_v<T, double> ? DType::f64

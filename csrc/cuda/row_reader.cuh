@@ -1,5 +1,6 @@
-// Reads a row in packets. A packet is the elements that a thread takes at once: 16 bytes of policy logits. Packets
-// start at element 0 of a row, aligned or not, so that a row's result does not depend on its place in memory.
+// Reads a row in packets. A packet is the elements that a thread takes at once: 16 bytes of policy logits. The sums of
+// a row take packets from element 0 on, aligned or not, so that a row's result does not depend on its place in memory.
+// Elementwise kernels take packets from the first aligned element of the output on (row_writer.cuh).
 #pragma once
 
 #include "../op_args.h"
@@ -161,9 +162,9 @@ SPO_DEVICE void load_elements(const T* at, Acc<T> (&x)[E]) {
   }
 }
 
-// A row of V elements, read in packets of E. edge() and full() give logits, and -inf for elements from V on. at() and
-// values() give numbers u of which logit(u) is the logit; dx(u, dz) is the gradient of the element in memory. Here the
-// elements are the logits.
+// A row of V elements, read in packets of E. full() reads a packet inside the row. edge() reads a packet that may reach
+// beyond the row. Both give logits, and -inf for elements from V on. at() and values() give numbers u of which logit(u)
+// is the logit; dx(u, dz) is the gradient of the element in memory. Here the elements are the logits.
 template <class T, int E>
 struct RowReader {
   static_assert(E * sizeof(T) % kVectorBytes == 0);
@@ -187,8 +188,9 @@ struct RowReader {
     for (int k = 0; k < E; ++k) x[k] = first + k < V ? to_acc(row[first + k]) : -INFINITY;
   }
 
-  // A packet inside the row as it lies in memory, in half the registers of its values. In a misaligned row the packet
-  // is cut out of the aligned vectors around it, unless these reach beyond the row.
+  // The bytes of a packet inside the row. Of a 16-bit type they take half the registers of the packet's values. A
+  // misaligned packet is cut out of the two aligned vectors around it. Near the ends of the row, where these vectors
+  // may reach beyond it, the packet is read element by element.
   struct Raw {
     uint4 vectors[E * sizeof(T) / kVectorBytes];
   };

@@ -12,24 +12,29 @@ SPO_DEVICE T* row_of(const Rows& rows, std::int64_t i) {
   return static_cast<T*>(rows.data) + row_offset(rows, i);
 }
 
-// Packets that a thread of an elementwise kernel loads before it writes the first: four vectors, of one tensor or of
-// two. A reference of another type waits as float32 values, in twice the registers.
+// Packets that a thread of an elementwise kernel loads before it writes the first. They are four vectors: of one
+// tensor, or two each of two tensors. A reference of another type is kept as float32 values, which take more registers:
+// then a thread loads one packet.
 template <bool with_kl, class R>
 constexpr int kBatch = !with_kl                             ? 4
                        : std::is_same_v<Stored<R>, AnyType> ? 1
                                                             : 2;
 
-// Index of the first aligned element of a row of an output.
+// Index of the first aligned element of an output row.
 template <class T>
 SPO_DEVICE std::int64_t aligned_from(const T* out) {
   const unsigned misaligned = reinterpret_cast<std::uintptr_t>(out) % kVectorBytes;
   return misaligned ? (kVectorBytes - misaligned) / sizeof(T) : 0;
 }
 
-// Writes elements [begin, end) of a row of V: packets as vectors that are aligned in the output, and single elements
-// before the first packet and after the last. begin and end are multiples of a packet, or the row's ends. load(first)
-// reads the inputs of a packet, packet(inputs, values) computes its values, and one(v) computes and writes an element.
-// A thread loads `batch` packets before it writes the first: memory is busy only while many loads are in flight.
+// Writes a split [begin, end) of a row of V. begin and end are multiples of a packet, or the row's ends. With `head`
+// elements before the first aligned element of the output, the split's packets lie in [begin + head, end + head), and
+// are written as aligned vectors. The row's first split also writes the elements before the first packet, and its last
+// split the elements after the last packet, one by one.
+//
+// load(first) reads the inputs of a packet, packet(inputs, values) computes its values, and one(v) computes and writes
+// an element. A thread loads `batch` packets before it writes the first: memory is busy only while many loads are in
+// flight.
 template <int threads_per_row, int E, int batch, class T, class LoadFn, class PacketFn, class OneFn>
 SPO_DEVICE void write_row(T* out, std::int64_t begin, std::int64_t end, std::int64_t V, LoadFn load, PacketFn packet,
                           OneFn one) {

@@ -14,7 +14,7 @@ constexpr std::int64_t kLine = 16;  // floats in a cache line
 
 std::atomic<std::uint32_t> sink;
 
-// Into L2, as the row kernels do for float32: faster than into L1.
+// Prefetches into L2, as the row kernels do for float32. Prefetching into L1 is slower.
 template <int ahead>
 inline void prefetch(const float* p) {
   if (ahead) __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) + ahead), 0, 2);
@@ -39,7 +39,7 @@ template <int ahead>
 void update_share(float* p, std::int64_t n) {
   for (std::int64_t i = 0; i + kLine <= n; i += kLine) {
     prefetch<ahead>(p + i);
-    for (int k = 0; k < 4; ++k) reinterpret_cast<Lanes*>(p + i)[k] ^= 0x80000000u;  // the sign
+    for (int k = 0; k < 4; ++k) reinterpret_cast<Lanes*>(p + i)[k] ^= 0x80000000u;  // flips the sign
   }
 }
 

@@ -60,9 +60,8 @@ PYBIND11_MODULE(_control, m) {
                                                   {"torch_target", SPO_TORCH_TARGET},
                                                   {"cuda", SPO_CUDA_FACT}};
       },
-      "The compiler, the torch whose headers were used, the oldest torch that the build runs with, and the compiler "
-      "and "
-      "architectures of the CUDA kernels.");
+      "Facts of the build. compiler; torch: the version whose headers were used; torch_target: the oldest version that "
+      "the build runs with; cuda: compiler and architectures of the CUDA kernels.");
   m.def("simd_levels", &simd_levels, "SIMD levels that this CPU can run, best first.");
   m.def(
       "simd_level", [] { return spo::cpu::kSimdLevelNames[static_cast<int>(spo::cpu::simd_level())]; },
@@ -79,7 +78,7 @@ PYBIND11_MODULE(_control, m) {
       "Rows that each SIMD level has executed, counted where the kernels run.");
   m.def("reset_rows_executed", &spo::cpu::reset_rows_executed, "Set the counts of rows_executed to 0.");
   m.def("seconds_to_read", &seconds_to_read, py::arg("array"), py::arg("threads"),
-        "Seconds to read a float32 array once: the fastest of several loops.");
+        "Seconds to read a float32 array once: the fastest of four loops.");
   m.def("seconds_to_update", &seconds_to_update, py::arg("array").noconvert(), py::arg("threads"),
-        "Seconds to read a float32 array and write it back once: the fastest of several loops.");
+        "Seconds to read a float32 array and write it back once: the faster of two loops.");
 }

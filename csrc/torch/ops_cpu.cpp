@@ -1,5 +1,5 @@
-// The ops on CPU tensors: checks, outputs, threads. Python has the schemas and gradients of the public ops, csrc/cpu
-// the arithmetic. This file uses torch's stable ABI alone, so that one build serves every torch from 2.10 on.
+// The ops on CPU tensors: checks, outputs, threads. spo_kernels/row_ops.py has the schemas and gradients, csrc/cpu the
+// arithmetic. This file uses torch's stable ABI alone, so that one build serves every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -25,23 +25,23 @@ void check_labels(const Args& args) {
 constexpr int64_t kGrainBytes = int64_t{64} << 10;  // a thread with less work costs more than it saves
 
 // Calls work(begin, end) for ranges that together cover [0, count). An item is a row or a part of one. Workers draw
-// small ranges from a common counter instead of one large range each, since ignored rows cost nothing and come in runs
-// (prompts, padding).
+// small ranges, of at most 1 MiB, from a common counter. One large range for each worker would be uneven: ignored rows
+// cost nothing and come in runs (prompts, padding).
 template <class F>
 void for_ranges(int64_t count, int64_t item_bytes, const F& work) {
   if (count == 0) return;
-  const int64_t busy = std::max<int64_t>(count * item_bytes / kGrainBytes, 1);
-  const int64_t workers = std::min({static_cast<int64_t>(torch::stable::get_num_threads()), count, busy});
+  const int64_t worthwhile = std::max<int64_t>(count * item_bytes / kGrainBytes, 1);
+  const int64_t workers = std::min({static_cast<int64_t>(torch::stable::get_num_threads()), count, worthwhile});
   if (workers == 1) return work(0, count);
-  const int64_t fill_mib = std::max<int64_t>((int64_t{1} << 20) / std::max<int64_t>(item_bytes, 1), 1);
-  const int64_t range = std::clamp<int64_t>(count / (4 * workers), 1, fill_mib);
+  const int64_t items_per_mib = std::max<int64_t>((int64_t{1} << 20) / std::max<int64_t>(item_bytes, 1), 1);
+  const int64_t range = std::clamp<int64_t>(count / (4 * workers), 1, items_per_mib);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     for (int64_t begin; (begin = next.fetch_add(range)) < count;) work(begin, std::min(begin + range, count));
   });
 }
 
-// How a call's rows divide. row_bytes: bytes of a row in all tensors that the op reads.
+// How a call's rows are divided among threads. row_bytes: bytes of a row in `tensors` tensors of the logits' size.
 struct Division {
   int64_t rows, row_bytes, parts;
 
@@ -50,7 +50,7 @@ struct Division {
         row_bytes(tensors * V * static_cast<int64_t>(logits.element_size())),
         parts(cpu::parts_of_row(dtype, V)) {}
 
-  // Whether threads share the parts of rows in a forward: there are too few rows to keep the threads equally busy.
+  // Whether threads share the parts of rows in a forward, because there are too few rows to occupy all threads evenly.
   // A row with a transform is read as a whole.
   template <class Args>
   bool shares_parts(const Args& args) const {

@@ -12,8 +12,8 @@
 #include "../cuda/row_ops.h"
 #include "tensor_args.h"
 
-// torch's stable ABI has the current stream from 2.13 on. Before that, a shim function of CUDA builds has it. Headers
-// before 2.13 do not define TORCH_VERSION_2_13_0, and #if takes an undefined name as 0.
+// torch's stable ABI gives the current stream from 2.13 on. Before that, a shim function of CUDA builds gives it.
+// Headers before 2.13 do not define TORCH_VERSION_2_13_0. #if takes an undefined name as 0, so `defined` comes first.
 #if !defined(TORCH_VERSION_2_13_0) || TORCH_FEATURE_VERSION < TORCH_VERSION_2_13_0
 #define SPO_STREAM_FROM_SHIM
 #endif
@@ -27,7 +27,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace spo {
 namespace {
 
-// Makes a tensor's device current, and gives its current stream and its number of multiprocessors.
+// Makes a tensor's device current. context holds the device's current stream and its number of multiprocessors.
 class OnDevice {
 #if defined(SPO_CUDA_EMULATOR)
  public:

@@ -1,5 +1,6 @@
-// From tensors to the arguments of the row ops, for every compiled backend: checks, and outputs. Each *Call owns the
-// tensors that its args point into.
+// From tensors to the arguments of the row ops, for every compiled backend: checks, and outputs. Each *Call keeps alive
+// the outputs that it allocates and the per-row inputs, made contiguous. The caller keeps logits, ref_logits and
+// dlogits alive, to which the args point too.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,6 +10,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "../op_args.h"
@@ -21,13 +23,33 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalInt = std::optional<int64_t>;
 
+// The name that Python has for a dtype.
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return "another dtype";
+  }
+}
+
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
     case ScalarType::Double: return DType::f64;
-    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64, got ", dtype_name(t.scalar_type()));
   }
 }
 
@@ -35,7 +57,7 @@ inline ScalarType acc_type(DType dtype) { return dtype == DType::f64 ? ScalarTyp
 
 inline Rows rows_of(const Tensor& t, const char* name, bool writable) {
   STD_TORCH_CHECK(t.dim() == 2 || t.dim() == 3, name, " must be [N, V] or [B, T, V], got ", t.dim(), " dimensions");
-  STD_TORCH_CHECK(t.size(-1) >= 1, name, " must have V >= 1");
+  STD_TORCH_CHECK(t.size(-1) >= 1, name, " must have V >= 1, got V = ", t.size(-1));
   STD_TORCH_CHECK(t.stride(-1) == 1 || t.size(-1) == 1, name, " must have a unit last stride, got ", t.stride(-1));
   Rows rows;
   rows.data = writable ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
@@ -56,25 +78,36 @@ inline int64_t row_count(const Tensor& t) { return t.dim() == 3 ? t.size(0) * t.
 
 // A GPU kernel that reads a pointer of another device destroys the process's CUDA context.
 inline void require_device(const Tensor& t, const Tensor& like, const char* name, const char* like_name = "logits") {
-  STD_TORCH_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name,
-                  " must be on the device of ", like_name);
+  const auto device_text = [](const Tensor& x) {
+    return x.is_cpu() ? std::string("cpu") : "device " + std::to_string(x.get_device_index());
+  };
+  STD_TORCH_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name, " must be on ",
+                  device_text(like), " like ", like_name, ", got ", device_text(t));
 }
 
-// A contiguous tensor with one value for each row of logits. The caller keeps it while kernels read its data.
-inline Tensor row_values(const Tensor& t, const Tensor& logits, ScalarType dtype, int64_t N, const char* name) {
+// The tensor, or a contiguous copy, with `count` values about the rows of logits. A *Call keeps it alive.
+inline Tensor row_values(const Tensor& t, const Tensor& logits, ScalarType dtype, int64_t count, const char* name) {
   require_device(t, logits, name);
-  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype");
-  STD_TORCH_CHECK(t.numel() == N, name, " must have one element a row (", N, "), got ", t.numel());
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " must be ", dtype_name(dtype), ", got ",
+                  dtype_name(t.scalar_type()));
+  STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements for logits of ", row_count(logits),
+                  " rows, got ", t.numel());
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
-inline OptionalTensor row_values(const OptionalTensor& t, const Tensor& logits, ScalarType dtype, int64_t N,
+inline OptionalTensor row_values(const OptionalTensor& t, const Tensor& logits, ScalarType dtype, int64_t count,
                                  const char* name) {
   if (!t.has_value()) return std::nullopt;
-  return row_values(*t, logits, dtype, N, name);
+  return row_values(*t, logits, dtype, count, name);
 }
 template <class T>
 const T* data_or_null(const OptionalTensor& t) {
   return t.has_value() ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + "]";
 }
 
 // How the logits come from the tensors: spo_kernels.reference.RowOptions.
@@ -90,9 +123,10 @@ inline Rows ref_rows(const OptionalTensor& ref_logits, const Tensor& logits, con
   bool same = ref_logits->dim() == logits.dim();
   const int64_t compared = options.vocab_size ? logits.dim() - 1 : logits.dim();
   for (int64_t d = 0; same && d < compared; ++d) same = ref_logits->size(d) == logits.size(d);
-  STD_TORCH_CHECK(same, "ref_logits must have the shape of logits");
+  STD_TORCH_CHECK(same, "ref_logits must be ", shape_text(logits), " like logits, got ", shape_text(*ref_logits));
   STD_TORCH_CHECK((rows.dtype == DType::f64) == (dtype_of(logits, "logits") == DType::f64),
-                  "ref_logits must be float64 exactly when logits are");
+                  "ref_logits must be float64 exactly when logits are, got ", dtype_name(ref_logits->scalar_type()),
+                  " for logits in ", dtype_name(logits.scalar_type()));
   return rows;
 }
 
@@ -102,8 +136,8 @@ inline std::vector<int64_t> row_shape(const Tensor& logits) {
   return shape;
 }
 
-// An uninitialized, contiguous tensor on the device of `like`. torch::stable::new_empty would go through the dispatcher,
-// which costs 0.6 us more.
+// An uninitialized, contiguous tensor on the device of `like`. torch::stable::new_empty would go through the
+// dispatcher, which costs 0.6 us more.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
@@ -128,7 +162,8 @@ inline int64_t columns_read(const Tensor& logits, const OptionalTensor& ref_logi
   if (!options.vocab_size) return logits.size(-1);
   const int64_t V = *options.vocab_size;
   STD_TORCH_CHECK(V >= 1 && V <= logits.size(-1), "vocab_size must be in [1, ", logits.size(-1), "], got ", V);
-  STD_TORCH_CHECK(!ref_logits || V <= ref_logits->size(-1), "ref_logits must have at least ", V, " columns");
+  STD_TORCH_CHECK(!ref_logits || V <= ref_logits->size(-1), "ref_logits must have at least ", V, " columns, got ",
+                  ref_logits ? ref_logits->size(-1) : 0);
   return V;
 }
 
@@ -137,9 +172,9 @@ inline OptionalTensor transform_values(const OptionalTensor& t, const Tensor& lo
                                        const char* name) {
   if (!t.has_value()) return std::nullopt;
   require_device(*t, logits, name);
-  STD_TORCH_CHECK(t->scalar_type() == acc, name, " must have the accumulation dtype of logits");
-  STD_TORCH_CHECK(t->dim() == 2 && (t->size(0) == 1 || t->size(0) == 2) && (t->size(1) == 1 || t->size(1) == N), name,
-                  " must be [1 or 2, 1 or ", N, "]");
+  const bool fits = t->dim() == 2 && (t->size(0) == 1 || t->size(0) == 2) && (t->size(1) == 1 || t->size(1) == N);
+  STD_TORCH_CHECK(fits && t->scalar_type() == acc, name, " must be [1 or 2, 1 or ", N, "] ", dtype_name(acc), ", got ",
+                  shape_text(*t), " ", dtype_name(t->scalar_type()));
   return t->is_contiguous() ? *t : torch::stable::contiguous(*t);
 }
 inline Transform transform_of(const OptionalTensor& t) {
@@ -150,7 +185,7 @@ inline Transform transform_of(const OptionalTensor& t) {
           .stride = t->size(1) > 1 ? 1 : 0};
 }
 
-// What the ops over logits and a reference share.
+// The part of a *Call that all ops over logits share. r.data is null without ref_logits.
 struct RowInputs {
   int64_t N, V;
   Rows z, r;
@@ -236,7 +271,7 @@ struct TokenStatsBwdCall : RowInputs {
   }
 };
 
-// The caller sets args.weighted_kl to memory of the device.
+// The caller sets args.weighted_kl, to memory on the device of logits.
 struct KlLossFwdCall : RowInputs {
   OptionalTensor row_weight;
   KlLossFwdArgs args;
@@ -257,12 +292,13 @@ struct KlLossFwdCall : RowInputs {
   }
 };
 
-// Checks the arguments of scale_, and gives the rows to scale.
+// The rows that scale_ scales, after checks of its arguments.
 inline Rows scale_rows(const Tensor& tensor, const Tensor& scale) {
   require_device(scale, tensor, "scale", "tensor");
   STD_TORCH_CHECK(scale.numel() == 1, "scale must have one element, got ", scale.numel());
   const Rows rows = rows_of(tensor, "tensor", true);
-  STD_TORCH_CHECK(scale.scalar_type() == acc_type(rows.dtype), "scale must have the accumulation dtype of tensor");
+  STD_TORCH_CHECK(scale.scalar_type() == acc_type(rows.dtype), "scale must be ", dtype_name(acc_type(rows.dtype)),
+                  " for a tensor in ", dtype_name(tensor.scalar_type()), ", got ", dtype_name(scale.scalar_type()));
   return rows;
 }
 
