@@ -29,7 +29,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 LIBRARY, CUDA_LIBRARY, CONTROL = "libspo_kernels.so", "libspo_kernels_cuda.so", "_control"
 
-# The oldest torch the library runs with, as torch spells it (major, minor << 56 and 48).
+# The oldest torch that the op libraries run with: major, minor.
 TORCH_TARGET = (2, 10)
 
 # The kernels write out contraction into fma where they want it. If the compiler contracted too, the difference of equal
@@ -60,7 +60,7 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility
 CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 OLDEST_ARCHITECTURE = (8, 0)
 
-# Names that TORCH_CUDA_ARCH_LIST may hold, as in torch.utils.cpp_extension. OLD_NAMES are before 8.0.
+# Names that TORCH_CUDA_ARCH_LIST may hold, as in torch.utils.cpp_extension. OLD_NAMES are architectures before 8.0.
 NAMED_ARCHITECTURES = {
     "Ampere": "8.0 8.6+PTX",
     "Ampere+Tegra": "8.7",
@@ -73,7 +73,7 @@ OLD_NAMES = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")
 
 
 def cuda_home() -> Path | None:
-    """Root of the CUDA toolkit to build with; None to build without."""
+    """Root of the CUDA toolkit to build with; None to build without CUDA kernels."""
     wanted = os.environ.get("SPO_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"SPO_CUDA must be 0 or 1, got {wanted!r}")
@@ -292,7 +292,7 @@ class NinjaBuild(build_ext):
 
 
 def c_string(text: str) -> str:
-    """A C string literal of a compiler's version and the like."""
+    """A C string literal. Double quotes in the text become single quotes."""
     return '"' + text.replace('"', "'") + '"'
 
 
