@@ -8,11 +8,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# `python -m` puts the directory it is run from first on sys.path, where the source tree would shadow the installed
-# package, and the tree has no compiled kernels. After an editable install it has them, and is what should be measured.
-# A root that PYTHONPATH names stays as well: that is the user's own choice.
+# `python -m` puts the current directory first on sys.path. If that is the source tree, the tree would shadow the
+# installed package, although it has no compiled kernels. So it is removed. After an editable install the tree has the
+# kernels and is what should be measured. The user may also name the tree in PYTHONPATH, which stays as it is.
 if sys.path and Path(sys.path[0] or ".").resolve() == ROOT and not (ROOT / "spo_kernels/libspo_kernels.so").exists():
     del sys.path[0]
 
-# Read when torch loads: its profiler, which counts memory here, otherwise writes two lines to stderr each time it runs.
+# The benchmarks count memory with torch's profiler, which otherwise writes two lines to stderr each time it runs. torch
+# reads this variable when it loads.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -1,4 +1,4 @@
-"""Arguments that several commands have, and the bench that they set up."""
+"""Arguments that several commands share, and the bench that is set up from them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def shape(text: str) -> tuple[int, ...]:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command that measures in its own process."""
-    parser.add_argument("--repeats", type=count, default=7, help="timed rounds a case, more where rounds are short")
+    parser.add_argument(
+        "--repeats", type=count, default=7, help="timed rounds of a case (default: 7); more if calls are short"
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=count, help="CPU threads (default: torch's)")
     parser.add_argument("--simd", choices=("portable", "avx2", "avx512"), help="SIMD level of ours (default: best)")
@@ -45,13 +47,13 @@ def add_out(parser: argparse.ArgumentParser, meaning: str = "default: out/benchm
 
 
 def open_bench(options: argparse.Namespace) -> Bench:
-    """The bench that parsed arguments set up; ``options.command_line`` holds them as they were given."""
+    """The bench for parsed arguments. ``options.command_line`` holds the arguments as they were given."""
     settings, simd = settings_and_simd(options)
     return Bench(settings, environment(options.command_line, settings.device, simd), options.out)
 
 
 def settings_and_simd(options: argparse.Namespace) -> tuple[Settings, str]:
-    """Settings, and the SIMD level in use where our compiled CPU kernels run. Sets device, threads and level."""
+    """Set device, threads and SIMD level. Returns settings and level; the level is empty without our CPU kernels."""
     device = options.device
     if device.type == "cuda":
         if not torch.cuda.is_available():

@@ -1,6 +1,6 @@
-"""``bars``: the project's speed bars, which must hold on the machine at hand, over several runs.
+"""``bars``: the project's speed bars, measured over several runs on the machine at hand.
 
-Three groups: the row ops, the head, and what a call costs beside the ops that it calls.
+Three groups: the row ops, the head, and the time that a call adds to the ops that it calls.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the command was asked for."""
+    """What to measure, from the command's arguments."""
 
     runs: int
     clock: str  # wall or cpu
@@ -107,15 +107,32 @@ class _Plan:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "The speed bars of the project: median and spread over runs, pass or miss."
     add_common(parser)
-    parser.add_argument("--runs", type=count, default=5, help="runs to take median and spread of (default: 5)")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="time that ratios compare")
-    parser.add_argument("--shapes", type=shape, nargs="+", metavar="NxV", help="instead of the bars' own shapes")
-    parser.add_argument("--providers", choices=PROVIDERS, nargs="+", metavar="NAME", help="leave the others unmeasured")
     parser.add_argument(
-        "--groups", choices=GROUPS, nargs="+", default=[*GROUPS], metavar="GROUP", help="ops, head, calls"
+        "--runs", type=count, default=5, help="number of runs, of which median and spread are shown (default: 5)"
     )
     parser.add_argument(
-        "--head-shape", type=_head_shape, default=(4096, 768, 32000), metavar="NxHxV", help="of the head's"
+        "--clock", choices=("wall", "cpu"), default="wall", help="the time that ratios compare (default: wall)"
+    )
+    parser.add_argument(
+        "--shapes", type=shape, nargs="+", metavar="NxV", help="measure these shapes in place of the bars' own"
+    )
+    parser.add_argument(
+        "--providers", choices=PROVIDERS, nargs="+", metavar="NAME", help="measure only these (default: all)"
+    )
+    parser.add_argument(
+        "--groups",
+        choices=GROUPS,
+        nargs="+",
+        default=[*GROUPS],
+        metavar="GROUP",
+        help="ops, head, calls (default: all)",
+    )
+    parser.add_argument(
+        "--head-shape",
+        type=_head_shape,
+        default=(4096, 768, 32000),
+        metavar="NxHxV",
+        help="size of the head (default: 4096x768x32000)",
     )
 
 
@@ -161,8 +178,8 @@ class _Bars:
         self._plan = plan
         self._bench = bench
         self.values: dict[Bar, list[float]] = {}
-        self.problems: set[str] = set()  # why something, of anyone, is not "ok"
-        self.wrong = False  # whether a result of ours was
+        self.problems: set[str] = set()  # every status other than "ok", of any provider
+        self.wrong = False  # whether a result of ours was wrong or failed
 
     def run(self, run: int) -> None:
         raise NotImplementedError
@@ -211,7 +228,7 @@ class _OpBars(_Bars):
         return {(workload, row.provider): row for workload in workloads for row in runner.run(workload, run)}
 
     def _measured(self, case: Case, rows: Rows) -> Iterator[tuple[Bar, float | None]]:
-        """Every bar that rows of one run of a case decide, and its value; None where something was not timed."""
+        """Every bar that one run of a case decides, and its value. None if a row that it needs was not timed."""
         for workload, ours, peer, needed in _RATIOS:
             if case.dtype in needed:
                 bar = Bar(f"{workload}: {peer}'s time / {ours}", str(case), needed[case.dtype], at_least=True)
@@ -227,9 +244,9 @@ class _OpBars(_Bars):
             yield bar, row.memory.extra_mib / tensor_mib if row and row.memory else None
 
     def _ratio(self, peer: RowOpRow | None, ours: RowOpRow | None) -> float | None:
-        """The peer's time over ours, as a quotient of two ratios whose base is ours at the best level.
+        """The peer's time over ours: a quotient of two ratios with one base, ours at the best SIMD level.
 
-        Ratios within a round are known only to ours at the best level, not to ours at other levels.
+        Rows hold ratios to ours at the best level only, not to ours at lower levels.
         """
         if peer is None or ours is None:
             return None
@@ -279,7 +296,7 @@ class _HeadBars(_Bars):
         most_time, most_mib, with_sum = _HEAD[row.provider, row.dtype]
         most_mib += row.vocabulary * row.hidden * 4 / (1 << 20) if with_sum else 0
         name = row.provider
-        peer = "eager" if row.dtype == "float32" else "eager_float"  # native bfloat16 fails the gate
+        peer = "eager" if row.dtype == "float32" else "eager_float"  # eager in bfloat16 fails the gate
         extra_mib = None if row.memory is None else row.memory.extra_mib
         self._add(Bar(f"head: {name}'s time / {peer}", case, most_time, at_least=False), row.over.get("eager"))
         self._add(Bar(f"head: {name}, share of the products' peak", case, _HEAD_PEAK_SHARE, True), row.peak_share)
@@ -287,7 +304,7 @@ class _HeadBars(_Bars):
 
 
 class _Nothing(torch.autograd.Function):
-    """What torch charges for any autograd.Function in Python."""
+    """An autograd.Function that does nothing: its time is what torch takes for any autograd.Function in Python."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -301,7 +318,7 @@ class _Nothing(torch.autograd.Function):
 
 
 class _CallBars(_Bars):
-    """Microseconds of a small call, less those of its ops and of an autograd.Function that does nothing."""
+    """Microseconds of a small call, less the time of its ops and of an autograd.Function that does nothing."""
 
     def __init__(self, plan: _Plan, bench: Bench) -> None:
         super().__init__(plan, bench)
@@ -311,8 +328,8 @@ class _CallBars(_Bars):
     def notes(self) -> list[str]:
         nothing, both = statistics.median(self._nothing), statistics.median(self._both)
         return [
-            f"A torch.autograd.Function that does nothing takes {nothing:.0f} us, forward and backward; a call beside "
-            f"its ops alone {both:.0f}."
+            f"A torch.autograd.Function that does nothing takes {nothing:.0f} us, forward and backward. A call takes "
+            f"{both:.0f} us in addition to its ops."
         ]
 
     def run(self, run: int) -> None:

@@ -1,4 +1,4 @@
-"""``floors``: the least times that data sheets of GPUs allow: bytes at full bandwidth, products at their full rate."""
+"""``floors``: what data sheets of GPUs allow: least times of row ops, and when a fused kernel of the head would win."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from benchmarks.commands.arguments import DTYPES, count, shape
 from benchmarks.harness.results import markdown_table
 from benchmarks.workloads.row_ops import OPS, REPRESENTATIVE_WORKLOADS, Case
 
-HELP = "what the ops and the head could do on GPUs, from data sheets alone"
+HELP = "print what ops and head could reach on GPUs, from data sheets alone"
 
-# Of the memory, in bytes per second, by the makers' data sheets.
+# Memory bandwidth in bytes per second, from the makers' data sheets.
 BANDWIDTH = {"A100 80GB": 2.04e12, "H100 SXM": 3.35e12, "H200": 4.8e12, "B200": 8.0e12, "MI300X": 5.3e12}
 
-# Of dense products in bfloat16, in operations per second, by the same sheets.
+# Operations per second of dense products in bfloat16, from the same sheets.
 OPERATIONS = {"A100 80GB": 312e12, "H100 SXM": 989e12, "H200": 989e12, "B200": 2250e12, "MI300X": 1307e12}
 
 
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _ops(cases: Sequence[Case]) -> str:
-    """A row a workload and case: its bytes, and microseconds on each GPU at its full bandwidth."""
+    """A row for each workload and case: its bytes, and microseconds on each GPU at full bandwidth."""
     rows = []
     for case in cases:
         for workload in REPRESENTATIVE_WORKLOADS:
@@ -44,11 +44,12 @@ def _ops(cases: Sequence[Case]) -> str:
 
 
 def _head(widths: Sequence[int]) -> str:
-    """A row a width H of the head: the share of the library's rate that a fused kernel's product must reach to win.
+    """A row for each width H of the head: the share of the library's rate that a fused kernel must reach to win.
 
-    The fused kernel takes the statistics of bfloat16 logits from the product. It saves writing 2 bytes a logit and
-    reading them again, and has the product's ``2 H`` operations a logit; both count at the sheet's rates. Where a tile
-    of logits stays in the L2 cache the kernel saves less. In the extreme it saves launches alone, and must reach 100 %.
+    The fused kernel computes the product and takes the statistics of the bfloat16 logits from it. It needs the
+    product's ``2 H`` operations a logit, and saves writing 2 bytes a logit and reading them again. Both count at the
+    data sheet's rates. If a tile of logits stays in the L2 cache, the kernel saves less. At worst it saves launches
+    alone, and must reach 100 %.
     """
     rows = []
     for width in widths:

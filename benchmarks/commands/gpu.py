@@ -1,8 +1,8 @@
 """``gpu``: one report from a machine with a GPU: its tests, the selfcheck, the benchmarks.
 
-Each step is a program of its own. A step that fails does not stop the others: the report says so, and so does the exit
-status. With a budget of seconds the list is shorter and begins with the steps that tell most; no step runs beyond the
-budget.
+Each step is a program of its own. A step that fails does not stop the others; the report and the exit status tell of
+the failure. With a budget of seconds the list of steps is shorter and begins with the most telling ones. No step runs
+beyond the budget.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from benchmarks.commands.arguments import add_out, count, open_bench
 from benchmarks.harness.bench import Environment, machine_line
 from benchmarks.harness.results import markdown_table, output_path
 
-HELP = "one report for those who have a GPU: tests, selfcheck, benchmarks"
+HELP = "write one report about a GPU: tests, selfcheck, benchmarks"
 
 _STEP_SECONDS = 2 * 3600
-_LEAST_SECONDS = 8  # of a budget; a step that would get less is left out
-_KEPT_LINES = 400  # of a step's output, from its end
+_LEAST_SECONDS = 8  # a step is left out if less than this is left of the budget
+_KEPT_LINES = 400  # the report keeps so many lines of a step's output, the last ones
 _PYTHON = (sys.executable, "-m")
 
 
 class Step(NamedTuple):
     title: str
     command: list[str]
-    folder: Path = ROOT  # to start in
-    seconds: int = _STEP_SECONDS  # at most
-    backend: str | None = None  # SPO_BACKEND of the step
+    folder: Path = ROOT  # where the program starts
+    seconds: int = _STEP_SECONDS  # limit of its time
+    backend: str | None = None  # SPO_BACKEND of the program
 
 
 class Outcome(NamedTuple):
@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Runs the tests marked gpu, the selfcheck and the benchmarks, and writes one page about it. "
+        "Runs the tests marked gpu, the selfcheck and the benchmarks, and writes one page with their outputs. "
         "Exits with 1 if any of them failed."
     )
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="default: cuda")
@@ -67,12 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="run only the most telling steps, within this many seconds (try 540)",
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the report itself; works with cpu too")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the report, also with --device cpu")
+    # open_bench reads these. The steps have arguments of their own.
     parser.set_defaults(threads=None, simd=None, repeats=1)
 
 
 def _about_the_machine(device: str, out: Path) -> Iterator[Step]:
-    # All but the benchmarks start in out: in the source tree Python would import that before the installed package.
+    # Programs of the installed package start in `out`. In the source tree Python would import the tree instead.
     yield Step("Environment", [*_PYTHON, "spo_kernels.env"], out, 60)
     for tool in ("nvidia-smi", "rocm-smi"):
         if device != "cpu" and shutil.which(tool):
@@ -80,9 +81,9 @@ def _about_the_machine(device: str, out: Path) -> Iterator[Step]:
 
 
 def steps(device: str, out: Path, quick: bool) -> Iterator[Step]:
-    """The steps of a whole report. quick: small enough to try all of them on a CPU."""
+    """The steps of a whole report. quick: all sizes are small, so that a CPU can try the report."""
     yield from _about_the_machine(device, out)
-    # On a CPU no marked test would run, so a file of tests that also run there stands in.
+    # A CPU would run no test marked gpu. There, a file with tests for any device stands in.
     chosen = ["-m", "gpu", str(ROOT / "tests")] if device != "cpu" else [str(ROOT / "tests/test_gpu.py")]
     yield Step("Tests", [*_PYTHON, "pytest", *chosen], out)
     rows = ["--rows", "8"] if quick else []
@@ -103,17 +104,17 @@ def steps(device: str, out: Path, quick: bool) -> Iterator[Step]:
 
 
 def budgeted_steps(device: str, out: Path, quick: bool) -> Iterator[Step]:
-    """The same in ten minutes, the most telling first. Needs no package that is not there."""
+    """The steps of a report in ten minutes, the most telling first. Tests run in parallel if xdist is installed."""
     yield from _about_the_machine(device, out)
     size = ["--rows", "8", "--vocab", "1000"] if quick else ["--rows", "512"]
     yield Step("Selfcheck", [*_PYTHON, "spo_kernels.selfcheck", "--device", device, *size], out, 90)
     parallel = ["-n", str(min(os.cpu_count() or 1, 10))] if importlib.util.find_spec("xdist") else []
     pytest = [*_PYTHON, "pytest", "-q", "-p", "no:cacheprovider", *parallel]
-    on_gpu, of_ops = str(ROOT / "tests/test_gpu.py"), str(ROOT / "tests/test_ops.py")
+    gpu_tests, op_tests = str(ROOT / "tests/test_gpu.py"), str(ROOT / "tests/test_ops.py")
     if device == "cpu":
-        yield Step("Tests", [*pytest, on_gpu], out, 150)
+        yield Step("Tests", [*pytest, gpu_tests], out, 150)
     else:
-        yield Step("Tests", [*pytest, "-m", "gpu", "-k", "not gpu-triton", on_gpu, of_ops], out, 150)
+        yield Step("Tests", [*pytest, "-m", "gpu", "-k", "not gpu-triton", gpu_tests, op_tests], out, 150)
 
     common = ["--device", device, "--out", str(out), "--repeats", "1" if quick else "5"]
     ops = [*_PYTHON, "benchmarks", "ops", *common, "--dtypes", "bfloat16", "--providers"]
@@ -137,13 +138,12 @@ def budgeted_steps(device: str, out: Path, quick: bool) -> Iterator[Step]:
     yield Step("Rows, compiled", [*ops, *ours, "compile", "--shapes", *wide], seconds=120)
     if device == "cpu":
         return
-    by_triton = Step("Rows by Triton", [*ops, *ours, "--shapes", *wide, *others], seconds=90, backend="triton")
-    yield by_triton
-    yield Step("Tests of Triton", [*pytest, "-m", "gpu", "-k", "gpu-triton", of_ops], out, 180)
+    yield Step("Rows by Triton", [*ops, *ours, "--shapes", *wide, *others], seconds=90, backend="triton")
+    yield Step("Tests of Triton", [*pytest, "-m", "gpu", "-k", "gpu-triton", op_tests], out, 180)
 
 
 def run_step(step: Step, seconds: float = _STEP_SECONDS) -> Outcome:
-    """Run a step for at most so many seconds, or its own most; its children end with it."""
+    """Run a step until `seconds` or its own limit, whichever is less. At the limit its children are killed with it."""
     start = time.perf_counter()
     status: int | None
     variables = os.environ | ({"SPO_BACKEND": step.backend} if step.backend else {})
@@ -156,7 +156,7 @@ def run_step(step: Step, seconds: float = _STEP_SECONDS) -> Outcome:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # a group of its own, which can be ended whole
+            start_new_session=True,  # a process group of its own, which can be killed as a whole
         )
         try:
             output, _ = process.communicate(timeout=min(seconds, step.seconds))
@@ -185,7 +185,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{step.title}: {shlex.join(step.command)}", flush=True)
         outcomes.append(run_step(step, min(left, _STEP_SECONDS)))
         print(f"  {outcomes[-1].verdict}, {outcomes[-1].seconds:.0f} s", flush=True)
-        # After each step, so that an interrupted report is one too.
+        # Written after each step, so that an interrupted run leaves a report of the steps before.
         page.write_text(_markdown(outcomes, bench.environment))
     print("", page, sep="\n")
     return 0 if all(outcome.status == 0 for outcome in outcomes) else 1

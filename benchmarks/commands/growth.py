@@ -1,7 +1,7 @@
 """``growth``: time and memory against rows, vocabulary and threads, of a row op and of the head.
 
-Each point is the code of `ops` and `head` at one size, forward and backward: `token_kl`, and from hidden states the
-pair loss and the KL. The exponent of a line is the slope of its points in logarithms, by least squares: 1 is linear.
+Each point is measured at one size with the code of `ops` and `head`, forward and backward: `token_kl`, and the head's
+pair loss and KL. The exponent of a line is the slope of its points in logarithms, by least squares: 1 is linear.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.workloads import head
 from benchmarks.workloads.row_case import CaseRunner
 from benchmarks.workloads.row_ops import Case, Workload
 
-HELP = "time and memory against rows, vocabulary and threads, in one figure"
+HELP = "measure time and memory against rows, vocabulary and threads, in one figure"
 
 _WORKLOAD = Workload("token_kl", "fwd_bwd")
 _ROW_PROVIDERS = ("ours", "ours_inplace", "eager")
@@ -37,7 +37,7 @@ _AXES = {"rows": "rows N", "vocabulary": "vocabulary V", "threads": "threads"}
 
 
 class Size(NamedTuple):
-    """Where a point lies, and the axis of its line."""
+    """The size at a point, and the axis of the line that the point belongs to."""
 
     axis: str  # one of _AXES
     rows: int
@@ -46,7 +46,7 @@ class Size(NamedTuple):
 
     @property
     def position(self) -> int:
-        """Along the axis."""
+        """Position of the point on the axis."""
         return {"rows": self.rows, "vocabulary": self.vocabulary, "threads": self.threads}[self.axis]
 
 
@@ -64,7 +64,7 @@ class GrowthRow:
     wall_ms: float | None
     wall_p20_ms: float | None
     wall_p80_ms: float | None
-    extra_mib: float | None  # peak beyond the inputs; of the head also beyond the gradients
+    extra_mib: float | None  # peak beyond the inputs, and for the head also beyond the gradients
 
     @property
     def position(self) -> int:
@@ -77,7 +77,7 @@ class GrowthRow:
 
 @dataclass(frozen=True)
 class _Axes:
-    """Sizes to measure. The middle of each axis is where the other axes are measured."""
+    """Sizes to measure. An axis that does not vary stays at the value just before the middle of its list."""
 
     rows: list[int]
     vocabulary: list[int]
@@ -85,7 +85,7 @@ class _Axes:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a sequence of the head's pairs, the same at all sizes."""
+        """Tokens of each sequence in the head's pairs, the same at all sizes."""
         return max(min(_TOKENS, min(self.rows) // 2), 1)
 
     def sizes(self, threads: int) -> Iterator[Size]:
@@ -139,9 +139,9 @@ def _measure(size: Size, axes: _Axes, settings: Settings) -> Iterator[GrowthRow]
     for row in runner.run(_WORKLOAD):
         yield _row(size, "token_kl", row)
     del runner
-    of_head = head.Size(size.rows // (2 * axes.tokens), axes.tokens, axes.hidden, size.vocabulary)
+    head_size = head.Size(size.rows // (2 * axes.tokens), axes.tokens, axes.hidden, size.vocabulary)
     for what, loss in _LOSSES.items():
-        for head_row in head.LossRunner(of_head, "float32", loss, settings, _HEAD_PROVIDERS).run("fwd_bwd"):
+        for head_row in head.LossRunner(head_size, "float32", loss, settings, _HEAD_PROVIDERS).run("fwd_bwd"):
             yield _row(size, what, head_row)
 
 
@@ -185,7 +185,7 @@ def _lines(rows: list[GrowthRow], axis: str, value: Value) -> dict[Line, list[tu
 
 
 def exponent(points: list[tuple[int, float]]) -> float | None:
-    """Slope of log value over log position; None for less than two positions or a value that is not positive."""
+    """Slope of log value over log position; None for fewer than two positions or a value that is not positive."""
     if len({position for position, _ in points}) < 2 or min(value for _, value in points) <= 0:
         return None
     return statistics.linear_regression([log(x) for x, _ in points], [log(y) for _, y in points]).slope
@@ -226,7 +226,7 @@ def _positions(rows: list[GrowthRow], axis: str) -> list[int]:
 
 
 def plot(rows: list[GrowthRow], path: Path) -> None:
-    """Time over each axis, and memory over rows and vocabulary; dotted: in place."""
+    """Draw time over each axis, and memory over rows and vocabulary. Dotted lines are in place."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -238,8 +238,8 @@ def plot(rows: list[GrowthRow], path: Path) -> None:
     panels += [(axis, _memory, "peak MiB beyond inputs") for axis in ("rows", "vocabulary")]
     size = (3.4 * len(panels), 3.2 * len(_WHAT))
     figure, axes = plt.subplots(len(_WHAT), len(panels), figsize=size, layout="constrained", squeeze=False)
-    for what, of_what in zip(_WHAT, axes, strict=True):
-        for (axis, value, label), panel in zip(panels, of_what, strict=True):
+    for what, panel_row in zip(_WHAT, axes, strict=True):
+        for (axis, value, label), panel in zip(panels, panel_row, strict=True):
             for (line_of, provider), points in _lines(rows, axis, value).items():
                 if line_of == what:
                     positions, values = zip(*points, strict=True)
@@ -255,8 +255,8 @@ def plot(rows: list[GrowthRow], path: Path) -> None:
             panel.set_ylabel(label)
             panel.set_ylim(bottom=0 if value is _memory else None)
             panel.grid(alpha=0.3)
-        of_what[0].set_title(f"{what}, forward and backward", loc="left", fontsize=10, fontweight="bold")
-        of_what[0].legend(fontsize=8)
+        panel_row[0].set_title(f"{what}, forward and backward", loc="left", fontsize=10, fontweight="bold")
+        panel_row[0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     parser.add_argument("--pairs", type=count, help=f"pairs P (default: {DEFAULT_PAIRS}; 1 with --models)")
     parser.add_argument(
-        "--tokens", type=count, help="tokens a sequence: N = 2 P tokens rows (default: 256; 128 with --models)"
+        "--tokens", type=count, help="tokens T a sequence, which gives N = 2 P T rows (default: 256; 128 with --models)"
     )
     parser.add_argument("--hidden", type=count, default=768)
     parser.add_argument("--vocabulary", type=count, default=32000)
@@ -46,13 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         choices=MODELS,
         metavar="MODEL",
-        help=f"heads of real models in place of --vocabulary and --hidden: {', '.join(MODELS)} (none named: all)",
+        help=f"heads of real models, in place of --vocabulary and --hidden: {', '.join(MODELS)} (without names: all)",
     )
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is measured: every loss and pass, at every size and dtype."""
+    """What to measure: every loss and pass, at every size and dtype."""
 
     sizes: dict[str, Size]  # by name of the model
     dtypes: list[str]
@@ -66,9 +66,9 @@ def run(options: argparse.Namespace) -> int:
     for loss in options.losses:
         if not set(providers) & PROVIDERS[loss].keys():
             raise ValueError(f"none of {', '.join(sorted(providers))} has the loss {loss!r}: leave it out of --losses")
-    of_models = options.models is not None
-    if of_models:
-        # A call at a large model's size takes seconds even at 256 rows, and eager gigabytes.
+    real_models = options.models is not None
+    if real_models:
+        # At a large model's size a call takes seconds even for 256 rows, and eager takes gigabytes.
         pairs, tokens = options.pairs or 1, options.tokens or 128
         heads = {name: MODELS[name] for name in options.models or MODELS}
     else:
@@ -78,9 +78,9 @@ def run(options: argparse.Namespace) -> int:
     plan = _Plan(sizes, options.dtypes, options.losses, options.passes, providers)
 
     bench = open_bench(options)
-    report = Report(bench, "models" if of_models else "head", HeadRow)
+    report = Report(bench, "models" if real_models else "head", HeadRow)
     rows = _measure(plan, bench, report)
-    if of_models:
+    if real_models:
         report.write_page("Heads of real models", _models(rows))
     else:
         report.write_page("The head", _one_size(rows))
@@ -95,14 +95,14 @@ def _measure(plan: _Plan, bench: Bench, report: Report) -> list[HeadRow]:
                 print(f"{name}: [{size.vocabulary}, {size.hidden}] {dtype}, {loss}", flush=True)
                 runner = LossRunner(size, dtype, loss, bench.settings, plan.providers)
                 for pass_name in plan.passes:
-                    of_pass = runner.run(pass_name)
-                    report.add(of_pass)
-                    rows += of_pass
+                    measured = runner.run(pass_name)
+                    report.add(measured)
+                    rows += measured
     return rows
 
 
 def _models(rows: list[HeadRow]) -> str:
-    """A line a model, loss and pass: the fastest of ours, and the peers' times as multiples of it."""
+    """A line for each model, loss and pass: the fastest of ours, and the peers' times as multiples of its time."""
     groups: dict[tuple[int, int, str, str, str], dict[str, HeadRow]] = {}
     for row in rows:
         key = (row.vocabulary, row.hidden, row.dtype, row.loss, row.pass_name)

@@ -10,7 +10,7 @@ from benchmarks.peers.row_ops import OPTIONAL_PROVIDERS, PROVIDERS
 from benchmarks.workloads.row_case import CaseRunner, RowOpRow
 from benchmarks.workloads.row_ops import REPRESENTATIVE_WORKLOADS, Case, Workload
 
-HELP = "time the SIMD levels of the CPU kernels beside each other"
+HELP = "compare the SIMD levels of the CPU kernels"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +38,8 @@ def run(options: argparse.Namespace) -> int:
     header = ["op and pass", "case", f"{level}, ms", "of limit", "AVX2", "portable", "eager"]
     report.write_page(
         "SIMD levels",
-        "Backward in place. Times of the lower levels and of the faster eager variant as multiples.\n\n"
-        + markdown_table(header, lines, 2),
+        "Passes with a backward are in place. The lower levels and the faster eager variant are multiples of the best "
+        "level's time.\n\n" + markdown_table(header, lines, 2),
     )
     return report.exit_status()
 

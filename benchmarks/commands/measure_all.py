@@ -1,4 +1,4 @@
-"""``all``: every measurement in a process of its own, then the tables and figures."""
+"""``all``: every measuring command for a CPU, each in a process of its own, then their tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks import ROOT
 from benchmarks.commands.arguments import add_out
 
-HELP = "everything under benchmarks/results anew: tables and figures"
+HELP = "run ops, step, head, growth, levels and bars, and update their tables and figure"
 FIGURE = ROOT / "benchmarks" / "figures" / "growth.png"
 
 # In the order in which they run.
@@ -24,7 +24,7 @@ _RUNS = {
     "levels": "levels",
     "bars": "bars",
 }
-# Small enough to try all of it in a minute. `models` is left out: the sizes of real models are not small.
+# Sizes small enough to try all commands in a minute. `models` is left out, since real models are not small.
 _QUICK = {
     "ops": "--repeats 1 --shapes 16x150 --providers ours ours_inplace eager",
     "step": "--repeats 1 --pairs 1 --tokens 8 --vocabulary 130 --hidden 64 --layers 1 --providers ours eager",
@@ -37,9 +37,9 @@ _QUICK = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Runs ops, step, head (of real models too), growth, levels and bars in turn and puts what they measured on the "
-        "pages of benchmarks/results, in place of all that stands between their result markers. "
-        "Goes on after a failure and exits with 1; results of commands that ran are kept."
+        "Runs ops, step, head, head --models, growth, levels and bars in turn. Then puts their results on the pages of "
+        "benchmarks/results, in place of what stands between the pages' result markers. "
+        "Goes on if a command fails, and then exits with 1. The results of the other commands are kept."
     )
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, to try the command itself; needs --page and --figure"

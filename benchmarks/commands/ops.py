@@ -1,4 +1,4 @@
-"""``ops``: every row op and provider at every case, a CSV row and a line on the terminal each."""
+"""``ops``: every row op and provider at every case. Each measurement is a CSV row and a line on the terminal."""
 
 from __future__ import annotations
 
@@ -37,8 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--providers", choices=PROVIDERS, nargs="+", metavar="NAME", help="default: all at the best SIMD level"
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on the normal logits; 40 makes exp() denormal")
-    parser.add_argument("--runs", type=count, default=1, help="repeat everything; a row of the CSV for each run")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="factor on the logits, which are normal; with 40 most of exp() is denormal",
+    )
+    parser.add_argument(
+        "--runs", type=count, default=1, help="how often to measure everything; the CSV has a row for each run"
+    )
 
 
 def _workloads(text: str) -> list[Workload]:
@@ -68,8 +75,8 @@ def run(options: argparse.Namespace) -> int:
         for case in cases:
             runner = CaseRunner(case, bench.settings, options.providers or DEFAULT_PROVIDERS)
             for workload in workloads:
-                of_runs = f", run {index + 1} of {options.runs}" if options.runs > 1 else ""
-                print(f"\n{workload} {case}{of_runs}")
+                run_label = f", run {index + 1} of {options.runs}" if options.runs > 1 else ""
+                print(f"\n{workload} {case}{run_label}")
                 rows = runner.run(workload, index)
                 report.add(rows)
                 for row in rows:

@@ -1,4 +1,4 @@
-"""``plot``: speed-ups and bandwidth shares of ops CSVs, drawn."""
+"""``plot``: draws speed-ups and bandwidth shares of ops CSVs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 def draw(records: Sequence[Record], path: Path) -> None:
     """Two panels a pass: how many times longer each peer takes, and everyone's share of the bandwidth limit.
 
-    Forward and backward is drawn in place, as a trainer that wants the memory calls it. The CSV holds the rest.
+    Forward and backward is drawn for the variant in place, which a trainer uses to save memory. The CSV holds the rest.
     """
     import matplotlib
 
@@ -60,7 +60,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.patches import Patch
 
-    # Cases too small for a share of the bandwidth stay in the tables.
+    # Cases too small for a share of the bandwidth are in the tables alone.
     summaries = [s for s in summarize(records) if float(s.scale) == 1 and "limit_share" in s.values]
     panels = []
     for pass_name, ours in (("fwd", "ours"), ("fwd_bwd", "ours_inplace")):
@@ -109,7 +109,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
 def _bars(
     axis: Any, cases: dict[tuple[str, ...], dict[str, Summary]], column: str, baseline: str | None = None
 ) -> None:
-    """A group of horizontal bars a case, a bar a provider, labelled with its number.
+    """A group of horizontal bars for each case, with a bar for each provider, labelled with its number.
 
     With a baseline the numbers are multiples of the baseline's time, and bars start at 1. The baseline's own label is
     its time.

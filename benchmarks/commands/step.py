@@ -1,4 +1,4 @@
-"""``step``: a training step of a small transformer, everyone's time, and where the time goes."""
+"""``step``: a training step of a small transformer, the time of every provider, and where the time goes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PROFILED = ("ours_inplace", "eager", REFRESH)
 # Steps to profile, by type of device. The profiler takes minutes for a GPU's events. A refresh has hundreds of
 # thousands of events, so it is not profiled on a GPU.
 _PROFILED_STEPS = {"cpu": 3, "cuda": 1}
-# Parts of a step, by what the names of their operators contain; the first that fits.
+# Parts of a step, by what the names of their operators contain. An operator belongs to the first part that fits.
 _PARTS = {
     "row kernels": ("spo_kernels::",),
     "attention": ("attention",),
@@ -63,9 +63,8 @@ def run(options: argparse.Namespace) -> int:
     report = Report(bench, "step", StepRow)
     rows = runner.run()
     report.add(rows)
-    report.write_page(
-        "Training step", _times(rows, size, options.dtype)
-    )  # before the profile, which may outlast a time limit
+    # Written before the profile, which may outlast a time limit.
+    report.write_page("Training step", _times(rows, size, options.dtype))
     device = bench.settings.device
     if profiles := {name: profile(runner.calls[name], device) for name in to_profile(rows, device)}:
         report.append(f"Where the time goes, ms (share), under the profiler:\n\n{_profiles(profiles)}")
@@ -78,7 +77,7 @@ def to_profile(rows: list[StepRow], device: torch.device) -> list[str]:
 
 
 def profile(call: Callable[[], object], device: torch.device) -> Profile:
-    """By the profiler's own times, which make the many small operators longer than they are."""
+    """Milliseconds of each part, by the profiler. It makes small operators look longer than they are."""
     steps = _PROFILED_STEPS[device.type]
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -100,8 +99,8 @@ def part_of(operator: str) -> str:
 def _times(rows: list[StepRow], size: StepSize, dtype: str) -> str:
     title = (
         f"{size.pairs} pairs and {size.kl_samples} KL samples of {size.tokens} tokens, V = {size.vocabulary}, "
-        f"hidden {size.hidden}, {size.layers} layers, {dtype}. `refresh` draws the samples and asks the "
-        f"reference about them, every {size.kl_every} steps; the same for everyone."
+        f"hidden {size.hidden}, {size.layers} layers, {dtype}. `refresh` draws the samples and "
+        f"computes the reference's logits of them, every {size.kl_every} steps; it is the same for every provider."
     )
     header = ["step", "ms (p20-p80)", "CPU ms", "with refresh", "÷ ours in place", "peak MiB", "gradient error"]
     return f"{title}\n\n{markdown_table(header, map(_line, rows), 1)}"

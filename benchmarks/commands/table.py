@@ -14,10 +14,10 @@ from benchmarks.commands.arguments import add_out
 from benchmarks.harness.bench import Environment, machine_line
 from benchmarks.harness.results import Record, markdown_table, read_csv, replace_results
 
-HELP = "print results as markdown tables"
+HELP = "print results as markdown tables, or update the pages of results"
 RESULTS = ROOT / "benchmarks" / "results"
-# Commands with a page under `RESULTS`, in the order of the tables. `ops` leaves a CSV, the others a page each; "models"
-# is `head --models`.
+# Commands with a page under `RESULTS`, in the order of the tables. The tables of `ops` are made from its CSV. The other
+# commands write their tables themselves, on a page. "models" is `head --models`.
 KINDS = ("ops", "step", "head", "models", "growth", "levels", "bars")
 
 PROVIDER_LABELS = {
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="PAGE",
         help="put the tables between the result markers of these pages "
-        "(none named: each table on its own page of benchmarks/results)",
+        "(without names: each table on its own page of benchmarks/results)",
     )
 
 
@@ -73,19 +73,19 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="*",
         metavar="FILE",
-        help="CSVs of ops, pages of the other commands (default: the newest)",
+        help="CSVs of ops, pages of the other commands (default: the newest of each under --out)",
     )
-    add_out(parser, "where they are")
+    add_out(parser, "folder of the newest results (default: out/benchmarks)")
 
 
 def run(options: argparse.Namespace) -> int:
     blocks = _blocks(*measured(options.files, options.out))
-    text = "\n\n".join(block for of_kind in blocks.values() for block in of_kind)
+    text = "\n\n".join(block for found in blocks.values() for block in found)
     if options.update is None:
         print(text)
         return 0
     pages = dict.fromkeys(options.update, text) or {
-        RESULTS / f"{kind}.md": "\n\n".join(of_kind) for kind, of_kind in blocks.items()
+        RESULTS / f"{kind}.md": "\n\n".join(found) for kind, found in blocks.items()
     }
     for page, block in pages.items():
         replace_results(page, block)
@@ -94,21 +94,24 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measured(files: Sequence[Path], out: Path) -> tuple[list[Record], list[Path]]:
-    """(rows of the ops CSVs, pages) of the files named, or of the newest of each kind under out."""
+    """Rows of the CSVs of `ops`, and pages of the other commands. Without files, the newest of each under out."""
     if not files:
         patterns = [f"{kind}-*.{'csv' if kind == 'ops' else 'md'}" for kind in KINDS]
         files = [found[-1] for pattern in patterns if (found := sorted(out.glob(pattern)))]
     tables, pages = ([file for file in files if file.suffix == suffix] for suffix in (".csv", ".md"))
     records = [record for table in tables for record in read_csv(table)]
     if any("provider" not in record or "op" not in record for record in records):
-        raise ValueError("files must be CSVs that `python -m benchmarks ops` wrote, or the pages of step and bars")
+        raise ValueError(
+            "files must be CSVs of `python -m benchmarks ops` or pages of the other commands, got a CSV without the "
+            "column op or provider"
+        )
     if not any(record["status"] == "ok" for record in records):
         raise ValueError(f"no timed op in {', '.join(map(str, tables)) or out}: run `python -m benchmarks ops`")
     return records, pages
 
 
 def _blocks(records: list[Record], pages: list[Path]) -> dict[str, list[str]]:
-    """Markdown by kind of result."""
+    """Blocks of markdown, by command."""
     blocks = {"ops": [ops_markdown(records)]}
     for page in pages:
         kind = page.name.split("-")[0]
@@ -151,7 +154,7 @@ def summarize(records: Iterable[Record]) -> list[Summary]:
 
 
 def ops_markdown(records: Sequence[Record]) -> str:
-    """One table a pass: our time, and each peer's as a multiple of it. The faster eager variant is bold."""
+    """A table for each pass: our time, and each peer's time as a multiple of ours. The faster eager variant is bold."""
     summaries = summarize(records)
     by_case: dict[tuple[str, ...], dict[str, Summary]] = {}
     for summary in summaries:
@@ -188,7 +191,7 @@ def _our_cells(values: dict[str, float]) -> list[str]:
 
 
 def _peer_cells(found: dict[str, Summary], variant: str, peers: Sequence[str]) -> list[str]:
-    """Multiples of the variant's time. The fastest eager variant, the headline, is bold."""
+    """Multiples of the variant's time. The fastest eager variant is bold."""
     times = {name: found[name].values["wall_ms"] for name in peers if name in found}
     eager = [name for name in times if name.startswith("eager")]
     headline = min(eager, key=times.__getitem__) if eager else None
@@ -209,7 +212,7 @@ def digits(value: float) -> str:
 
 
 def environment_line(records: Sequence[Record]) -> str:
-    """The machine of one CSV's rows, with the bandwidths that were the limits."""
+    """The machine of one CSV's rows, and the bandwidth limits measured in its rounds."""
     values: dict[str, Any] = {field.name: records[0][f"env_{field.name}"] for field in fields(Environment)}
     env = Environment(**values)
     limits = [(float(r["read_gb_per_s"]), float(r["update_gb_per_s"])) for r in records if r.get("read_gb_per_s")]

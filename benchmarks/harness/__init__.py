@@ -1,1 +1,1 @@
-"""How everything is measured: clock, memory, correctness gate, rows, pages, figures. It knows no op and no peer."""
+"""How everything is measured: clock, memory, correctness gate, rows, CSVs, pages. It knows no op and no peer."""

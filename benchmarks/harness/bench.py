@@ -29,7 +29,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Environment:
-    """What the numbers belong to; the last columns of every row, as ``env_...``."""
+    """The machine and the versions that were measured. They are the last columns of every row, as ``env_...``."""
 
     date: str
     commit: str
@@ -56,11 +56,12 @@ class Bench:
 
 def environment(arguments: Sequence[str], device: torch.device, simd: str) -> Environment:
     # --out is left out of the command that pages show: the folder says nothing about the results.
-    said = [now for before, now in pairwise(["", *arguments]) if "--out" not in (before, now.partition("=")[0])]
+    pairs = pairwise(["", *arguments])
+    shown = [argument for before, argument in pairs if "--out" not in (before, argument.partition("=")[0])]
     return Environment(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         commit=_commit(),
-        command=shlex.join(["python", "-m", "benchmarks", *said]),
+        command=shlex.join(["python", "-m", "benchmarks", *shown]),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         cpu=_cpu_model(),
         threads=torch.get_num_threads(),

@@ -22,7 +22,7 @@ class Contender:
     entry: measure.Entry
     check: Callable[[], Verdict]  # the gate
     memory: measure.Entry | None  # what is called to measure memory; None leaves memory out
-    result_bytes: int = 0  # of the results of a call, which are no extra memory
+    result_bytes: int = 0  # bytes of a call's results, which do not count as extra memory
 
 
 def contest(

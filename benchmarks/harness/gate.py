@@ -1,4 +1,4 @@
-"""The correctness gate: what is wrong takes no part in any comparison.
+"""The correctness gate: a wrong result takes no part in any comparison.
 
 A workload computes errors in the way that fits its results. The budgets catch a wrong formula, row or scale; tests look
 at the last digits.
@@ -19,7 +19,7 @@ _COMPARED = 1 << 24
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says of one implementation."""
+    """The gate's verdict on one implementation."""
 
     errors: dict[str, float]
     problem: str = ""  # becomes the row's status; empty for a right result
@@ -34,7 +34,7 @@ def failure(error: RuntimeError) -> str:
 
 
 def judge(check: Callable[[], Verdict]) -> Verdict:
-    """The check's verdict. A peer that this machine cannot compile or hold fails, and the others go on."""
+    """The check's verdict. A RuntimeError counts as "failed": a machine may be unable to compile or hold a peer."""
     try:
         return check()
     except RuntimeError as error:
@@ -42,7 +42,10 @@ def judge(check: Callable[[], Verdict]) -> Verdict:
 
 
 def relative_error(got: Tensor | None, truth: Tensor, scale: float = 1.0) -> float:
-    """Norm of ``scale * got - truth`` over the norm of truth, in float64; infinite where nothing was got."""
+    """Norm of ``scale * got - truth`` over the norm of truth, in float64. Infinite if `got` is None.
+
+    If truth is 0, the norm itself.
+    """
     if got is None:
         return math.inf
     error, size = 0.0, 0.0
@@ -53,21 +56,21 @@ def relative_error(got: Tensor | None, truth: Tensor, scale: float = 1.0) -> flo
 
 
 def worst(errors: Iterable[float]) -> float:
-    """The largest; NaN is larger than everything."""
+    """The largest error. NaN counts as larger than any number."""
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
 def by_norm(errors: dict[str, float], budget: float) -> Verdict:
-    """Verdict on relative errors, all with one budget. NaN is wrong."""
+    """Verdict on relative errors, all with the same budget. NaN is wrong."""
     largest = worst(errors.values())
     return Verdict(errors, "" if largest <= budget else f"wrong: off by {largest:.3g}, relative")
 
 
 @dataclass(frozen=True)
 class ElementBudget:
-    """Largest allowed errors of an element.
+    """Largest allowed error of an element.
 
-    Of an output: ``out + out_relative |truth|``. Of a gradient: grad times the largest gradient.
+    An output may be off by ``out + out_relative |truth|``, a gradient by `grad` times its row's largest element.
     """
 
     out: float
@@ -84,7 +87,7 @@ def by_element(
     for name, output in outputs.items():
         error = (output.double() - truth[name]).abs()
         errors["out"] = worst([errors.get("out", 0.0), error.max().item()])
-        if not bool((error <= budget.out + budget.out_relative * truth[name].abs()).all()):  # so that NaN is wrong
+        if not bool((error <= budget.out + budget.out_relative * truth[name].abs()).all()):  # NaN fails this test
             wrong.append(f"{name} off by {error.max().item():.3g}")
     for name, gradient in gradients.items():
         scale = truth[name].abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

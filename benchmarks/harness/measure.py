@@ -16,13 +16,15 @@ from torch import Tensor
 
 from spo_kernels import backends
 
-# Cases too short to time well are repeated up to this many times more often, until a provider has run this long.
+# A case of short calls gets more rounds than asked for, so that the calls of the slowest entry add up to
+# _ENOUGH_SECONDS, but at most _MORE_ROUNDS times as many.
 _MORE_ROUNDS = 20
 _ENOUGH_SECONDS = 0.5
-# A call that follows another provider's call finds its code and threads cold, which matters to calls of microseconds.
+# A call that follows another provider's call finds its code and threads cold, which matters for calls of microseconds.
+# If all calls are shorter than _SHORT_SECONDS, an entry's turn is a burst of calls, of which the median counts.
 _SHORT_SECONDS = 0.01
-# More than every last-level cache of a GPU holds (256 MiB on an MI300X). Reading it takes so long that the call is
-# launched meanwhile: events around the call see the device's time and not Python's.
+# More than the last-level cache of any GPU holds (256 MiB on an MI300X). The GPU reads it for so long that Python
+# launches the call meanwhile. Events around the call then measure the device's time, not Python's.
 _FLUSH_BYTES = 512 << 20
 
 
@@ -32,7 +34,7 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """Something to time: prepare and finish run around each call, outside the timed region."""
+    """A call to time. prepare runs before each call and finish after it, outside the timed region."""
 
     call: Callable[[], object]
     prepare: Callable[[], None] = nothing
@@ -57,12 +59,14 @@ def quantile(samples: Sequence[float], q: float) -> float:
 
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """Median over rounds of the ratio within a round: what drifts from round to round cancels."""
+    """Median over rounds of the ratio within a round. A drift of the machine's speed between rounds cancels."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
 class Clock:
-    """Times one call: perf_counter and process time, or on a GPU events, after evicting its caches.
+    """Times one call: wall time, and CPU time of the process.
+
+    On a GPU the caches are evicted first, and the device's time between two events replaces the wall time.
 
     device: a GPU must be torch's current device, to which events belong.
     """
@@ -75,15 +79,15 @@ class Clock:
 
     def time(self, call: Callable[[], object]) -> tuple[float, float]:
         if self._cuda:
-            self._flush.sum()  # read: lines written would be written back within the timed region
-            self._start.record()  # in the queue behind the flush: nothing waits here
+            self._flush.sum()  # a read, since written lines would be written back within the timed region
+            self._start.record()  # queued behind the flush, so Python does not wait here
         cpu, wall = time.process_time(), time.perf_counter()
         result = call()
         if self._cuda:
             self._end.record()
             self._end.synchronize()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        del result  # giving memory back is outside the timed region for everyone
+        del result  # memory is given back outside the timed region
         return (self._start.elapsed_time(self._end) / 1e3 if self._cuda else wall), cpu
 
 
@@ -102,10 +106,11 @@ def interleave(
     *,
     burst_of_short_calls: int = 5,
 ) -> dict[str, Samples]:
-    """Time all entries in turns, one call each a round, so that a change of the machine meets all of them.
+    """Time all entries in turns, one call each a round, so that a change of the machine's speed affects all of them.
 
-    The first round is warm-up. There are `repeats` rounds, more where rounds are short. The order rotates, so that no
-    entry always follows the same other one. Where all calls are short, a turn is the median of `burst_of_short_calls`.
+    The first round is warm-up and is not counted. There are `repeats` further rounds, or more if calls are short. The
+    order rotates, so that each entry takes each place in a round. If all calls are short, a turn is the median of
+    `burst_of_short_calls`.
     """
     clock = Clock(device)
     labels = list(entries)
@@ -131,13 +136,14 @@ def interleave(
 
 
 class Bandwidth:
-    """The limit: bytes a second of loops that read, and that read and write, an array of the working set's size.
+    """The limit: bytes a second at which simple loops read an array of `nbytes`, and read and write it.
 
-    On a GPU, ``copy_`` for both. On a CPU with the compiled kernels, their own streaming loops (several streams,
-    prefetch, `threads` threads). Reductions of torch fall short of these: on a CPU without the kernels they are a
-    stand-in, and `source` says so.
-    Call `sample` once in every round of the timed calls, the warm-up included. A round's calls are
-    compared with the best loop of that round: other tenants of a machine's memory may halve its rate for minutes.
+    On a GPU both rates are those of ``copy_``. On a CPU with the compiled kernels, the loops are the control module's,
+    on `threads` threads (csrc/python/bandwidth_probe.h). On a CPU without them, ``torch.sum`` and ``torch.add_`` stand
+    in. These are slower, and `source` says so.
+
+    Call `sample` once in every round of the timed calls, the warm-up included. A round's calls are compared with the
+    rates of that round, since other tenants of a machine's memory may halve its rate for minutes.
     """
 
     def __init__(self, nbytes: int, device: torch.device, threads: int, clock: Clock | None = None) -> None:
@@ -174,7 +180,7 @@ class Bandwidth:
 
 
 def touch(tensors: Sequence[Tensor]) -> None:
-    """Read tensors once, so that those that fit a cache are in it."""
+    """Read the tensors once. Afterwards a cache holds them if they fit."""
     for tensor in tensors:
         tensor.view(torch.uint8).amax()
 
@@ -207,11 +213,11 @@ class PeakMemory:
     """Peak bytes beyond what was allocated before the call."""
 
     allocator: int  # torch's allocations, to the byte
-    resident: int | None  # pages of the process, which also sees other memory; None where the system does not tell
+    resident: int | None  # rise of the process's resident memory, by any allocator; None where the system does not say
 
 
 def peak_memory(entry: Entry, device: torch.device) -> PeakMemory:
-    """Peak memory of one call (of one more for the resident pages)."""
+    """Peak memory of one call. On a CPU a second call is made, to measure resident memory."""
     if device.type == "cuda":
         entry.prepare()
         torch.cuda.synchronize()
@@ -230,7 +236,7 @@ def peak_memory(entry: Entry, device: torch.device) -> PeakMemory:
 
 
 def _peak_allocated(call: Callable[[], object]) -> int:
-    """Replays the allocations and frees that the profiler saw, compiled graphs and our own kernels included."""
+    """Replay the allocations and frees that the profiler saw, which include compiled graphs and our own kernels."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
@@ -251,7 +257,7 @@ def _peak_allocated(call: Callable[[], object]) -> int:
 
 
 def _peak_resident(call: Callable[[], object]) -> int | None:
-    """Linux keeps the high-water mark of resident pages, and lets a process reset its own."""
+    """Rise of the high-water mark of resident pages. Linux lets a process reset its own mark."""
     status = Path("/proc/self/status")
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""What a command leaves: a CSV with the machine on every row, a markdown page, and its exit status."""
+"""The results of a command: a CSV with the machine on every row, a markdown page, and the exit status."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Record = dict[str, str]  # a row of a CSV that was read
 
 
 class CsvWriter:
-    """Appends rows as they come, so that an interrupted run keeps what it measured."""
+    """Appends rows as they come, so that an interrupted run keeps the rows that it measured."""
 
     def __init__(self, path: Path, row_type: type, environment: Environment) -> None:
         self.path = path
@@ -67,12 +67,12 @@ class Report:
         print("", text, "", self.path, self.page, sep="\n", flush=True)
 
     def append(self, text: str) -> None:
-        """Add to the page what took longer than the results."""
+        """Add to the page a part that is ready only after the results."""
         self.page.write_text(f"{self.page.read_text()}\n{text}\n")
         print("", text, sep="\n", flush=True)
 
     def exit_status(self) -> int:
-        """1 if a result of ours is wrong or failed; names these on stderr."""
+        """1 if a result of ours is wrong or failed. Writes the names of such results to stderr."""
         failures = failures_of_ours(self._rows)
         for row in failures:
             case = [str(value) for name, value in cells(row).items() if name in _leading_columns(type(row))]
@@ -81,7 +81,7 @@ class Report:
 
 
 def _leading_columns(row_type: type) -> set[str]:
-    """Columns that say what was measured: all before the status, but for the provider."""
+    """Columns that say what was measured: all before the status, except the provider."""
     names = column_names(row_type)
     return set(names[: names.index("status")]) - {"provider"}
 

@@ -39,10 +39,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak of a call beyond its inputs, and beyond what the workload says its results are."""
+    """Peak of a call beyond its inputs and beyond the bytes of its results, which the workload states."""
 
     extra_mib: float  # torch's allocations
-    extra_resident_mib: float | None  # pages of the process, which also hold other memory
+    extra_resident_mib: float | None  # the same of the process's resident memory, by any allocator
 
     @staticmethod
     def of(peak: measure.PeakMemory, result_bytes: int) -> Memory:
@@ -51,22 +51,22 @@ class Memory:
 
 
 class Row(Protocol):
-    """What the harness reads and fills of a workload's row."""
+    """The attributes of a workload's row that the harness reads and fills."""
 
     provider: str
     status: str  # "ok"; or "wrong: ...", "failed: ...", "skipped: ..."
     timing: Timing | None
     memory: Memory | None
-    error: dict[str, float]  # against the truth
-    over: dict[str, float]  # wall and CPU time over the time of others, median over rounds
+    error: dict[str, float]  # largest errors against the truth
+    over: dict[str, float]  # wall and CPU time over another provider's, by ratio; medians over rounds
 
     @property
     def ours(self) -> bool:
-        """Whether a wrong result is this project's fault: then the command fails."""
+        """Whether this project is at fault if the result is wrong: then the command fails."""
 
 
 class Result(Protocol):
-    """What a report needs of a row."""
+    """The attributes of a row that a report reads."""
 
     provider: str
     status: str
@@ -98,7 +98,7 @@ def column_names(row_type: Any) -> list[str]:
 
 
 def cells(row: Any) -> dict[str, Any]:
-    """What was measured, by column."""
+    """The values of a row by column. A column that was not measured is missing or None."""
     found: dict[str, Any] = {}
     for column in fields(row):
         value = getattr(row, column.name)

@@ -1,1 +1,1 @@
-"""Models of the kernels without a GPU: what compilers made of them, and which of their lines the emulator runs."""
+"""GPU kernels without a GPU: models of their compiled code, and a count of their lines that the emulator runs."""

@@ -37,7 +37,7 @@ def main() -> int:
     if shutil.which("gcov") is None:
         sys.exit("gcov, which comes with g++, is not on PATH")
     with tempfile.TemporaryDirectory() as folder:
-        # An optimizing compiler merges lines.
+        # -O0, because an optimizing compiler merges lines.
         environment = os.environ | {"SPO_EMULATOR_FLAGS": "--coverage -O0"}
         chosen = ["-k", "emulated_cuda or split", "tests/test_ops.py", "tests/cuda/test_cuda_emulator.py"]
         command = [sys.executable, "-m", "pytest", "-q", f"--basetemp={folder}/tests", *chosen]

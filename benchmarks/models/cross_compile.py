@@ -1,8 +1,8 @@
 """``python -m benchmarks.models.cross_compile cuda:90 hip:gfx942`` compiles every Triton kernel, without those GPUs.
 
-Prints one JSON object per compilation: what it was, its registers, the bytes or registers it spilled, and its loops
-over vectors, for the model in machine_code.py. With ``table``, prints what the loops of the largest bfloat16
-configurations need. Runs as a program, because a process that interprets kernels cannot compile them.
+Prints one JSON object per compilation: the case, its registers, the bytes or registers that it spilled, and its loops
+over vectors, which the model in machine_code.py reads. With ``table``, prints what the loops of the largest bfloat16
+configurations need. It runs as a program, because a process that interprets kernels cannot compile them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ THOROUGH = "cuda:90"
 LARGEST, SMALLER = 128256, (1000, 32768)
 HARDEST = (("bf16", None), ("bf16", "bf16"), ("fp64", "fp64"))
 
-
 # Arguments that Triton never knows to be multiples of 16.
 _NEVER_ALIGNED = ("N", "T", "ignore_index", "transform_rows", "ref_transform_rows")
 # Arguments that are None in a launch without a reference, and without row options.
@@ -55,7 +54,7 @@ class Case(NamedTuple):
     factors: int = 0
 
 
-# A plain online softmax, with an exponential for the maximum of each element. The gate on loops must refuse it.
+# A plain online softmax, which takes a second exponential for each element's maximum. The test of loops must refuse it.
 PLANTED = Case("token_stats_fwd_kernel", "bf16", None, {"STEPS": 1, "LANES": 2048, "VECTOR": 1}, 256)
 
 
@@ -79,7 +78,7 @@ def cases(
 
 
 def variants(V: int) -> Iterator[Case]:
-    """Launches with arguments left out, and with sizes of 1, which Triton makes constants."""
+    """Launches with arguments left out, and with sizes of 1, which Triton compiles as constants."""
     block = launch.block_config(V)
     blocks = {"BLOCK": block.block}
     row = launch.row_config(V, ITEMSIZE["bf16"], 2, True)

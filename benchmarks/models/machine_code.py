@@ -40,7 +40,8 @@ GPUS = {
     "B200": Gpu("sm_100", 148, 1.85e9, 8.0e12),
 }
 
-# Cycles of a multiprocessor for one warp instruction, by what the instruction's name begins with. First match counts.
+# Pipe, cycles of a multiprocessor for one warp instruction, and beginnings of the instructions' names. The first match
+# counts.
 PIPES = (
     ("special", 2.0, "MUFU F2F F2I I2F FRND POPC"),
     ("load/store", 1.0, "LDG STG LDS STS LDL STL SHFL ATOM RED"),
@@ -83,7 +84,7 @@ class Loop(NamedTuple):
 
 
 def tool(name: str) -> str:
-    """cuobjdump or nvdisasm, of the CUDA toolkit or of Triton, which ships them."""
+    """Path of cuobjdump or nvdisasm, from the CUDA toolkit or from Triton, which ships both."""
     if found := shutil.which(name):
         return found
     triton = importlib.util.find_spec("triton")
@@ -132,7 +133,7 @@ def _cycles(body: list[str]) -> dict[str, float]:
     for name in body:
         for pipe, each, prefixes in PIPES:
             if name.startswith(tuple(prefixes.split())):
-                cycles[pipe] += each * (4 if ".128" in name else 1)  # a vector takes four turns
+                cycles[pipe] += each * (4 if ".128" in name else 1)  # 16 bytes take four turns
                 break
     return cycles | {"issue": ISSUE_CYCLES * len(body)}
 
@@ -156,7 +157,7 @@ def loops(library: Path, arch: str, only: str) -> Iterator[Loop]:
 
 
 def _loop_bodies(text: str) -> Iterator[list[str]]:
-    """The instructions' names from a label to each branch back to it."""
+    """The names of the instructions from a label to a branch back to it, for each such branch."""
     names: list[str] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -172,8 +173,8 @@ def _loop_bodies(text: str) -> Iterator[list[str]]:
 def vector_loops(kernel: str, text: str) -> Iterator[Loop]:
     """The vector loops of one disassembled kernel. kernel: its name, mangled or not.
 
-    Several loops may differ only in how many vectors an iteration takes. The largest counts; the smaller loops run at
-    the end of a row.
+    Loops that do not store may differ only in how many vectors an iteration takes. Only the largest of them counts: the
+    smaller loops run at the end of a row. All loops that store count.
     """
     found: dict[bool, list[Loop]] = {}
     for body in _loop_bodies(text):

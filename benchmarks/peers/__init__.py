@@ -1,1 +1,1 @@
-"""Who is measured: this project's functions and their peers, by what they compute."""
+"""The providers: this project's functions and their peers, by what they compute."""

@@ -17,7 +17,7 @@ def token_logps_lse(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def kl_terms(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """What each token of the vocabulary adds to the KL, ``[..., V]``."""
+    """The summand of the KL for each token of the vocabulary, ``[..., V]``."""
     logps, ref_logps = F.log_softmax(logits, -1), F.log_softmax(ref_logits, -1)
     return logps.exp() * (logps - ref_logps)
 
@@ -37,5 +37,5 @@ def kl_loss(logits: Tensor, ref_logits: Tensor, row_weight: Tensor) -> Tensor:
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """As trainers cast half-precision logits."""
+    """Half-precision logits in float32, as trainers cast them; others as they are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

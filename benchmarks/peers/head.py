@@ -1,9 +1,9 @@
-"""Who has the head: losses from hidden states and a weight. One entry of `PROVIDERS` per loss and implementation.
+"""The providers of the head: losses from hidden states and a weight. `PROVIDERS` has them by loss.
 
 Two losses: ``pairs`` is SPO's loss of 2P sequences (eq. 8 with uniform weights), ``kl`` the sum of every token's exact
-KL to a reference head. Everyone computes the same scalar and its gradients by hidden states and weight, with one
-exception: PyTorch's chunked linear cross-entropy has no per-token result. It gets a plain sum of log-probs, which takes
-the same matrix products without pairs.
+KL to a reference head. Every provider computes the same scalar, and its gradients with respect to hidden states and
+weight, with one exception: PyTorch's chunked linear cross-entropy has no per-token result. It computes a plain sum of
+log-probs, which takes the same matrix products, without pairs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Provider:
     ours: bool = False
     compiled: bool = False
     pairs: bool = True  # False: a sum over tokens
-    half_only: bool = False
+    half_only: bool = False  # in float32 it is the same as another provider
     backward_only: bool = False  # without gradients it is the same as another provider
 
 
@@ -77,7 +77,7 @@ def cross_entropy(x: Inputs) -> Tensor:
 
 def chunked_nll(x: Inputs) -> Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # where it cannot work in chunks it warns and stores the logits
+        warnings.simplefilter("error")  # it warns where it cannot work in chunks and stores the logits instead
         return F.linear_cross_entropy(
             x.hidden.flatten(0, 1),
             x.weight,
@@ -88,14 +88,17 @@ def chunked_nll(x: Inputs) -> Tensor:
 
 
 def liger(x: Inputs) -> Tensor:
-    """DPO without a reference is eq. 8 times alpha. Chunks of a pair, gradients in the forward, compiled inside."""
+    """Liger's DPO loss without a reference, which is eq. 8 times alpha.
+
+    It works on one pair at a time, computes the gradients in the forward, and compiles its inner loop.
+    """
     dpo = import_module("liger_kernel.chunked_loss").LigerFusedLinearDPOLoss
     loss: Tensor = dpo(beta=_ALPHA, use_ref_model=False, compute_nll_loss=False)(x.weight, x.hidden, x.labels)[0]
     return loss / _ALPHA
 
 
 def cut_cross_entropy(x: Inputs) -> Tensor:
-    """The package's implementation for devices without Triton: compiled, with the logits in memory."""
+    """The package's implementation for devices without Triton: compiled, and it stores the logits."""
     linear_cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
     labels = x.labels.flatten()
     nll = linear_cross_entropy(x.hidden.flatten(0, 1), x.weight, labels, impl="torch_compile", reduction="none")
@@ -103,7 +106,7 @@ def cut_cross_entropy(x: Inputs) -> Tensor:
 
 
 def trl(x: Inputs) -> Tensor:
-    """Tiles of 4096 rows by 32768 columns, as TRL's trainers call it; recomputes."""
+    """TRL's chunked log-probs with the tiles of its trainers, 4096 rows by 32768 columns. Recomputes the logits."""
     chunked = import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
     logps = chunked.apply(x.hidden.flatten(0, 1), x.weight, None, x.labels.flatten(), 1.0, 32768, None, 1.0, ())[0]
     return _pair_loss(logps.view(x.labels.shape))
@@ -130,8 +133,9 @@ def _our_token_kl(x: Inputs) -> Tensor:
     return spo_kernels.linear_token_kl(x.hidden, x.weight, x.ref_hidden, x.ref_weight).sum()
 
 
-# By loss. Forward and backward of the pairs take three products where the logits are kept or the forward computes the
-# gradients, and four where the backward recomputes the logits. The KL has two heads, of which one learns: four and six.
+# By loss, then by name. Forward and backward of the pair loss take three products if the logits are kept or the forward
+# computes the gradients, and four if the backward recomputes the logits. The KL has a second head, which gets no
+# gradient: it takes four products, or six.
 PROVIDERS: dict[str, dict[str, Provider]] = {
     "pairs": {
         "recompute_free": Provider(_our_pairs("recompute_free"), 3, ours=True, backward_only=True),

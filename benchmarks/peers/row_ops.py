@@ -1,6 +1,7 @@
-"""Who has the row ops. One entry of `PROVIDERS` per implementation: a function of an op's arguments for each op it has.
+"""The providers of the row ops. An entry of `PROVIDERS` holds one implementation's functions, by op.
 
-A function returns the op's outputs, one Tensor or a tuple. The harness drives the backward, the same way for everyone.
+A function takes the op's arguments and returns its outputs, one Tensor or a tuple. The harness runs the backward, in
+the same way for every provider.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ _FLOATING = (torch.float32, torch.float64, *_HALF)
 class Provider:
     functions: Mapping[str, Function]
     dtypes: tuple[torch.dtype, ...] = _FLOATING
-    native: bool = False  # computes in the logits' dtype: in half precision the gate has wider budgets
+    native: bool = False  # computes in the logits' dtype; the gate's budgets are wider for it in half precision
     backward_only: bool = False  # without gradients it is the same as another provider
     inplace: bool = False  # overwrites the logits, which are restored outside the timed region
     compiled: bool = False
     simd: str | None = None  # SIMD level of our CPU kernels; None: the level in use
-    missing: Callable[[torch.device], str | None] = lambda device: None  # why it cannot be measured; None when it can
+    missing: Callable[[torch.device], str | None] = lambda device: None  # why it cannot be measured; None if it can
 
     def function(self, op: str) -> Function:
         """The function to call at one shape; compiled functions are compiled for that shape alone."""
@@ -48,7 +49,7 @@ def cross_entropy_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def trl_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    # TRL works on [B, T, V], one sequence at a time: here eight sequences, where their number divides the rows.
+    # TRL takes [B, T, V] and works on one sequence at a time. The rows become eight sequences if eight divides them.
     sequences = 8 if logits.shape[0] % 8 == 0 else 1
     selective_log_softmax = importlib.import_module("trl.trainer.utils").selective_log_softmax
     return selective_log_softmax(logits.unflatten(0, (sequences, -1)), labels.unflatten(0, (sequences, -1))).flatten()
@@ -73,7 +74,7 @@ _EAGER: dict[str, Function] = {
 
 
 def _upcast(function: Function) -> Function:
-    """The function on ``.float()`` logits: what trainers do with half-precision logits. Row weights are float32."""
+    """The function on ``.float()`` logits, as trainers call it on half-precision logits. Row weights are float32."""
     return lambda *args: function(*(x.float() if x.is_floating_point() else x for x in args))
 
 
@@ -144,5 +145,5 @@ DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if name not in OPTIONAL_PRO
 
 
 def is_ours(name: str) -> bool:
-    """Whether a wrong result is this project's fault: then the run fails."""
+    """Whether this project is at fault if the result is wrong: then the run fails."""
     return name.startswith("ours")

@@ -1,1 +1,1 @@
-"""What is measured, one module a workload: its row, inputs, truth, and the entries that are timed."""
+"""The workloads. Each has its row of results, inputs, truth, and the calls that are timed."""

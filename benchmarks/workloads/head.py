@@ -1,10 +1,9 @@
-"""The head: losses from hidden states and a weight, against peers and against the matrix products that they all need.
+"""The head: losses from hidden states and a weight, against peers and against the matrix products that all need.
 
 Work is counted in products of all rows, 2 N H V operations each. The *share of the peak* is the time that a loss's
 products would take at the rate of a square product, over the time taken. Products of other shapes run at other rates,
-so everyone is also
-compared with the fewest products of the loss alone. These run untiled, by the same library, into memory allocated
-beforehand. Both yardsticks are timed in the same rounds.
+so every provider is also compared with the fewest products that the loss needs, alone. The same library makes them,
+untiled, into memory allocated beforehand. Both yardsticks are timed in the same rounds.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from benchmarks.peers import eager
 from benchmarks.peers.head import EAGER, FORWARD_UNITS, OURS, PROVIDERS, Inputs, Loss, Provider, eager_kl, eager_pairs
 from spo_kernels.precision import native_products
 
-# Side of the square product. On a GPU the product must take longer than its launch: with 2048 the time of a round's
-# single call was mostly the host's, and shares of the "peak" came out far above 1.
+# Side of the square product. On a GPU the product must take longer than its launch. With 2048 a single call measured
+# mostly the host's time, and shares of the "peak" came out far above 1.
 _PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
-# Of errors relative to float64, by norm. In bfloat16 eager rounds the logits, which costs it percents.
+# Budgets of errors relative to float64, by norm. In bfloat16 eager rounds the logits, so its errors are percents.
 _BUDGETS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float64: 1e-10}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PASSES = ("fwd", "fwd_bwd")
@@ -66,13 +65,12 @@ class HeadRow:
     timing: Timing | None = field(default=None, metadata=part(Timing))
     units: int | None = None
     peak_share: float | None = None
-    peak_gflop_per_s: float | None = None  # of float32 products
-    native_gflop_per_s: float | None = None  # of products of the dtype
+    peak_gflop_per_s: float | None = None  # of the square product in float32
+    native_gflop_per_s: float | None = None  # of the square product in the row's dtype
     memory: Memory | None = field(default=None, metadata=part(Memory))  # beyond inputs and gradients
     error: dict[str, float] = field(default_factory=dict, metadata=keyed("loss", "hidden", "weight"))
-    over: dict[str, float] = field(
-        default_factory=dict, metadata=keyed("eager", "products")
-    )  # the faster eager; the fewest products, in the dtype
+    # eager: the faster of the eager variants. products: the fewest products, in the row's dtype.
+    over: dict[str, float] = field(default_factory=dict, metadata=keyed("eager", "products"))
 
     @property
     def ours(self) -> bool:
@@ -86,10 +84,10 @@ def make_inputs(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
 
-    # Logits of unit variance: a softmax that is neither flat nor a point.
+    # The logits have unit variance, so the softmax is neither flat nor a point.
     hidden, weight = noise(*shape, size.hidden), noise(size.vocabulary, size.hidden) / size.hidden**0.5
     labels = torch.randint(size.vocabulary, shape, generator=generator, device=device)
-    # A policy that has moved from its reference.
+    # The policy has moved away from its reference.
     ref_hidden = hidden + noise(*shape, size.hidden) / 2
     ref_weight = weight + noise(*weight.shape) / (4 * size.hidden**0.5)
     return Inputs(
@@ -106,23 +104,23 @@ def _sum_of_nll(x: Inputs) -> Tensor:
 
 
 def _truth(loss: Loss, x: Inputs) -> Truth:
-    """The loss and its gradients in float64, summed over pairs one at a time, so that the logits fit the memory."""
+    """The loss and its gradients in float64. They are summed pair by pair, so that the logits fit the memory."""
     hidden, weight = (leaf.detach().double().requires_grad_() for leaf in (x.hidden, x.weight))
     ref_hidden, ref_weight = x.ref_hidden.double(), x.ref_weight.double()
     pairs = len(x.labels) // 2
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for pair in range(pairs):
         both = [pair, pairs + pair]
-        of_pair = loss(Inputs(hidden[both], weight, x.labels[both], ref_hidden[both], ref_weight))
-        of_pair.backward()
-        total += of_pair.detach()
+        pair_loss = loss(Inputs(hidden[both], weight, x.labels[both], ref_hidden[both], ref_weight))
+        pair_loss.backward()
+        total += pair_loss.detach()
     assert hidden.grad is not None
     assert weight.grad is not None
     return {"loss": total, "hidden": hidden.grad, "weight": weight.grad}
 
 
 def _gate(loss: Loss, x: Inputs, truth: Truth, scale: int) -> Verdict:
-    """Errors of loss and gradients; scale: truth / the loss's value."""
+    """Errors of loss and gradients. scale: the factor from the provider's loss to the truth."""
     _clear(x)
     value = loss(x)
     value.backward()
@@ -166,8 +164,8 @@ def _products_entry(x: Inputs, loss: str, pass_name: str) -> measure.Entry:
     dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
 
     def call() -> None:
-        for operand, of_vocabulary in heads:
-            torch.mm(operand, of_vocabulary.t(), out=logits)
+        for states, head_weight in heads:
+            torch.mm(states, head_weight.t(), out=logits)
         if pass_name == "fwd_bwd":
             torch.mm(logits, weight, out=dhidden)
             torch.mm(logits.t(), hidden, out=dweight)
@@ -176,7 +174,7 @@ def _products_entry(x: Inputs, loss: str, pass_name: str) -> measure.Entry:
 
 
 class LossRunner:
-    """Everyone who has a loss, at one size and dtype: compared with float64 once, then timed pass by pass."""
+    """All providers of a loss at one size and dtype: compared with float64 once, then timed pass by pass."""
 
     def __init__(
         self, size: Size, dtype_name: str, loss: str, settings: Settings, names: Iterable[str] | None = None
@@ -188,7 +186,7 @@ class LossRunner:
             for name, provider in PROVIDERS[loss].items()
             if name in (names or PROVIDERS[loss]) and not (provider.half_only and self._dtype == torch.float32)
         }
-        # Everything is compiled for this size alone, also what a peer compiles inside.
+        # Everything is compiled for this size alone, including what a peer compiles itself.
         torch._dynamo.reset()
         self._losses = {
             name: torch.compile(provider.loss, dynamic=False, fullgraph=True) if provider.compiled else provider.loss
@@ -205,7 +203,7 @@ class LossRunner:
         }
 
         def check(name: str, provider: Provider) -> Verdict:
-            # The truth is a sum over pairs, the loss their mean.
+            # The truth is a sum over pairs. The providers' loss is the mean.
             scale = self._size.pairs if provider.pairs else 1
             return _gate(self._losses[name], self._inputs, truths[provider.pairs], scale)
 
@@ -258,5 +256,5 @@ class LossRunner:
 
 
 def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """In which our products run."""
+    """The dtype in which our products run."""
     return dtype if dtype == torch.float32 or native_products(device.type, dtype) else torch.float32

@@ -1,4 +1,4 @@
-"""A row op at one case: the row of its results, the call that is timed, the gate, and everyone's measurement."""
+"""A row op at one case: the row of its results, the call that is timed, the gate, and the runner of all providers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from benchmarks.peers.row_ops import PROVIDERS, Function, Provider, is_ours
 from benchmarks.workloads.row_ops import DENORMAL_SCALE, OPS, SCALED_UPSTREAM, Case, Op, Workload
 
 _MIB = 1 << 20
-# Rows the gate compares: some from both ends, because offsets and tails go wrong there.
+# Number of rows that the gate compares: the first and the last, because offsets and tails go wrong there.
 _GATE_ROWS = 8
-# Below this, starting threads and calling from Python take as long as moving the bytes, and a share means nothing.
+# Smaller logits get no share of the limit: starting threads and calling from Python take as long as moving the bytes.
 _LIMITED_BYTES = 8 << 20
-# What the greediest peer needs, in float32 [N, V] tensors (eager KL of half-precision logits, forward and backward).
+# Memory of the peer that needs most, in float32 [N, V] tensors: eager KL of half-precision logits with its backward.
 _PEER_TENSORS = 12
 
 
 @dataclass
 class RowOpRow:
-    """One provider at one op, pass and case in one run. Empty cells were not measured. Times are of a call."""
+    """One provider at one op, pass and case in one run. Empty cells were not measured. Times are those of one call."""
 
     run: int
     op: str
@@ -37,17 +37,17 @@ class RowOpRow:
     shape: str
     dtype: str
     scale: float
-    cache: str  # warm: inputs read just before the call; cold: larger than the last-level cache
+    cache: str  # warm: inputs fit the last-level cache and are read just before the call; cold: otherwise
     provider: str
     status: str = ""
     timing: Timing | None = field(default=None, metadata=part(Timing))
     cpu_p20_ms: float | None = None
     cpu_p80_ms: float | None = None
-    model_mb: float | None = None  # the byte model: the least the op must move
-    gb_per_s: float | None = None  # of the byte model
+    model_mb: float | None = None  # the byte model: what the op must move at least
+    gb_per_s: float | None = None  # bytes of the model over the median time
     limit_share: float | None = None  # time of the byte model at the same round's limits / the call's time
     read_gb_per_s: float | None = None  # measured limit of read-only loops, median over rounds
-    update_gb_per_s: float | None = None  # and of read-and-write loops
+    update_gb_per_s: float | None = None  # the same of loops that read and write
     limit_source: str = ""
     memory: Memory | None = field(default=None, metadata=part(Memory))
     error: dict[str, float] = field(default_factory=dict, metadata=keyed("out", "grad"))
@@ -61,7 +61,7 @@ class RowOpRow:
 
 
 class _FromModel(torch.autograd.Function):
-    """Logits as a model returns them, requiring grad and not a leaf, without a copy."""
+    """Logits as a model returns them: they require grad and are no leaf. Makes no copy."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, logits: Tensor) -> Tensor:
@@ -73,20 +73,20 @@ class _FromModel(torch.autograd.Function):
 
 
 class Problem:
-    """The inputs of one op at one case, the upstream gradients of its outputs, and the truth about a few rows."""
+    """The inputs of one op at one case, the upstream gradients of its outputs, and the rows that the gate compares."""
 
     def __init__(self, op: Op, case: Case, inputs: dict[str, Tensor], pristine: Mapping[str, Tensor]) -> None:
         self.op = op
         self.case = case
         self.inputs = inputs
-        self.pristine = pristine  # copies of what an in-place backward overwrites
+        self.pristine = pristine  # copies of the inputs that an in-place backward overwrites
         self.anchor = torch.zeros((), requires_grad=True)
         rows = inputs[op.arguments[0]].shape[0]
         picked = {*range(min(_GATE_ROWS // 2, rows)), *range(max(rows - _GATE_ROWS // 2, 0), rows)}
         self.rows = torch.tensor(sorted(picked), device=inputs[op.arguments[0]].device)
 
     def upstream(self, pass_name: str) -> dict[str, Tensor]:
-        """Upstream gradients of the outputs. A scalar's is 1 in ``fwd_bwd``; the others are not 1."""
+        """Upstream gradients of the outputs. Outputs per row get random ones, a scalar loss 1 or `SCALED_UPSTREAM`."""
         logits = self.inputs[self.op.arguments[0]]
         if pass_name == "fwd":
             return {}
@@ -100,7 +100,7 @@ class Problem:
 
 
 class Call:
-    """One provider on one problem and pass; `entry` is what gets timed."""
+    """One provider on one problem and pass. `entry` is timed."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Call:
 
     @property
     def entry(self) -> measure.Entry:
-        # Not an attribute: the cycle would keep gigabytes of inputs until the collector happens to run.
+        # Not an attribute, which would be a reference cycle: gigabytes of inputs would live until the collector runs.
         return measure.Entry(self.call, self.prepare, self.finish)
 
     def prepare(self) -> None:
@@ -134,7 +134,7 @@ class Call:
         if self._upstream:
             for name in problem.op.differentiable:
                 self._arguments[name] = _FromModel.apply(problem.anchor, problem.inputs[name])
-            # Edges, not tensors: an op that overwrites the logits takes the tensor itself out of the graph.
+            # Edges, not tensors: an op that overwrites the logits detaches the tensor from the graph.
             wrt = [self._arguments[name] for name in problem.op.differentiable]
             self._edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in wrt]
         if self._simd:
@@ -170,8 +170,7 @@ def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def gate(provider: Provider, call: Call, problem: Problem, upstream: Mapping[str, Tensor]) -> Verdict:
     """Compare one call with the float64 reference on a few rows.
 
-    Providers that compute in half precision get the budgets that half precision needs: eager bfloat16 log-probs are off
-    by 0.05 here.
+    Providers that compute in half precision get wide budgets: eager bfloat16 log-probs are off by 0.05 here.
     """
     half = problem.case.dtype.itemsize == 2
     budget = ElementBudget(out=1e-4, out_relative=2e-5, grad=0.01 if half else 1e-4)
@@ -194,7 +193,7 @@ def gate(provider: Provider, call: Call, problem: Problem, upstream: Mapping[str
 
 
 class CaseRunner:
-    """One case; its inputs are shared by the ops measured on it, because making them costs more than measuring."""
+    """Measures ops at one case. They share its inputs, because making inputs costs more than measuring."""
 
     def __init__(self, case: Case, settings: Settings, providers: Iterable[str]) -> None:
         self.case = case
@@ -212,9 +211,9 @@ class CaseRunner:
         return Problem(op, self.case, *self._inputs[key])
 
     def run(self, workload: Workload, run: int = 0) -> list[RowOpRow]:
-        """A row for every provider that has the op; its status is the reason where it was not timed."""
+        """A row for every provider that has the op. If a provider was not timed, its row's status says why."""
         if any(PROVIDERS[name].compiled for name in self.providers):
-            torch._dynamo.reset()  # each case is compiled for itself, whatever was compiled before
+            torch._dynamo.reset()  # so that what was compiled before does not affect this case
         problem = self.problem(OPS[workload.op])
         names = [name for name in self.providers if self._applies(PROVIDERS[name], workload)]
         rows = {name: self._row(name, workload, run) for name in names}
@@ -252,7 +251,7 @@ class CaseRunner:
     def _rates(
         self, row: RowOpRow, times: measure.Samples, bandwidth: measure.Bandwidth, problem: Problem, workload: Workload
     ) -> None:
-        """What the byte model says of the times, and the limits that were measured beside."""
+        """Fill the columns of the byte model and of the bandwidth limits measured in the same rounds."""
         traffic = problem.op.bytes_moved(workload.pass_name, self.case.shape, self.case.dtype)
         moved = traffic.read + traffic.update
         row.cpu_p20_ms, row.cpu_p80_ms = (1e3 * measure.quantile(times.cpu, q) for q in (0.2, 0.8))
@@ -291,12 +290,12 @@ class CaseRunner:
         return problem.inputs[problem.op.arguments[0]].nbytes
 
     def _is_warm(self, problem: Problem) -> bool:
-        """Inputs that fit the last-level cache are read once before every call, since other providers evict them."""
+        """Whether to read inputs before every call: they fit the last-level cache, but other providers evict them."""
         total = sum(problem.inputs[name].nbytes for name in problem.op.arguments)
         return self.settings.device.type == "cpu" and total <= 1.1 * measure.last_level_cache_bytes()
 
     def _too_big(self, provider: str) -> str | None:
-        """Why a peer is left out, so that the system does not end the run for want of memory."""
+        """Why a peer is left out: the system could end a run that exhausts the memory. None if it fits."""
         available = measure.available_bytes(self.settings.device)
         need = _PEER_TENSORS * 4 * torch.Size(self.case.shape).numel()
         if is_ours(provider) or available is None or available > need:
@@ -305,7 +304,7 @@ class CaseRunner:
 
 
 def denormal_ratio(workload: Workload, provider: str, case: Case, settings: Settings) -> tuple[float, float]:
-    """How much slower the op is on logits times `DENORMAL_SCALE`: median ratio of interleaved calls, wall and CPU."""
+    """Time of the op on logits times `DENORMAL_SCALE` over its time on plain logits: medians of (wall, CPU) ratios."""
     op = OPS[workload.op]
     entries = {}
     for label, scale in (("plain", 1.0), ("scaled", DENORMAL_SCALE)):

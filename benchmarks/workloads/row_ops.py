@@ -18,7 +18,7 @@ from spo_kernels import reference
 Shape = tuple[int, ...]
 
 SCALED_UPSTREAM = 0.3
-# randn x 40: most of softmax is denormal in float32, where an exponential without flush-to-zero is 15-28x slower.
+# On randn x 40 most of the softmax is denormal in float32. An exponential without flush-to-zero is 15-28x slower there.
 DENORMAL_SCALE = 40.0
 
 _TILE_ROWS = 128
@@ -26,13 +26,13 @@ _TRUTH_ROWS = 64
 
 
 class Traffic(NamedTuple):
-    """The least that an op must move, counted in logits-sized tensors; values per row, left out, are under 0.1 % of it.
+    """The least that an op must move, in tensors of the logits' size. Values per row are under 0.1 % and do not count.
 
-    Every provider has the same count, so a provider that moves more shows a smaller share of the bandwidth.
+    The count is the same for every provider, so a provider that moves more has a smaller share of the bandwidth.
     """
 
-    read: int  # by sweeps that only read
-    update: int  # by sweeps that read logits and write their gradient: 2 for one such sweep
+    read: int  # tensors moved by sweeps that only read
+    update: int  # tensors moved by sweeps that read logits and write their gradient: 2 for each sweep
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def row_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, scale: fl
 def _normal_rows(
     rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, scale: float, generator: torch.Generator
 ) -> Tensor:
-    # A few random rows, repeated: random numbers cost more than any op here, whose time does not depend on them.
+    # A few random rows, repeated. Random numbers cost more than any op here, and no op's time depends on repetition.
     tile = torch.randn(min(rows, _TILE_ROWS), vocabulary, device=device, generator=generator).mul_(scale).to(dtype)
     out = torch.empty(rows, vocabulary, dtype=dtype, device=device)
     for start in range(0, rows, _TILE_ROWS):
@@ -77,7 +77,7 @@ def _normal_rows(
 def row_truth(inputs: Mapping[str, Tensor], rows: Tensor, upstream: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """float64 ``logps``, ``kl`` and ``logits`` (their gradient) of the given rows, and ``loss`` over all rows.
 
-    upstream: gradients of ``logps``, ``kl`` ``[N]`` or ``loss`` ``[]``; without any, no gradient is computed.
+    upstream: gradients of ``logps`` ``[N]``, ``kl`` ``[N]`` or ``loss`` ``[]``. If empty, no gradient is computed.
     """
     logits, ref_logits = inputs["logits"][rows].double(), inputs["ref_logits"][rows].double()
     labels = inputs["labels"][rows]
@@ -112,8 +112,8 @@ def _row_op(arguments: tuple[str, ...], outputs: tuple[str, ...], passes: Mappin
 
 _LOGPS = {"fwd": Traffic(read=1, update=0), "fwd_bwd": Traffic(read=1, update=2)}
 _KL = {"fwd": Traffic(read=2, update=0), "fwd_bwd": Traffic(read=3, update=2)}
-# For an upstream gradient of 1 the gradient is written while the row is in cache. Any other upstream gradient is known
-# only after all rows were read, and costs a second sweep.
+# kl_loss writes the gradient for an upstream gradient of 1 while the row is in cache. Another upstream gradient becomes
+# known only after all rows were read, and costs a second sweep.
 _KL_LOSS = {"fwd_bwd": Traffic(read=1, update=2), "fwd_bwd_scaled": Traffic(read=1, update=4)}
 
 OPS: dict[str, Op] = {
@@ -135,7 +135,7 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = [Workload(op, pass_name) for op, entry in OPS.items() for pass_name in entry.passes]
-# One of each kind of work: `token_logps_kl` moves what `token_kl` moves.
+# One workload of each kind. `token_logps_kl` is left out, since it moves the same bytes as `token_kl`.
 REPRESENTATIVE_WORKLOADS = (
     Workload("token_logps", "fwd"),
     Workload("token_logps", "fwd_bwd"),
@@ -146,7 +146,7 @@ REPRESENTATIVE_WORKLOADS = (
 
 
 class Case(NamedTuple):
-    """One shape and dtype, and what the logits are multiplied by."""
+    """One shape and dtype, and a factor on the logits."""
 
     shape: Shape
     dtype: torch.dtype

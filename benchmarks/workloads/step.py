@@ -3,8 +3,8 @@
 The step is Appendix B of the paper: P pairs through a causal transformer, the preference loss (eq. 8) with
 SoftImportance weights (eq. 24) and its backward; the exact token KL on S sequences drawn from the policy, and its
 backward; clipping; AdamW. Every k steps a refresh draws the S sequences anew and computes the reference's logits of
-them. Everyone runs the same model (spo_train's `Llama`), refresh and optimizer; only what happens between hidden
-states and loss differs. `LOSSES` has one entry per implementation.
+them. All implementations share the model (spo_train's `Llama`), refresh and optimizer. They differ only between hidden
+states and loss. `LOSSES` has one entry per implementation.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from spo_train.models.llama import Llama, ModelConfig
 
 _ALPHA, _BETA, _GAMMA = 0.1, 0.03, 0.1
 _IGNORED = -100
-# Of errors relative to float64 through a whole model; a wrong coefficient costs far more. In half precision the model's
-# own activations are rounded, for everyone.
+# Budgets of errors relative to float64, through a whole model. A wrong coefficient makes far larger errors. In half
+# precision the model's own activations are rounded, for every implementation.
 _BUDGETS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-_GATE_SHAPE = (
-    1,
-    64,
-)  # at most: (pairs and sampled sequences, tokens of each); the whole batch would not fit in float64
+# At most so many pairs, sampled sequences, and tokens of each take part in the gate: the whole batch would not fit in
+# float64.
+_GATE_SEQUENCES, _GATE_TOKENS = 1, 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -59,7 +58,7 @@ class StepSize:
 
 @dataclass(frozen=True)
 class KLBatch:
-    """Sampled sequences, and what the reference says of them."""
+    """Sampled sequences, and the reference's hidden states and logits of them."""
 
     ids: Tensor  # [S, T]
     mask: Tensor  # [S, T], False in the prompt
@@ -77,7 +76,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Losses:
-    """From the policy's hidden states [.., T, H] and its head's weight [V, H]."""
+    """The two losses, as functions of the policy's hidden states [.., T, H] and its head's weight [V, H]."""
 
     preference: Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden, weight, labels [2P, T]) -> scalar
     kl: Callable[[Tensor, Tensor, KLBatch], Tensor]  # (hidden, weight, batch) -> scalar
@@ -122,7 +121,10 @@ def _ours(*, inplace: bool) -> Losses:
 
 
 def _ours_head() -> Losses:
-    """Without logits. The weights of the pairs are normalized over the batch, so the preference part recomputes."""
+    """Losses without logits in memory.
+
+    SoftImportance normalizes the pairs' weights over the batch, so the preference loss recomputes the logits.
+    """
     loss = spo_kernels.LinearSPOLoss(_ALPHA, weight=spo_kernels.SoftImportance(_GAMMA))
 
     def preference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -144,9 +146,10 @@ LOSSES: dict[str, Losses] = {
     "eager": Losses(eager_preference, eager_kl),
     "compile": Losses(eager_preference, eager_kl, compiled=True),
 }
-# The step with a ready-made gradient of the logits in place of a loss: no implementation with logits can be faster.
+# A step whose backward begins at a ready-made gradient of the logits, without a loss. No implementation with logits in
+# memory can be faster.
 MODEL_ONLY = "model_only"
-REFRESH = "refresh"  # not a step: what every k-th step has on top, for everyone
+REFRESH = "refresh"  # not a step: additional work of every k-th step, the same for every implementation
 PROVIDERS = (*LOSSES, MODEL_ONLY)
 
 
@@ -158,9 +161,9 @@ class StepRow:
     size: StepSize = field(metadata=part(StepSize))
     status: str = ""
     timing: Timing | None = field(default=None, metadata=part(Timing))
-    with_refresh_ms: float | None = None  # medians: the step and its share of a refresh
+    with_refresh_ms: float | None = None  # median of the step plus 1/k of the refresh's median
     memory: Memory | None = field(default=None, metadata=part(Memory))  # beyond parameters, optimizer state and batch
-    # grad: the largest error of a parameter's gradient.
+    # grad: the largest of the errors of the parameters' gradients.
     error: dict[str, float] = field(default_factory=dict, metadata=keyed("loss", "grad"))
     over: dict[str, float] = field(default_factory=dict, metadata=keyed("ours", "ours_inplace"))
 
@@ -188,7 +191,7 @@ class Step:
         self._preference, self._kl = wrap(losses.preference), wrap(losses.kl)
 
     def run(self) -> Tensor:
-        """One step; returns the objective. Without an optimizer it stops at the gradients."""
+        """Run one step and return the objective. Without an optimizer the step ends with the gradients."""
         model, batch = self._model, self._batch
         model.zero_grad(set_to_none=True)
         if self._gradients is not None:
@@ -196,7 +199,7 @@ class Step:
             model(batch.kl.ids).backward(self._gradients[1])
             objective = torch.zeros(())
         else:
-            # A backward each, so that the two sets of logits never live at once.
+            # Each loss has its own backward, so that the two sets of logits never live at the same time.
             preference = self._preference(model.hidden(batch.ids), model.embedding.weight, batch.labels)
             preference.backward()
             kl = self._kl(model.hidden(batch.kl.ids), model.embedding.weight, batch.kl)
@@ -209,7 +212,7 @@ class Step:
 
 
 class Refresh:
-    """Samples from the policy, and the reference's logits of them."""
+    """Draws samples from the policy and computes the reference's logits of them."""
 
     def __init__(self, size: StepSize, model: Llama, generator: torch.Generator) -> None:
         self._model = model
@@ -235,7 +238,7 @@ class Refresh:
 
 
 def _make_model(size: StepSize, dtype: str, device: torch.device) -> Llama:
-    of_model = ModelConfig(
+    config = ModelConfig(
         size.vocabulary,
         dim=size.hidden,
         layers=size.layers,
@@ -244,7 +247,7 @@ def _make_model(size: StepSize, dtype: str, device: torch.device) -> Llama:
         max_length=size.tokens + 1,
     )
     with device:
-        return Llama(of_model).to(DTYPES[dtype])
+        return Llama(config).to(DTYPES[dtype])
 
 
 def _make_batch(size: StepSize, refresh: Refresh, generator: torch.Generator) -> Batch:
@@ -261,8 +264,8 @@ def _gradients(name: str, model: Llama, batch: Batch) -> tuple[float, dict[str, 
 
 
 def _gate_batch(batch: Batch) -> Batch:
-    """The first pairs and samples, their last tokens: those after the prompt."""
-    pairs, tokens = _GATE_SHAPE
+    """The first pairs and samples, and the last tokens of each. The prompt, which no loss counts, comes first."""
+    pairs, tokens = _GATE_SEQUENCES, _GATE_TOKENS
     chosen, rejected = (half[:pairs] for half in batch.ids.chunk(2))
     labels = torch.cat([half[:pairs] for half in batch.labels.chunk(2)])
     kl = batch.kl
@@ -287,13 +290,13 @@ def _truth(model: Llama, batch: Batch) -> tuple[float, dict[str, Tensor]]:
 
 def _gate(name: str, model: Llama, batch: Batch, truth: tuple[float, dict[str, Tensor]]) -> Verdict:
     objective, gradients = _gradients(name, model, batch)
-    of_parameters = [relative_error(gradients.get(key), grad) for key, grad in truth[1].items() if grad.any()]
-    errors = {"loss": abs(objective - truth[0]) / abs(truth[0]), "grad": worst(of_parameters)}
+    parameter_errors = [relative_error(gradients.get(key), grad) for key, grad in truth[1].items() if grad.any()]
+    errors = {"loss": abs(objective - truth[0]) / abs(truth[0]), "grad": worst(parameter_errors)}
     return by_norm(errors, _BUDGETS[model.embedding.weight.dtype])
 
 
 class StepRunner:
-    """Everyone's step on one model and batch: compared with float64, then timed with the refresh beside."""
+    """The step of every provider on one model and batch: compared with float64, then timed in turns."""
 
     def __init__(self, size: StepSize, dtype: str, settings: Settings, providers: Sequence[str]) -> None:
         torch.manual_seed(0)
@@ -315,14 +318,14 @@ class StepRunner:
         contenders = [self._contender(row, verdicts[name]) for name, row in rows.items()]
         contest(contenders, self._settings, over={"ours": ["ours"], "ours_inplace": ["ours_inplace"]})
         refresh = rows.pop(REFRESH)
-        refresh.over = {}  # it is no step
+        refresh.over = {}  # a refresh is not a step, so these ratios mean nothing
         for row in rows.values():
             if row.timing is not None and refresh.timing is not None:
                 row.with_refresh_ms = row.timing.wall_ms + refresh.timing.wall_ms / self._size.kl_every
         return [*rows.values(), refresh]
 
     def _judge(self) -> dict[str, Verdict]:
-        """Compare everyone with float64, before anything is timed: the float64 gradients then hold no memory."""
+        """Compare every provider with float64 before anything is timed. So the float64 gradients are freed by then."""
         batch = _gate_batch(self._batch)
         truth = _truth(self._model, batch)
         return {
@@ -335,5 +338,5 @@ class StepRunner:
             self._model.zero_grad(set_to_none=True)
 
         call = self.calls[row.provider]
-        # A step frees the gradients of the step before; where memory is measured they are freed outside the call.
+        # A timed step frees the gradients of the step before. For the memory they are freed outside the call.
         return Contender(row, measure.Entry(call), lambda: verdict, measure.Entry(call, clear, clear))
