@@ -49,7 +49,7 @@ def cross_entropy_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def trl_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    # TRL takes [B, T, V] and works on one sequence at a time. The rows become eight sequences if eight divides them.
+    # TRL takes [B, T, V] and works on one sequence at a time. The rows become eight sequences if eight divides N.
     sequences = 8 if logits.shape[0] % 8 == 0 else 1
     selective_log_softmax = importlib.import_module("trl.trainer.utils").selective_log_softmax
     return selective_log_softmax(logits.unflatten(0, (sequences, -1)), labels.unflatten(0, (sequences, -1))).flatten()
