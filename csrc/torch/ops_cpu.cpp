@@ -30,8 +30,8 @@ constexpr int64_t kGrainBytes = int64_t{64} << 10;  // a thread with less work c
 template <class F>
 void for_ranges(int64_t count, int64_t item_bytes, const F& work) {
   if (count == 0) return;
-  const int64_t worthwhile = std::max<int64_t>(count * item_bytes / kGrainBytes, 1);
-  const int64_t workers = std::min({static_cast<int64_t>(torch::stable::get_num_threads()), count, worthwhile});
+  const int64_t worthwhile_workers = std::max<int64_t>(count * item_bytes / kGrainBytes, 1);
+  const int64_t workers = std::min({static_cast<int64_t>(torch::stable::get_num_threads()), count, worthwhile_workers});
   if (workers == 1) return work(0, count);
   const int64_t items_per_mib = std::max<int64_t>((int64_t{1} << 20) / std::max<int64_t>(item_bytes, 1), 1);
   const int64_t range = std::clamp<int64_t>(count / (4 * workers), 1, items_per_mib);
