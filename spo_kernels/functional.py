@@ -436,7 +436,7 @@ def _row_stats(
             )
         logps, kl, stats = TokenStats.apply(*inputs, *options)
     elif columns.group is not None:
-        logps, kl, stats = sharded_token_stats_fwd(*inputs, options, columns)
+        logps, kl, stats = sharded_token_stats_fwd(*inputs, columns, options)
     elif differentiated_eagerly(logits):
         logps, kl, stats = row_ops.TokenStatsFunction.apply(*inputs, *options)
     else:

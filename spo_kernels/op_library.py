@@ -39,6 +39,7 @@ class _Slot(NamedTuple):
     type: Any  # a key of _SCHEMA_TYPES, or the record
     optional: bool
     fields: tuple[_Slot, ...]  # of a record, else empty
+    default: str = ""  # in the schema
 
     @property
     def size(self) -> int:
@@ -50,7 +51,7 @@ class _Slot(NamedTuple):
             yield from field._replace(name=f"{self.name}_{field.name}").schema(mutates, optional)
         if not self.fields:
             alias = "(a!)" if self.name in mutates else ""
-            yield f"{_SCHEMA_TYPES[self.type]}{alias}{'?' if optional else ''} {self.name}"
+            yield f"{_SCHEMA_TYPES[self.type]}{alias}{'?' if optional else ''} {self.name}{self.default}"
 
     def append(self, flat: list[Any], value: Any) -> None:
         """Append the flat arguments of this slot's value."""
@@ -88,7 +89,12 @@ def _slot(name: str, annotation: Any) -> _Slot:
         (annotation,) = (option for option in get_args(annotation) if option is not types.NoneType)
     if not hasattr(annotation, "_fields"):
         return _Slot(name, annotation, optional, ())
-    fields = tuple(_slot(*hint) for hint in get_type_hints(annotation, include_extras=True).items())
+    hints = get_type_hints(annotation, include_extras=True)
+    # Fields whose default is None may be left out of a call of the packet. Such a record must come last.
+    may_be_left_out = {field for field, value in annotation._field_defaults.items() if value is None}
+    fields = tuple(
+        _slot(*hint)._replace(default="=None" if hint[0] in may_be_left_out else "") for hint in hints.items()
+    )
     if not fields or (optional and fields[0].optional):
         raise TypeError(
             f"{name} must be a record with fields; where the record is optional, its first field must not be"

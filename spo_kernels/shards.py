@@ -258,8 +258,8 @@ def sharded_token_stats_fwd(
     mask: Tensor | None,
     ignore_index: int,
     inplace_backward: bool,
-    options: RowOptions,
     columns: Columns,
+    options: RowOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`row_ops.token_stats_fwd` over a process group: logits are this process's columns, labels are global."""
     rows, width = logits.shape[:-1], columns_read(columns, logits.shape[-1])
