@@ -10,7 +10,9 @@ product, which reads their number back to the host; the backward also drops rows
 that are dropped are not read: they may be NaN. The forward takes one matrix product for each head. The backward takes
 one for each head, for its logits, and two for dhidden and dweight. `linear_kl_loss` skips the recomputation. No product
 is made for a gradient that is not wanted. Outputs are float32 (float64 for float64), in nats. Gradients have the dtype
-of their tensor and are accumulated in float32 across tiles. Under autocast hidden, weight and bias are cast as
+of their tensor and are accumulated in float32 across tiles. On a CPU whose matrix products are half precision, each
+tile's share of a half-precision gradient is rounded too: the error is then up to 1.6 times that of one rounding. Under
+autocast hidden, weight and bias are cast as
 `torch.nn.functional.linear` would cast them.
 
 With a ``process_group`` the head is split over the processes, as Megatron splits it: weight and bias are the rows that

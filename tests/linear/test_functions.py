@@ -213,6 +213,22 @@ def test_the_weight_is_summed_in_float32_over_tiles(native: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_half_precision_gradients_are_rounded_once_or_twice(native: bool, dtype: torch.dtype) -> None:
+    """The gradients are rounded when they are stored. Native products on a CPU also round each tile's share."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1024, 64).to(dtype), (torch.randn(501, 64) / 8).to(dtype)
+    labels = torch.randint(501, (1024,))
+
+    def gradients(to: torch.dtype, chunk_size: int | None) -> list[Tensor]:
+        head = (hidden.to(to), weight.to(to))
+        return differentiate(lambda h, w: linear_token_logps(h, w, labels, chunk_size=chunk_size), head)[1:]
+
+    for true, got in zip(gradients(torch.float64, None), gradients(dtype, 64), strict=True):
+        once = (true.to(dtype).double() - true).norm()
+        assert (got.double() - true).norm() < (1.6 if native else 1.05) * once
+
+
 def test_equal_heads_have_a_kl_of_exactly_zero() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x = Inputs(70, h=24, v=3000, dtype=dtype)
