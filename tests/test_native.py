@@ -26,7 +26,7 @@ ALLOWED_SYMBOLS = re.compile(
     r"|_Z(NK?[RO]?S|S|T[ISV]|nwm|dlPv|na|da)\w*|_ZTVN10__cxxabiv1\w+|__cxa_\w+|__gxx_personality_v0"  # libstdc++
     r"|_Unwind_Resume"
     r"|(exp|exp2|log|log2|tanh|fmax)f?|mem(cpy|move|set)|strcmp|strlen|pthread_\w+|__libc_single_threaded|__stack_chk_fail"
-    r"|__gmon_start__|_ITM_\w+|__cpu_model|__cpu_indicator_init|abort"
+    r"|__tls_get_addr|__gmon_start__|_ITM_\w+|__cpu_model|__cpu_indicator_init|abort"
 )
 
 

@@ -92,14 +92,25 @@ struct StoredRows {
   void store(const Rows&, std::int64_t, std::int64_t, std::int64_t) {}
 };
 
+enum class Side { policy, reference };
+
+// A buffer of the calling thread that keeps its memory from call to call. The page faults of new memory would cost more
+// than the row that it holds.
+template <class T, Side side>
+T* thread_buffer(std::int64_t n) {
+  thread_local std::vector<T> buffer;
+  if (static_cast<std::int64_t>(buffer.size()) < n) buffer.resize(n);
+  return buffer.data();
+}
+
 // Rows with a transform: logits, then their gradient, in a buffer that holds one row or part of a row.
-template <class T>
+template <class T, Side side>
 class TransformedRows {
   const Rows& rows_;
   const Transform& of_;
   TransformFn<T> transform_;
   TransformGradFn<T> transform_grad_;
-  std::vector<Acc<T>> buffer_;
+  Acc<T>* buffer_ = nullptr;
 
   Factors factors(std::int64_t i) const {
     Factors f;
@@ -113,14 +124,14 @@ class TransformedRows {
       : rows_(rows), of_(of), transform_(transform), transform_grad_(transform_grad) {}
 
   const Acc<T>* read(std::int64_t i, std::int64_t first, std::int64_t n) {
-    if (static_cast<std::int64_t>(buffer_.size()) < n) buffer_.resize(n);
-    transform_(row<const T>(rows_, i) + first, buffer_.data(), n, factors(i));
-    return buffer_.data();
+    buffer_ = thread_buffer<Acc<T>, side>(n);
+    transform_(row<const T>(rows_, i) + first, buffer_, n, factors(i));
+    return buffer_;
   }
   // Where the gradient of what was read belongs; `store` then brings it to memory as the gradient of the numbers there.
-  Acc<T>* gradient(const Rows&, std::int64_t, std::int64_t) { return buffer_.data(); }
+  Acc<T>* gradient(const Rows&, std::int64_t, std::int64_t) { return buffer_; }
   void store(const Rows& dz, std::int64_t i, std::int64_t first, std::int64_t n) {
-    transform_grad_(row<const T>(rows_, i) + first, buffer_.data(), row<T>(dz, i) + first, n, factors(i));
+    transform_grad_(row<const T>(rows_, i) + first, buffer_, row<T>(dz, i) + first, n, factors(i));
   }
 };
 
@@ -139,8 +150,8 @@ void dispatch_rows(const Args& a, std::int64_t rows, F f) {
   dispatch(a.z.dtype, ref_dtype(a.r), rows, [&]<class T, class R>(RowKernels<T, R> k) {
     if (!a.of_z.a && !a.of_r.a) return f.template operator()<T>(k, StoredRows<T>{a.z}, StoredRows<R>{a.r});
     f.template operator()<T>(kernels_of_transformed<T>(),
-                             TransformedRows<T>(a.z, a.of_z, k.transform, k.transform_grad),
-                             TransformedRows<R>(a.r, a.of_r, k.transform_ref, nullptr));
+                             TransformedRows<T, Side::policy>(a.z, a.of_z, k.transform, k.transform_grad),
+                             TransformedRows<R, Side::reference>(a.r, a.of_r, k.transform_ref, nullptr));
   });
 }
 
