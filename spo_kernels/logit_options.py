@@ -101,7 +101,7 @@ def transform_of(options: LogitOptions, rows: Tensor) -> Tensor | None:
     factors = one * logit_scale / temperature
     if softcap is not None:
         factors = torch.stack(torch.broadcast_tensors(one * logit_scale / softcap, one * softcap / temperature))
-    return factors.view(-1, factors.shape[-1]).to(accumulate_dtype(rows.dtype))
+    return torch.atleast_2d(factors).to(accumulate_dtype(rows.dtype))
 
 
 def transform_rows(transform: Tensor | None, rows: slice | Tensor) -> Tensor | None:

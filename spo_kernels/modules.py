@@ -105,6 +105,7 @@ class _PairObjective(HoldsProcessGroup):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "importance"):
             name, value = "importance", _checked_importance(value)
+            self._modules.pop(name, None)  # a function may take a submodule's place
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -39,7 +39,6 @@ class _Slot(NamedTuple):
     type: Any  # a key of _SCHEMA_TYPES, or the record
     optional: bool
     fields: tuple[_Slot, ...]  # of a record, else empty
-    default: str = ""  # in the schema
 
     @property
     def size(self) -> int:
@@ -51,7 +50,7 @@ class _Slot(NamedTuple):
             yield from field._replace(name=f"{self.name}_{field.name}").schema(mutates, optional)
         if not self.fields:
             alias = "(a!)" if self.name in mutates else ""
-            yield f"{_SCHEMA_TYPES[self.type]}{alias}{'?' if optional else ''} {self.name}{self.default}"
+            yield f"{_SCHEMA_TYPES[self.type]}{alias}{'?' if optional else ''} {self.name}"
 
     def append(self, flat: list[Any], value: Any) -> None:
         """Append the flat arguments of this slot's value."""
@@ -89,12 +88,7 @@ def _slot(name: str, annotation: Any) -> _Slot:
         (annotation,) = (option for option in get_args(annotation) if option is not types.NoneType)
     if not hasattr(annotation, "_fields"):
         return _Slot(name, annotation, optional, ())
-    hints = get_type_hints(annotation, include_extras=True)
-    # Fields whose default is None may be left out of a call of the packet. Such a record must come last.
-    may_be_left_out = {field for field, value in annotation._field_defaults.items() if value is None}
-    fields = tuple(
-        _slot(*hint)._replace(default="=None" if hint[0] in may_be_left_out else "") for hint in hints.items()
-    )
+    fields = tuple(_slot(*hint) for hint in get_type_hints(annotation, include_extras=True).items())
     if not fields or (optional and fields[0].optional):
         raise TypeError(
             f"{name} must be a record with fields; where the record is optional, its first field must not be"
@@ -203,19 +197,16 @@ class Op:
         self._gradient = (setup, padded_backward)
         torch.library.register_autograd(f"spo_kernels::{self.name}", padded_backward, setup_context=setup, lib=library)
 
-    def transform_with_loops(self, call: str, instead: str) -> None:
-        """Let torch.func.grad and vmap take the op: vmap calls it for each of the batch. Forward-mode AD is refused.
+    def transform_with_loops(self, jvp: Callable[..., Any]) -> None:
+        """Let torch.func and forward-mode AD take the op. vmap calls it for each of the batch.
 
-        call, instead: what the error names, and what it advises.
+        jvp: ``(ctx, *tangents of the flat arguments)`` returns the tangents of the outputs.
         """
         register_vmap(self, vmap_by_loop(self.packet))
         setup, backward = self._gradient
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             setup(ctx, inputs, output)
-
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise RuntimeError(f"spo_kernels: {call} cannot be used in forward-mode AD (jvp): {instead}")
 
         functions = {
             "forward": staticmethod(lambda *flat: self.packet(*flat)),

@@ -56,7 +56,7 @@ def transformed(x: Tensor, transform: Tensor | None) -> Tensor:
 
 def _factors(logits: Tensor, transform: Tensor) -> list[Tensor]:
     """a, or a and b, in a shape that broadcasts with logits ``[..., V]``."""
-    return [factor.view(logits.shape[:-1] if factor.shape[0] > 1 else ())[..., None] for factor in transform]
+    return [factor.view(() if factor.shape[0] == 1 else logits.shape[:-1])[..., None] for factor in transform]
 
 
 def transformed_logits(raw: Tensor, vocab_size: int | None, transform: Tensor | None) -> Tensor:

@@ -78,12 +78,15 @@ def gradient_by_formula(
     options: RowOptions,
 ) -> Tensor:
     """`reference.token_stats_bwd` in torch's differentiable functions. It makes several tensors like logits."""
-    z = transformed_logits(logits, options.vocab_size, options.transform)
     dlogps = None if dlogps is None or labels is None else dlogps.where(labels != ignore_index, 0)
     dkl = dkl if dkl is None or mask is None else dkl.where(mask, 0)
+    # A row with upstream gradients of 0 may hold NaN. Without NaN the row is read: its gradient, though 0, depends on the
+    # upstream gradients.
     wanted = [upstream.detach() != 0 for upstream in (dlogps, dkl, dlse) if upstream is not None]
-    read = functools.reduce(torch.logical_or, wanted)[..., None]
-    z = z.where(read, 0)
+    nan = [x.isnan().any(-1) for x in (logits, ref_logits) if x is not None]
+    read = (functools.reduce(torch.logical_or, wanted) | ~functools.reduce(torch.logical_or, nan))[..., None]
+    logits = logits.where(read, 0)
+    z = transformed_logits(logits, options.vocab_size, options.transform)
     log_p = z.log_softmax(-1)
     p = log_p.exp()
     dz = torch.zeros_like(p)

@@ -16,6 +16,7 @@ import torch
 from background import background
 
 from spo_kernels.backends import cpu, cuda
+from spo_kernels.reference import PLAIN
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc/cpu"
@@ -90,7 +91,7 @@ def test_errors_say_what_an_argument_must_be_and_what_came(
     op: str, arguments: tuple[object, ...], message: str
 ) -> None:
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        getattr(torch.ops.spo_kernels, op)(*arguments)
+        getattr(torch.ops.spo_kernels, op)(*arguments, *(() if op == "scale_" else PLAIN))
 
 
 @pytest.mark.skipif(cuda.library_path() is None, reason="built without CUDA")

@@ -180,6 +180,61 @@ def token_stats_bwd(
     return gradients.finish()
 
 
+def token_stats_jvp(
+    tangent: tuple[Tensor | None, Tensor | None, Tensor | None],
+    head: Head,
+    labels: Tensor | None,
+    ref_head: Head | Uniform | None,
+    kept: Tensor | None,
+    saved: RowStats,
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tangents of log-probs, KL and log-sum-exp, each ``[N]``; ``[0]`` without labels or reference.
+
+    tangent: of hidden states, weight and bias. A row's tangent is the product of the row's gradient, for an upstream
+    gradient of 1, and the tangent of the row's logits.
+    """
+    rows = head.hidden.shape[0]
+    shape = tile_shape(head, options, rows, forward=False)
+    buffer = LogitsBuffer(head, options, shape, options.transform)
+    reference = ref_logits_buffer(head, ref_head, options, shape)
+    wanted = (labels is not None, ref_head is not None, True)
+    tangents = [saved.stats.new_zeros(rows if want else 0) for want in wanted]
+    for selected in row_tiles(kept, rows, shape.rows):
+        hidden = buffer.hidden(selected)
+        ref_block = None if reference is None else functools.partial(reference.fill, reference.hidden(selected))
+        tile_labels = None if labels is None else labels[selected]
+        row_options = _row_options(selected, buffer, reference)
+        of_rows = RowStats(saved.logps, saved.kl[selected] if saved.kl.numel() else saved.kl, saved.stats[:, selected])
+        one = saved.stats.new_ones(hidden.shape[0])
+        for begin, end in buffer.blocks():
+            moved = _logits_tangent(tangent, head, selected, begin, end).to(one.dtype)
+            local = buffer.local_labels(tile_labels, begin, end)
+            ref_logits = None if ref_block is None else ref_block(begin, end)
+            for i, total in enumerate(tangents):
+                if wanted[i]:
+                    logits = buffer.fill(hidden, begin, end)
+                    upstream = RowGradients(*(one if j == i else None for j in range(3)))
+                    _to_gradient_(logits, local, ref_logits, upstream, of_rows, row_options)
+                    total[selected] += (logits.to(one.dtype) * moved).sum(-1)
+    return tangents[0], tangents[1], tangents[2]
+
+
+def _logits_tangent(
+    tangent: tuple[Tensor | None, Tensor | None, Tensor | None], head: Head, rows: Rows, begin: int, end: int
+) -> Tensor:
+    """Tangent of a block of logits before their transform."""
+    hidden, weight, bias = tangent
+    total = head.hidden.new_zeros(())
+    if hidden is not None:
+        total = total + hidden[rows] @ head.weight[begin:end].t()
+    if weight is not None:
+        total = total + head.hidden[rows] @ weight[begin:end].t()
+    if bias is not None:
+        total = total + bias[begin:end]
+    return total
+
+
 def kl_loss_fwd(
     head: Head, ref_head: Head, row_weight: Tensor, needs: Needs, options: HeadOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

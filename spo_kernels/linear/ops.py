@@ -18,7 +18,15 @@ from spo_kernels import shards
 from spo_kernels.linear import loops
 from spo_kernels.linear.records import Head, HeadOptions, Needs, PairObjective, PairWeights, Uniform
 from spo_kernels.losses import SoftImportance, mean_or_zero, pair_error, pair_preference
-from spo_kernels.op_library import is_transforming, mark_written, op, refuse_double_backward, refuse_second_backward
+from spo_kernels.op_library import (
+    is_transforming,
+    mark_written,
+    op,
+    refuse_double_backward,
+    refuse_second_backward,
+    register_vmap,
+    vmap_by_loop,
+)
 from spo_kernels.precision import accumulate_dtype
 
 _HEAD_CALLS = ("the functions of a head", "compute the logits and call the function that takes them")
@@ -122,7 +130,10 @@ def _save_token_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.set_materialize_grads(False)
     ref_head = given["ref_head"] or (None, None, None)
     transforms = options.transform, options.ref_transform
-    ctx.save_for_backward(*given["head"], given["labels"], *ref_head, given["mask"], kl, stats, *transforms)
+    saved = (*given["head"], given["labels"], *ref_head, given["mask"], kl, stats, *transforms)
+    ctx.save_for_backward(*saved)
+    if is_transforming():
+        ctx.save_for_forward(*saved)
 
 
 def _token_stats_backward(
@@ -153,6 +164,68 @@ def _token_stats_backward(
     return dhidden, dweight, dbias
 
 
+@op
+def linear_token_stats_jvp(
+    hidden_tangent: Tensor | None,
+    weight_tangent: Tensor | None,
+    bias_tangent: Tensor | None,
+    head: Head,
+    labels: Tensor | None,
+    ref_head: Head | None,
+    mask: Tensor | None,
+    kl: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+    uniform: bool,
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tangents ``(logps, kl, log-sum-exp)`` of each row, ``[0]`` where not asked for."""
+    return loops.token_stats_jvp(
+        (hidden_tangent, weight_tangent, bias_tangent),
+        head,
+        labels,
+        Uniform() if uniform else ref_head,
+        _kept(labels, mask, ignore_index),
+        loops.RowStats(kl[:0], kl, stats),
+        options,
+    )
+
+
+@linear_token_stats_jvp.fake
+def _empty_tangents(labels: Tensor | None, kl: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logps = stats[0] if labels is not None else stats.new_empty(0)
+    return torch.empty_like(logps), torch.empty_like(kl), torch.empty_like(stats[0])
+
+
+register_vmap(linear_token_stats_jvp, vmap_by_loop(linear_token_stats_jvp.packet))
+
+
+def _token_stats_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    if ctx.columns.group is not None:
+        raise RuntimeError(
+            "spo_kernels: the functions of a head with a process_group cannot be used in forward-mode AD (jvp): gather "
+            "the weight and leave the group out"
+        )
+    hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, mask, kl, stats, *transforms = ctx.saved_tensors
+    logps, kl_tangent, lse = linear_token_stats_jvp(
+        *tangents[:3],
+        Head(hidden, weight, bias),
+        labels,
+        None if ref_hidden is None else Head(ref_hidden, ref_weight, ref_bias),
+        mask,
+        kl,
+        stats,
+        ctx.ignore_index,
+        ctx.uniform,
+        HeadOptions(ctx.chunk_size, ctx.columns, *transforms),
+    )
+    # The shift is a constant, so the log-sum-exp's tangent is that of logsum.
+    zeros = [torch.zeros_like(lse) for _ in range(stats.shape[0] - 1)]
+    of_stats = torch.stack([zeros[0], lse, *zeros[1:]])
+    with_kl = ctx.uniform or ref_hidden is not None
+    return None if labels is None else logps, kl_tangent if with_kl else None, of_stats
+
+
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pass
 
@@ -163,9 +236,9 @@ def _refuse_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
 
 
 linear_token_stats_fwd.gradient(_save_token_stats, _token_stats_backward, of="head")
-linear_token_stats_fwd.transform_with_loops(*_HEAD_CALLS)
+linear_token_stats_fwd.transform_with_loops(_token_stats_jvp)
 linear_token_stats_bwd.gradient(_save_nothing, _refuse_backward, of="head")
-linear_token_stats_bwd.transform_with_loops(*_HEAD_CALLS)
+linear_token_stats_bwd.transform_with_loops(_refuse_backward)
 
 
 @op
