@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from spo_kernels.precision import LOGITS_DTYPES, accumulate_dtype, upcast
 
 IGNORE_INDEX = -100  # label of rows that are not wanted, unless the caller says otherwise
+# The largest finite number. torch.compile takes numbers that change for finite and drops comparisons with math.inf.
+LARGEST = sys.float_info.max
 
 
 def describe(tensor: Tensor) -> str:
@@ -29,7 +32,8 @@ def check_is_number(name: str, value: object) -> None:
 def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf, *, above: bool = False) -> None:
     """`value` must be a Python number in [low, high), (low, high) if `above`."""
     check_is_number(name, value)
-    if not ((low < value if above else low <= value) and value < high):  # written so that NaN fails
+    # Written so that NaN fails.
+    if not ((low < value if above else low <= value) and value < high and value <= LARGEST):
         upper = " and finite" if high == math.inf else f" and < {high:g}"
         raise ValueError(f"{name} must be {'>' if above else '>='} {low:g}{upper}, got {value}")
 
@@ -41,13 +45,13 @@ def check_logits(logits: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
 
 
-def check_ref_logits(ref_logits: Tensor, logits: Tensor, *, padded: bool = False) -> None:
-    """padded: both have a vocabulary that is known, so their padding may differ."""
+def check_ref_logits(ref_logits: Tensor, logits: Tensor, read: int | None = None) -> None:
+    """read: columns that are read, if a vocab_size is given: the others are padding, whose number may differ."""
     check_logits(ref_logits, "ref_logits")
-    if padded and ref_logits.shape[:-1] != logits.shape[:-1]:
+    if read is not None and (ref_logits.shape[:-1] != logits.shape[:-1] or ref_logits.shape[-1] < read):
         wanted = ", ".join(map(str, (*logits.shape[:-1], "V")))
-        raise ValueError(f"ref_logits must be [{wanted}] like logits, got {list(ref_logits.shape)}")
-    if not padded and ref_logits.shape != logits.shape:
+        raise ValueError(f"ref_logits must be [{wanted}] like logits, with V >= {read}, got {list(ref_logits.shape)}")
+    if read is None and ref_logits.shape != logits.shape:
         raise ValueError(
             f"ref_logits must be {list(logits.shape)} like logits, got {list(ref_logits.shape)}; give vocab_size where "
             "the vocabularies are padded differently"

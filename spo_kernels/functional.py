@@ -67,7 +67,7 @@ from spo_kernels.precision import can_precompute_gradient
 from spo_kernels.reference import RowOptions
 from spo_kernels.row_transforms import TokenStats
 from spo_kernels.sequences import checked_sums
-from spo_kernels.shards import Columns, columns_read, sharded_token_stats_fwd
+from spo_kernels.shards import Columns, padded_columns_read, sharded_token_stats_fwd
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -239,12 +239,12 @@ def token_kl(
         ``logits.shape[:-1]``, float32 (float64 for float64 logits); 0 where masked.
     """
     check_logits(logits, "logits")
-    check_ref_logits(ref_logits, logits, padded=vocab_size is not None)
+    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
+    check_ref_logits(ref_logits, logits, padded_columns_read(vocab_size, columns, logits.shape[-1]))
     if mask is not None:
         check_rows(mask, "mask", torch.bool, logits)
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
-    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
     policy = checked_logit_options(temperature, softcap, logit_scale, logits, "logits")
     reference = checked_ref_logit_options(ref_temperature, ref_softcap, ref_logit_scale, policy, logits, "logits")
     options = _row_options(logits, vocab_size, columns, policy, reference)
@@ -280,12 +280,12 @@ def token_logps_kl(
     """
     check_logits(logits, "logits")
     check_rows(labels, "labels", torch.int64, logits)
-    check_ref_logits(ref_logits, logits, padded=vocab_size is not None)
+    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
+    check_ref_logits(ref_logits, logits, padded_columns_read(vocab_size, columns, logits.shape[-1]))
     if mask is not None:
         check_rows(mask, "mask", torch.bool, logits)
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
-    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
     policy = checked_logit_options(temperature, softcap, logit_scale, logits, "logits")
     reference = checked_ref_logit_options(ref_temperature, ref_softcap, ref_logit_scale, policy, logits, "logits")
     options = _row_options(logits, vocab_size, columns, policy, reference)
@@ -340,12 +340,12 @@ def kl_loss(
         0-d, float32 (float64 for float64 logits).
     """
     check_logits(logits, "logits")
-    check_ref_logits(ref_logits, logits, padded=vocab_size is not None)
+    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
+    check_ref_logits(ref_logits, logits, padded_columns_read(vocab_size, columns, logits.shape[-1]))
     weight = checked_row_weight(mask, row_weight, logits, "logits")
     if overwrite_logits:
         check_inplace(logits, "overwrite_logits")
         check_markable(logits)
-    columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
     policy = checked_logit_options(temperature, softcap, logit_scale, logits, "logits")
     reference = checked_ref_logit_options(ref_temperature, ref_softcap, ref_logit_scale, policy, logits, "logits")
     options = _row_options(logits, vocab_size, columns, policy, reference)
@@ -394,7 +394,7 @@ def _row_options(
 ) -> RowOptions:
     transform = transform_of(policy, logits)
     return RowOptions(
-        None if vocab_size is None else columns_read(columns, logits.shape[-1]),
+        padded_columns_read(vocab_size, columns, logits.shape[-1]),
         transform,
         transform if reference is policy else None if reference is None else transform_of(reference, logits),
     )

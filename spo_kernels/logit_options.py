@@ -5,13 +5,12 @@ logits = softcap(logit_scale raw) / temperature,    softcap(x) = softcap tanh(x 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spo_kernels.checks import check_is_number, check_number, describe
+from spo_kernels.checks import LARGEST, check_is_number, check_number, describe
 from spo_kernels.precision import accumulate_dtype
 
 
@@ -40,18 +39,17 @@ def checked_logit_options(
         like: name of rows in the error text.
         prefix: of the options' names.
     """
-    plain = isinstance(temperature, float) and isinstance(logit_scale, float) and softcap is None
-    if plain and temperature == 1 and logit_scale == 1:
+    if softcap is None and _are_one(temperature, logit_scale):
         return PLAIN  # most calls
     if rows is not None and isinstance(temperature, Tensor):
         _check_temperatures(temperature, rows, like, prefix)
     else:
         check_number(f"{prefix}temperature", temperature, above=True)
     check_is_number(f"{prefix}softcap", 1.0 if softcap is None else softcap)
-    if softcap is not None and not 0 < softcap < math.inf:
+    if softcap is not None and not 0 < softcap <= LARGEST:
         raise ValueError(f"{prefix}softcap must be > 0 and finite, or None, got {softcap}")
     check_is_number(f"{prefix}logit_scale", logit_scale)
-    if not 0 < abs(logit_scale) < math.inf:
+    if not 0 < abs(logit_scale) <= LARGEST:
         raise ValueError(f"{prefix}logit_scale must be finite and not 0, got {logit_scale}")
     return LogitOptions(temperature, softcap, logit_scale)
 
@@ -67,7 +65,7 @@ def checked_ref_logit_options(
     """The reference's options. None stands for the policy's; a softcap of inf for none."""
     if temperature is None and softcap is None and logit_scale is None:
         return policy
-    no_softcap = isinstance(softcap, float) and softcap == math.inf
+    no_softcap = isinstance(softcap, float) and softcap > LARGEST
     return checked_logit_options(
         policy.temperature if temperature is None else temperature,
         None if no_softcap else policy.softcap if softcap is None else softcap,
@@ -78,6 +76,17 @@ def checked_ref_logit_options(
     )
 
 
+def _are_one(*options: object) -> bool:
+    """Whether all are 1.0. Under torch.compile a number that changes is not: comparing it would cost a graph."""
+    if not all(isinstance(option, float) for option in options):
+        return False
+    if not torch.compiler.is_compiling():
+        return all(option == 1 for option in options)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
+
+    return all(statically_known_true(option == 1) for option in options)
+
+
 def _check_temperatures(temperature: Tensor, rows: Tensor, like: str, prefix: str) -> None:
     name, wanted = f"{prefix}temperature", rows.shape[:-1]
     if not temperature.is_floating_point() or temperature.shape not in (wanted, ()):
@@ -86,7 +95,8 @@ def _check_temperatures(temperature: Tensor, rows: Tensor, like: str, prefix: st
         raise ValueError(f"{name} must be on {rows.device} like {like}, got {temperature.device}")
     if temperature.requires_grad:
         raise ValueError(f"{name} must not require grad: no gradient flows to it (use .detach())")
-    torch._assert_async((temperature > 0).all(), f"{name} must be > 0 in every row")
+    legal = (temperature > 0) & temperature.isfinite()
+    torch._assert_async(legal.all(), f"{name} must be > 0 and finite in every row")
 
 
 def transform_of(options: LogitOptions, rows: Tensor) -> Tensor | None:

@@ -24,7 +24,7 @@ from spo_kernels.logit_options import checked_logit_options, checked_ref_logit_o
 from spo_kernels.losses import SoftImportance, checked_mu, mean_or_zero, pair_error, spo_loss
 from spo_kernels.op_library import is_transforming
 from spo_kernels.precision import accumulate_dtype, can_precompute_gradient
-from spo_kernels.shards import Columns, check_vocab_size
+from spo_kernels.shards import Columns, check_vocab_size, padded_columns_read
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -574,7 +574,8 @@ class LinearSPOLoss(_PairObjective):
         if mask is not None:
             check_rows(mask, "kl_mask", torch.bool, hidden, "kl_hidden")
         kl_head = checked_head(hidden, head.weight, head.bias)
-        ref_head = checked_ref_head(*reference, hidden, kl_head, self.vocab_size)
+        read = padded_columns_read(self.vocab_size, options.columns, head.weight.shape[0])
+        ref_head = checked_ref_head(*reference, hidden, kl_head, read)
         rows = None if mask is None else mask.reshape(-1)
         if self.route == "recompute":
             return kl_of(kl_head, ref_head, rows, options).sum()

@@ -163,6 +163,11 @@ def columns_read(columns: Columns, width: int) -> int:
     return min(width, columns.vocab_size - columns.start)
 
 
+def padded_columns_read(vocab_size: int | None, columns: Columns, width: int) -> int | None:
+    """`columns_read`; None without a vocab_size, where no column is padding."""
+    return None if vocab_size is None else columns_read(columns, width)
+
+
 # Odd 64-bit constants as int64: the golden ratio's, and one of splitmix64.
 _HASH_ROW, _HASH_VALUE = -0x61C8864680B583EB, -0x40A7B892E31B1A47
 

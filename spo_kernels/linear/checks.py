@@ -65,11 +65,11 @@ def checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: st
 
 
 def checked_ref_head(
-    ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None, hidden: Tensor, head: Head, vocab_size: int | None
+    ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None, hidden: Tensor, head: Head, read: int | None
 ) -> Head:
     """The reference's head, with the vocabulary of the policy's head and the rows of its hidden ``[..., H]``.
 
-    With a vocab_size the heads may have different numbers of padding rows.
+    read: rows of the weight that are read, if a vocab_size is given: the others are padding, whose number may differ.
     """
     for name, tensor in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
         if tensor is not None and tensor.requires_grad:
@@ -78,7 +78,11 @@ def checked_ref_head(
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         wanted = ", ".join(map(str, (*hidden.shape[:-1], "H'")))
         raise ValueError(f"ref_hidden must be [{wanted}] like hidden, got {list(ref_hidden.shape)}")
-    if vocab_size is None and ref_weight.shape[0] != head.weight.shape[0]:
+    if read is not None and ref_weight.shape[0] < read:
+        raise ValueError(
+            f"ref_weight must have at least the {read} rows of weight that are read, got {ref_weight.shape[0]}"
+        )
+    if read is None and ref_weight.shape[0] != head.weight.shape[0]:
         raise ValueError(
             f"ref_weight must have V = {head.weight.shape[0]} rows like weight, got {ref_weight.shape[0]}; give "
             "vocab_size where the vocabularies are padded differently"

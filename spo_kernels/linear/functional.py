@@ -54,7 +54,7 @@ from spo_kernels.op_library import is_transforming
 from spo_kernels.precision import accumulate_dtype, can_precompute_gradient, precomputed_gradient_dtype
 from spo_kernels.row_ops import entropy_and_lse
 from spo_kernels.sequences import checked_sums
-from spo_kernels.shards import Columns
+from spo_kernels.shards import Columns, padded_columns_read
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -239,7 +239,8 @@ def linear_token_kl(
     """
     head = checked_head(hidden, weight, bias)
     columns = Columns.checked(process_group, vocab_shards, weight.shape[0], vocab_size)
-    ref_head = checked_ref_head(ref_hidden, ref_weight, ref_bias, hidden, head, vocab_size)
+    read = padded_columns_read(vocab_size, columns, weight.shape[0])
+    ref_head = checked_ref_head(ref_hidden, ref_weight, ref_bias, hidden, head, read)
     options = checked_options(
         head,
         hidden,
@@ -307,7 +308,8 @@ def linear_kl_loss(
     """
     head = checked_head(hidden, weight, bias)
     columns = Columns.checked(process_group, vocab_shards, weight.shape[0], vocab_size)
-    ref_head = checked_ref_head(ref_hidden, ref_weight, ref_bias, hidden, head, vocab_size)
+    read = padded_columns_read(vocab_size, columns, weight.shape[0])
+    ref_head = checked_ref_head(ref_hidden, ref_weight, ref_bias, hidden, head, read)
     options = checked_options(
         head,
         hidden,
