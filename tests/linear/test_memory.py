@@ -26,7 +26,8 @@ from spo_kernels import (
     precision,
 )
 from spo_kernels.linear import loops
-from spo_kernels.linear.records import Head, HeadOptions, Needs
+from spo_kernels.linear.checks import checked_options
+from spo_kernels.linear.records import Head, HeadOptions, Needs, Uniform
 from spo_kernels.shards import Columns
 
 
@@ -225,3 +226,47 @@ def test_the_tile_makes_room_for_the_cast_of_the_sum(monkeypatch: pytest.MonkeyP
     hidden, weight = x.hidden.requires_grad_(), x.weight.requires_grad_()
     peak = peak_bytes(lambda: LinearSPOLoss(route="recompute_free")(hidden, weight, x.labels)[0])
     assert 3 * weight.nbytes <= peak < 3 * weight.nbytes + (120 << 10)
+
+
+@pytest.mark.parametrize("kl", [False, True], ids=["entropy", "kl"])
+def test_options_of_the_logits_cost_no_pass_over_a_tile(kl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operations that take or return a tensor as wide as a tile are those of plain logits.
+
+    A softcap, a scale and temperatures of rows are the work of the row ops, padding rows are not part of the product.
+    """
+    set_tile_sizes(monkeypatch, rows=8, bytes=1, least_columns=64, wide_bytes=1, least_wide_rows=8)
+    x = Inputs(24, v=200)
+    head, ref_head, labels = Head(*x.policy), Head(*x.reference) if kl else Uniform(), x.labels.clamp(min=0)
+    temperature = torch.linspace(0.5, 2, 24)
+    calls = []
+    for numbers, vocab_size in (((1.0, None, 1.0), 192), ((temperature, 4.0, 0.5), 192), ((0.7, None, -1.0), 192)):
+        columns = Columns(0, vocab_size, None)
+        options = checked_options(head, head.hidden, *numbers, None, columns, ref_temperature=2.0 if kl else None)
+        needs = Needs(True, True, True, torch.float64)
+        upstream = loops.RowGradients(x.upstream, x.upstream, x.upstream)
+        with Calls(width=64) as forward:
+            saved = loops.token_stats_fwd(head, labels, ref_head, None, options)
+        with Calls(width=64) as backward:
+            loops.token_stats_bwd(upstream, head, labels, ref_head, None, saved, needs, options)
+        calls.append((forward.wide, forward.largest, backward.wide, backward.largest))
+    assert calls[0][0] and calls[0][2]
+    assert calls[1] == calls[2] == calls[0]
+
+
+@pytest.mark.skipif(ACTIVE == "reference", reason="plain torch makes temporaries of its own, several a tile")
+@pytest.mark.parametrize("route", ["recompute", "recompute_free"])
+def test_options_of_the_logits_take_no_memory(route: str) -> None:
+    """The gradient of the weight is 2 MiB, a tile of 32 rows 1 MiB. Options take a few numbers a row."""
+    x = Inputs(4, 8, h=64, v=8192, dtype=torch.float32)
+    hidden, weight = x.hidden.requires_grad_(), x.weight.requires_grad_()
+    x.labels.clamp_(max=8000)
+
+    def peak(**options: Any) -> int:
+        loss = LinearSPOLoss(route=route, **options)
+        hidden.grad = weight.grad = None
+        return peak_bytes(lambda: loss(hidden, weight, x.labels)[0].backward())
+
+    plain = peak()
+    assert plain > weight.nbytes
+    assert peak(vocab_size=8001) <= plain + 4096
+    assert peak(temperature=0.7, softcap=4.0, logit_scale=0.5) <= plain + 4096

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from oracle import IGNORE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from spo_kernels import (
     SPOLoss,
@@ -182,13 +183,18 @@ ROUTE = pytest.mark.parametrize("route", ["recompute", "recompute_free", "auto"]
 
 
 class Calls(TorchDispatchMode):
-    """Records the names of operations, the largest tensor they return, and the rows of each matrix product."""
+    """Records the names of operations, the largest tensor they return, and the rows of each matrix product.
 
-    def __init__(self) -> None:
+    Also the names of the operations, views aside, that take or return a matrix of at least `width` columns.
+    """
+
+    def __init__(self, width: int = 0) -> None:
         super().__init__()
         self.names: list[str] = []
         self.largest = 0
         self.rows_of_products: list[int] = []
+        self.wide: list[str] = []
+        self._width = width
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -199,6 +205,9 @@ class Calls(TorchDispatchMode):
                 self.largest = max(self.largest, tensor.numel())
         if name in ("addmm", "mm", "addmm_"):
             self.rows_of_products.append(args[-2].shape[0])
+        touched = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        if not func.is_view and any(x.dim() > 1 and x.shape[-1] >= self._width for x in touched):
+            self.wide.append(name)
         return out
 
 

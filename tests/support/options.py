@@ -1,4 +1,4 @@
-"""Options of the logits for tests of public functions: each alone and all together, and what they mean in plain torch."""
+"""Options of the logits, each alone and all together, and what they mean in plain torch."""
 
 from __future__ import annotations
 
