@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def checked_row_weight(mask: Tensor | None, row_weight: Tensor | None, rows: Ten
     weight = row_weight
     if mask is not None:
         weight = mask.to(accumulate_dtype(rows.dtype)) if weight is None else torch.where(mask, weight, 0)
-    return None if weight is None else weight.detach().to(accumulate_dtype(rows.dtype))
+    return None if weight is None else savable(weight.detach().to(accumulate_dtype(rows.dtype)))
 
 
 def check_sequences(values: Tensor, cu_seqlens: Tensor | None, name: str, like: str = "logits") -> None:
@@ -109,6 +109,21 @@ def check_cu_seqlens(cu_seqlens: Tensor, name: str, values: Tensor, like: str) -
 def differentiated_eagerly(tensor: Tensor) -> bool:
     """Whether autograd records operations on the tensor, outside torch.compile."""
     return torch.is_grad_enabled() and tensor.requires_grad and not torch.compiler.is_compiling()
+
+
+@overload
+def savable(tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def savable(tensor: Tensor | None) -> Tensor | None: ...
+
+
+def savable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy of one made under inference_mode, which autograd would refuse to save."""
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
 
 
 def check_inplace(logits: Tensor, option: str) -> None:

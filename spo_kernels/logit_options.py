@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels.checks import LARGEST, check_is_number, check_number, describe
+from spo_kernels.op_library import without_batches
 from spo_kernels.precision import accumulate_dtype
 
 
@@ -95,7 +96,8 @@ def _check_temperatures(temperature: Tensor, rows: Tensor, like: str, prefix: st
         raise ValueError(f"{name} must be on {rows.device} like {like}, got {temperature.device}")
     if temperature.requires_grad:
         raise ValueError(f"{name} must not require grad: no gradient flows to it (use .detach())")
-    legal = (temperature > 0) & temperature.isfinite()
+    values = without_batches(temperature)
+    legal = (values > 0) & values.isfinite()
     torch._assert_async(legal.all(), f"{name} must be > 0 and finite in every row")
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo_kernels.checks import check_float, check_like, check_number, checked_pair, checked_references
+from spo_kernels.checks import check_float, check_like, check_number, checked_pair, checked_references, savable
 from spo_kernels.distributed import HoldsProcessGroup, takes_dtensors
 from spo_kernels.op_library import is_transforming
 from spo_kernels.precision import upcast
@@ -50,7 +50,7 @@ def checked_mu(weight: PairWeight | None, logp_w: Tensor, logp_l: Tensor) -> Ten
             raise TypeError(f"weight must be a Tensor [P], a callable or None, got {type(weight).__name__}")
         mu = weight(logp_w.detach(), logp_l.detach())
     check_like("weight", mu, "policy_chosen_logps", logp_w, same_dtype=False)
-    return mu.detach().to(logp_w.dtype)
+    return savable(mu.detach().to(logp_w.dtype))
 
 
 def pair_preference(margin: Tensor, alpha: float, center: bool) -> Tensor:
@@ -403,7 +403,9 @@ class SoftImportance(HoldsProcessGroup):
         return self._mean(self._scores(logp_w, logp_l))
 
     def _scores(self, logp_w: Tensor, logp_l: Tensor) -> Tensor:
-        return self.gamma * torch.logaddexp(*checked_pair("logp_w", logp_w, "logp_l", logp_l))
+        # no_grad does not keep tangents of forward-mode AD out
+        pair = checked_pair("logp_w", logp_w.detach(), "logp_l", logp_l.detach())
+        return self.gamma * torch.logaddexp(*pair)
 
     def _mean(self, scores: Tensor) -> Tensor:
         totals = torch.stack((scores, torch.ones_like(scores))).sum(dim=1)  # sum and count in one message

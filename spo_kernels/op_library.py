@@ -16,6 +16,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 library = torch.library.Library("spo_kernels", "DEF")
 
@@ -148,14 +149,23 @@ class Op:
 
     def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: the shapes and dtypes of the outputs. The function takes the parameters it needs, by name."""
+        torch.library.register_fake(f"spo_kernels::{self.name}", self._from_flat(function), lib=library)
+        return function
+
+    def flops(self, function: Callable[..., int]) -> Callable[..., int]:
+        """Decorator: what torch's FlopCounterMode counts. The function takes the parameters it needs, by name."""
+        from_flat = self._from_flat(function)
+        register_flop_formula(self.packet, get_raw=True)(lambda *flat, out_val: from_flat(*flat))
+        return function
+
+    def _from_flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
 
-        def on_fake_tensors(*flat: Any) -> Any:
+        def from_flat(*flat: Any) -> Any:
             given = self.records(flat)
             return function(*(given[name] for name in names))
 
-        torch.library.register_fake(f"spo_kernels::{self.name}", on_fake_tensors, lib=library)
-        return function
+        return from_flat
 
     def on_every_device(self, function: Callable[..., Any]) -> None:
         """Register the implementation. An op over records runs with autocast off: its caller has cast already."""
@@ -297,6 +307,14 @@ def vmap_by_loop(op: Callable[..., Any]) -> Callable[..., Any]:
 def is_transforming() -> bool:
     """Whether a transform of torch.func or forward-mode AD is at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def without_batches(tensor: Tensor) -> Tensor:
+    """The values of a tensor with all its batches of vmap, for a check of every element."""
+    if is_transforming():
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def is_differentiated_again() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo_kernels.checks import savable
 from spo_kernels.op_library import (
     Op,
     backend_op,
@@ -89,7 +90,7 @@ def save_token_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     logps, kl, stats = output
     ctx.mark_non_differentiable(*[out for out, source in ((logps, labels), (kl, ref_logits)) if source is None])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, ref_logits, mask, kl, stats, *transforms)
+    ctx.save_for_backward(logits, savable(labels), savable(ref_logits), savable(mask), kl, stats, *transforms)
 
 
 def token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, dstats: Tensor | None) -> Tensor | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo_kernels.checks import savable
 from spo_kernels.op_library import Dims, fold
 from spo_kernels.reference import LABEL_ELSEWHERE, RowOptions, raw_gradient, transformed_logits
 
@@ -115,8 +116,9 @@ class TokenStatsGradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, _, _, ctx.ignore_index, ctx.vocab_size, transform, ref_transform = inputs
-        ctx.save_for_backward(*tensors, transform, ref_transform)
-        ctx.save_for_forward(*tensors, transform, ref_transform)
+        saved = (*map(savable, tensors), transform, ref_transform)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def _formula(ctx: Any) -> tuple[Callable[..., Tensor], list[int], list[Tensor]]:
@@ -166,8 +168,9 @@ class TokenStats(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         *tensors, ctx.ignore_index, _, ctx.vocab_size, transform, ref_transform = inputs
         _, kl, stats = output
-        ctx.save_for_backward(*tensors, kl, stats, transform, ref_transform)
-        ctx.save_for_forward(*tensors, kl, stats, transform, ref_transform)
+        saved = (*map(savable, tensors), kl, stats, transform, ref_transform)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def _gradient(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, dlse: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels.checks import check_sequences, differentiated_eagerly
+from spo_kernels.checks import check_sequences, differentiated_eagerly, savable
 from spo_kernels.op_library import Dims, fold, is_transforming, op, register_vmap, vmap_by_loop
 
 
@@ -60,7 +60,7 @@ def _empty_sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def _save_bounds(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
     values, cu_seqlens = inputs
     ctx.shape = values.shape
-    ctx.save_for_backward(cu_seqlens)
+    ctx.save_for_backward(savable(cu_seqlens))
 
 
 def _sums_gradient(dsums: Tensor, cu_seqlens: Tensor | None, shape: torch.Size) -> Tensor:
@@ -100,7 +100,7 @@ class _TransformableSums(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
         values, cu_seqlens = inputs
         ctx.shape = values.shape
-        ctx.save_for_backward(cu_seqlens)
+        ctx.save_for_backward(savable(cu_seqlens))
         ctx.save_for_forward(cu_seqlens)
 
     @staticmethod

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels import shards
+from spo_kernels.checks import savable
 from spo_kernels.linear import loops
 from spo_kernels.linear.records import Head, HeadOptions, Needs, PairObjective, PairWeights, Uniform
 from spo_kernels.losses import SoftImportance, mean_or_zero, pair_error, pair_preference
@@ -29,7 +30,14 @@ from spo_kernels.op_library import (
 )
 from spo_kernels.precision import accumulate_dtype
 
-_HEAD_CALLS = ("the functions of a head", "compute the logits and call the function that takes them")
+_INSTEAD = "compute the logits and call the function that takes them"
+
+
+def _calls_of(labels: Tensor | None) -> str:
+    """The public functions that call the ops of token statistics."""
+    if labels is None:
+        return "linear_token_kl, linear_kl_loss and LinearSPOLoss"
+    return "linear_token_logps, linear_sequence_logps and LinearSPOLoss"
 
 
 def _empty_gradients(head: Head, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,6 +48,17 @@ def _empty_gradients(head: Head, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
         hidden.new_empty(weight.shape if needs.weight else (0,), dtype=needs.dtype),
         hidden.new_empty(weight.shape[:1] if needs.bias and bias is not None else (0,), dtype=needs.dtype),
     )
+
+
+def _flops(head: Head, products: int) -> int:
+    """Of so many matrix products of all rows with the head. Rows that are dropped count too: their number is data."""
+    return 2 * products * head.hidden.shape[0] * head.weight.numel()
+
+
+def _flops_of_gradients(head: Head, ref_head: Head | None, needs: Needs) -> int:
+    """Of the products for both heads' logits and for the gradients of hidden and weight."""
+    flops = _flops(head, 1 + needs.hidden + needs.weight)
+    return flops if ref_head is None else flops + _flops(ref_head, 1)
 
 
 def _kept(labels: Tensor | None, mask: Tensor | None, ignore_index: int) -> Tensor | None:
@@ -77,6 +96,11 @@ def _empty_stats(
     logps = head.hidden.new_empty(0 if labels is None else rows, dtype=dtype)
     kl = head.hidden.new_empty(rows if with_kl else 0, dtype=dtype)
     return logps, kl, head.hidden.new_empty((4 if with_kl else 2, rows), dtype=dtype)
+
+
+@linear_token_stats_fwd.flops
+def _flops_of_stats(head: Head, ref_head: Head | None) -> int:
+    return _flops_of_gradients(head, ref_head, Needs(False, False, False, head.hidden.dtype))
 
 
 @op
@@ -117,9 +141,13 @@ def _empty_gradients_of_stats(head: Head, needs: Needs) -> tuple[Tensor, Tensor,
     return _empty_gradients(head, needs)
 
 
+linear_token_stats_bwd.flops(_flops_of_gradients)
+
+
 def _save_token_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     given = linear_token_stats_fwd.records(inputs)
     options: HeadOptions = given["options"]
+    ctx.call = _calls_of(given["labels"])
     ctx.ignore_index, ctx.uniform = given["ignore_index"], given["uniform"]
     ctx.chunk_size, ctx.columns = options.chunk_size, options.columns
     ctx.dtype = given["head"].hidden.dtype
@@ -130,7 +158,7 @@ def _save_token_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.set_materialize_grads(False)
     ref_head = given["ref_head"] or (None, None, None)
     transforms = options.transform, options.ref_transform
-    saved = (*given["head"], given["labels"], *ref_head, given["mask"], kl, stats, *transforms)
+    saved = (*map(savable, (*given["head"], given["labels"], *ref_head, given["mask"])), kl, stats, *transforms)
     ctx.save_for_backward(*saved)
     if is_transforming():
         ctx.save_for_forward(*saved)
@@ -142,7 +170,7 @@ def _token_stats_backward(
     if dlogps is None and dkl is None and dstats is None:
         return None, None, None
     if not is_transforming():  # there a second derivative asks for the gradient of `linear_token_stats_bwd`
-        refuse_double_backward(*_HEAD_CALLS)
+        refuse_double_backward(ctx.call, _INSTEAD)
     hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, mask, kl, stats, *transforms = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]  # of hidden, weight and bias
     gradients = linear_token_stats_bwd(
@@ -226,18 +254,19 @@ def _token_stats_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None,
     return None if labels is None else logps, kl_tangent if with_kl else None, of_stats
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
+def _save_names(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.call = _calls_of(linear_token_stats_bwd.records(inputs)["labels"])
 
 
 def _refuse_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-    call, instead = _HEAD_CALLS
-    raise RuntimeError(f"spo_kernels: the gradients of {call} cannot be differentiated again: {instead}")
+    raise RuntimeError(
+        f"spo_kernels: the gradients of {ctx.call} cannot be differentiated again (double backward): {_INSTEAD}"
+    )
 
 
 linear_token_stats_fwd.gradient(_save_token_stats, _token_stats_backward, of="head")
 linear_token_stats_fwd.transform_with_loops(_token_stats_jvp)
-linear_token_stats_bwd.gradient(_save_nothing, _refuse_backward, of="head")
+linear_token_stats_bwd.gradient(_save_names, _refuse_backward, of="head")
 linear_token_stats_bwd.transform_with_loops(_refuse_backward)
 
 
@@ -259,6 +288,9 @@ def linear_kl_loss_fwd(
 def _empty_kl_loss(head: Head, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = head.hidden.new_empty((), dtype=accumulate_dtype(head.hidden.dtype))
     return loss, *_empty_gradients(head, needs)
+
+
+linear_kl_loss_fwd.flops(_flops_of_gradients)
 
 
 @op
@@ -311,6 +343,11 @@ def _empty_spo_loss(head: Head, counts: Tensor, needs: Needs) -> tuple[Tensor, T
     return counts.new_empty(()), torch.empty_like(counts), *_empty_gradients(head, needs)
 
 
+@linear_spo_loss_fwd.flops
+def _flops_of_spo_loss(head: Head, needs: Needs) -> int:
+    return _flops_of_gradients(head, None, needs)
+
+
 def _save_unit_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save the gradients of an op that returns ``(loss, ..., dhidden, dweight, dbias)``."""
     ctx.mark_non_differentiable(*output[1:])
@@ -319,7 +356,7 @@ def _save_unit_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.save_for_backward(*output[-3:])
 
 
-def _scaled_gradients(message: str) -> Callable[..., tuple[Tensor | None, ...]]:
+def _scaled_gradients(call: str, message: str) -> Callable[..., tuple[Tensor | None, ...]]:
     """Backward of the ops that use `_save_unit_gradients`: the saved gradients times the upstream scalar.
 
     The gradients are scaled in place, so this can run only once; a second backward raises the message.
@@ -328,7 +365,7 @@ def _scaled_gradients(message: str) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return None, None, None
-        refuse_double_backward(*_HEAD_CALLS)
+        refuse_double_backward(call, _INSTEAD)
         refuse_second_backward(ctx, message)
         gradients: list[Tensor | None] = []
         for gradient, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True):
@@ -345,6 +382,7 @@ def _scaled_gradients(message: str) -> Callable[..., tuple[Tensor | None, ...]]:
 linear_kl_loss_fwd.gradient(
     _save_unit_gradients,
     _scaled_gradients(
+        "linear_kl_loss and LinearSPOLoss",
         "linear_kl_loss can run backward only once: its gradients were computed in the forward and scaled in place by "
         "the first backward; use (row_weight * spo_kernels.linear_token_kl(...)).sum(), or in LinearSPOLoss route "
         '"recompute"'
@@ -354,6 +392,7 @@ linear_kl_loss_fwd.gradient(
 linear_spo_loss_fwd.gradient(
     _save_unit_gradients,
     _scaled_gradients(
+        "LinearSPOLoss",
         'LinearSPOLoss with route "auto" or "recompute_free" can run backward only once: its gradients were computed '
         'in the forward and scaled in place by the first backward; use route "recompute"'
     ),

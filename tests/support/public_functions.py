@@ -1,0 +1,478 @@
+"""Every public function and module, as functions of tensors: ours and the same in plain torch.
+
+`FUNCTIONS` is the list. `tests/test_kinds.py` calls each of them in every kind of transform, context and compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from oracle import IGNORE
+from torch import Tensor
+
+import spo_kernels
+from spo_kernels import LinearSPOLoss, SoftImportance, SPOLoss, preference_loss, spo_loss
+
+V, H, REF_H = 9, 4, 3
+kernels: Any = spo_kernels
+
+OPTIONS: dict[str, Any] = {"softcap": 5.0, "logit_scale": -0.7}
+
+
+class Sizes(NamedTuple):
+    """Sequences of the batch (2P for modules), tokens of each, and sampled sequences."""
+
+    sequences: int = 4
+    tokens: int = 3
+    samples: int = 2
+
+
+Inputs = tuple[list[Tensor], list[Tensor]]  # leaves, which are differentiated, and constants
+
+
+class PublicFunction(NamedTuple):
+    """A call of a public function.
+
+    ``call`` and ``truth`` take the leaves and then the constants, all tensors, and return one flat Tensor.
+    """
+
+    name: str
+    call: Callable[..., Tensor]
+    truth: Callable[..., Tensor]
+    inputs: Callable[[Sizes], Inputs]
+    empty: Sequence[Sizes]  # sizes with an empty axis
+    refused: dict[str, str] = {}  # noqa: RUF012  by kind of call: what the refusal must say
+    flops: int = 0  # of the matrix products in a forward and a backward
+
+
+def flat(*outputs: Tensor) -> Tensor:
+    return torch.cat([output.flatten() for output in outputs])
+
+
+# ---- plain torch
+
+
+def transformed(logits: Tensor, temperature: Any = 1.0, softcap: Any = None, scale: float = 1.0) -> Tensor:
+    z = scale * logits
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    return z / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
+
+
+def logps_of(logits: Tensor, labels: Tensor) -> Tensor:
+    valid = labels != IGNORE
+    picked = logits.log_softmax(-1).gather(-1, labels.where(valid, 0)[..., None])[..., 0]
+    return torch.where(valid, picked, 0)
+
+
+def kl_of(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
+    log_p = logits.log_softmax(-1)
+    return torch.where(mask, (log_p.exp() * (log_p - ref_logits.log_softmax(-1))).sum(-1), 0)
+
+
+def with_entropy_and_lse(logits: Tensor, labels: Tensor) -> Tensor:
+    log_p = logits.log_softmax(-1)
+    both = -(log_p.exp() * log_p).sum(-1), logits.logsumexp(-1)
+    return flat(logps_of(logits, labels), *(torch.where(labels != IGNORE, x, 0) for x in both))
+
+
+def packed_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    bounds = cu_seqlens.tolist()
+    sums = [values[start:end].sum() for start, end in zip(bounds, bounds[1:], strict=False)]
+    return torch.stack(sums) if sums else values.new_zeros(0) * values.sum()
+
+
+def preference_of(logp_w: Tensor, logp_l: Tensor, mu: Any = 1.0, alpha: float = 0.1) -> Tensor:
+    return -mu * F.logsigmoid(alpha * (logp_w - logp_l)) / alpha
+
+
+def importance_of(logp_w: Tensor, logp_l: Tensor, gamma: float = 0.3) -> Tensor:
+    scores = gamma * torch.logaddexp(logp_w.detach(), logp_l.detach())
+    return torch.sigmoid(scores - scores.mean())
+
+
+def objective_of(logits: Tensor, labels: Tensor, kl: Tensor, weight: Any, nll_weight: float = 0.0) -> Tensor:
+    """The modules' objective; kl is the mean over samples."""
+    logps = logps_of(logits, labels).sum(-1)
+    pairs = len(logps) // 2
+    logp_w, logp_l = logps[:pairs], logps[pairs:]
+    mu = 1.0 if weight is None else importance_of(logp_w, logp_l)
+    losses = preference_of(logp_w, logp_l, mu)
+    tokens = (labels[:pairs] != IGNORE).sum().clamp(min=1)
+    return losses.sum() / max(pairs, 1) + 0.1 * kl - nll_weight * logp_w.sum() / tokens
+
+
+# ---- inputs
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def noise(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+def some_labels(g: torch.Generator, *rows: int, high: int = V) -> Tensor:
+    labels = torch.randint(0, high, rows, generator=g)
+    labels.view(-1)[1::4] = IGNORE
+    return labels
+
+
+def some_mask(*rows: int) -> Tensor:
+    mask = torch.ones(rows, dtype=torch.bool)
+    mask.view(-1)[1::3] = False
+    return mask
+
+
+def of_rows(n: Sizes) -> Inputs:
+    """Logits; labels, reference logits, mask, row weight, temperature."""
+    g, rows = generator(), (n.sequences, n.tokens)
+    constants = [some_labels(g, *rows, high=V - 2), noise(g, *rows, V), some_mask(*rows), noise(g, *rows)]
+    return [noise(g, *rows, V)], [*constants, noise(g, *rows).exp()]
+
+
+def of_packed_rows(n: Sizes) -> Inputs:
+    """Logits; labels, cu_seqlens."""
+    (logits,), (labels, *_) = of_rows(n)
+    return [logits.flatten(0, 1)], [labels.flatten(), bounds_of(n)]
+
+
+def bounds_of(n: Sizes) -> Tensor:
+    """Sequences of different length, one empty, with as many rows as ``n`` has."""
+    bounds = torch.arange(n.sequences + 1) * n.tokens
+    bounds[1:-1:2] += n.tokens
+    return bounds.clamp(max=n.sequences * n.tokens)
+
+
+def of_head(n: Sizes) -> Inputs:
+    """Hidden, weight, bias; labels, reference's hidden, weight, bias, mask, row weight, temperature."""
+    g, rows = generator(), (n.sequences, n.tokens)
+    reference = [noise(g, *rows, REF_H), noise(g, V, REF_H), noise(g, V)]
+    constants = [some_labels(g, *rows, high=V - 2), *reference, some_mask(*rows), noise(g, *rows)]
+    return [noise(g, *rows, H), noise(g, V, H), noise(g, V)], [*constants, noise(g, *rows).exp()]
+
+
+def of_packed_head(n: Sizes) -> Inputs:
+    (hidden, *head), (labels, *_) = of_head(n)
+    return [hidden.flatten(0, 1), *head], [labels.flatten(), bounds_of(n)]
+
+
+def of_pairs(n: Sizes) -> Inputs:
+    """Log-probs chosen and rejected, KL of samples; references chosen and rejected, pair weights."""
+    g, pairs = generator(), n.sequences
+    constants = [noise(g, pairs), noise(g, pairs), noise(g, pairs).exp()]
+    return [noise(g, pairs), noise(g, pairs), noise(g, max(n.samples, 1)).exp()], constants
+
+
+def of_two(n: Sizes) -> Inputs:
+    leaves, constants = of_pairs(n)
+    return leaves[:2], constants
+
+
+def of_module(n: Sizes) -> Inputs:
+    """Logits, sampled logits; labels, the reference's sampled logits, mask."""
+    g, rows, samples = generator(), (n.sequences, n.tokens), (n.samples, n.tokens)
+    leaves = [noise(g, *rows, V), noise(g, *samples, V)]
+    return leaves, [some_labels(g, *rows), noise(g, *samples, V), some_mask(*samples)]
+
+
+def of_linear_module(n: Sizes) -> Inputs:
+    """Hidden, weight, bias, sampled hidden; labels, the reference's sampled hidden, weight, mask."""
+    g, rows, samples = generator(), (n.sequences, n.tokens), (n.samples, n.tokens)
+    leaves = [noise(g, *rows, H), noise(g, V, H), noise(g, V), noise(g, *samples, H)]
+    constants = [some_labels(g, *rows), noise(g, *samples, REF_H), noise(g, V, REF_H), some_mask(*samples)]
+    return leaves, constants
+
+
+# ---- the modules
+
+
+def spo_module(**options: Any) -> Callable[..., Tensor]:
+    loss = SPOLoss(beta=0.1, **options)
+
+    def call(logits: Tensor, kl_logits: Tensor, labels: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
+        return loss(logits, labels, kl_logits=kl_logits, kl_ref_logits=ref, kl_mask=mask)[0][None]
+
+    return call
+
+
+def spo_module_truth(logits: Tensor, kl_logits: Tensor, labels: Tensor, ref: Tensor, mask: Tensor, weight: Any) -> Tensor:
+    return objective_of(logits, labels, kl_of(kl_logits, ref, mask).sum() / len(ref), weight)[None]
+
+
+def linear_module(**options: Any) -> Callable[..., Tensor]:
+    loss = LinearSPOLoss(beta=0.1, nll_weight=0.2, **options)
+
+    def call(*inputs: Tensor) -> Tensor:
+        hidden, weight, bias, kl_hidden, labels, ref_hidden, ref_weight, mask = inputs
+        kl = {"kl_hidden": kl_hidden, "kl_ref_hidden": ref_hidden, "kl_ref_weight": ref_weight, "kl_mask": mask}
+        return loss(hidden, weight, labels, bias, **kl)[0][None]
+
+    return call
+
+
+def linear_module_truth(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kl_hidden: Tensor,
+    labels: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    mask: Tensor,
+    importance: Any,
+) -> Tensor:
+    kl = kl_of(F.linear(kl_hidden, weight, bias), ref_hidden @ ref_weight.mT, mask).sum() / len(ref_hidden)
+    return objective_of(F.linear(hidden, weight, bias), labels, kl, importance, 0.2)[None]
+
+
+# ---- the list
+
+NO_ROWS = (Sizes(4, 0), Sizes(0, 3), Sizes(0, 0))
+NO_PAIRS = (Sizes(0, 3), Sizes(4, 0), Sizes(0, 0))
+
+TRANSFORMS = ("forward-mode AD", "grad", "vmap", "vmap in part", "vmap(grad)", "jvp", "jacrev", "jacfwd", "hessian")
+
+
+def in_place(option: str) -> dict[str, str]:
+    return {
+        **dict.fromkeys(TRANSFORMS, rf"{option}.* under torch\.func transforms .*leave the option out"),
+        "double backward": rf"{option}.* differentiated again \(double backward\): leave the option out",
+        "backward twice": rf"{option}.* can run only once: .*leave the option out",
+    }
+
+
+def only_once(call: str, instead: str) -> dict[str, str]:
+    return {
+        "double backward": rf"{call}.* cannot be differentiated again \(double backward\): .*{instead}",
+        "backward twice": rf"{call} can run backward only once: .*{instead}",
+    }
+
+
+def of_a_head(call: str) -> dict[str, str]:
+    compute = r"compute the logits and call the function that takes them"
+    jvp = rf"{call}.* cannot be used in forward-mode AD \(jvp\): {compute}"
+    again = rf"gradients of .*{call}.* cannot be differentiated again \(double backward\): {compute}"
+    return {
+        **dict.fromkeys(("forward-mode AD", "jvp", "jacfwd"), jvp),
+        **dict.fromkeys(("double backward", "hessian"), again),
+    }
+
+
+def linear(leaves: tuple[Tensor, ...]) -> Tensor:
+    return F.linear(*leaves[:3])
+
+
+IMPORTANCE = SoftImportance(0.3)
+IN_PLACE = spo_module(inplace_backward=True)
+ROWS = 2 * Sizes().sequences * Sizes().tokens * V  # flops of all rows, for each element of a hidden state
+SAMPLED_ROWS = 2 * Sizes().samples * Sizes().tokens * V
+
+FUNCTIONS = [
+    PublicFunction(
+        "token_logps",
+        lambda z, y, *_: flat(kernels.token_logps(z, y)),
+        lambda z, y, *_: flat(logps_of(z, y)),
+        of_rows,
+        NO_ROWS,
+    ),
+    PublicFunction(
+        "token_logps, all options",
+        lambda z, y, r, m, w, t: flat(
+            *kernels.token_logps(
+                z, y, temperature=t, vocab_size=V - 1, return_entropy=True, return_lse=True, **OPTIONS
+            )
+        ),
+        lambda z, y, r, m, w, t: with_entropy_and_lse(transformed(z[..., : V - 1], t, 5.0, -0.7), y),
+        of_rows,
+        NO_ROWS,
+    ),
+    PublicFunction(
+        "token_logps, inplace_backward",
+        lambda z, y, *_: flat(kernels.token_logps(z * 1, y, inplace_backward=True)),
+        lambda z, y, *_: flat(logps_of(z, y)),
+        of_rows,
+        NO_ROWS,
+        in_place("inplace_backward"),
+    ),
+    PublicFunction(
+        "sequence_logps",
+        lambda z, y, *_: kernels.sequence_logps(z, y),
+        lambda z, y, *_: logps_of(z, y).sum(-1),
+        of_rows,
+        NO_ROWS,
+    ),
+    PublicFunction(
+        "sequence_logps, cu_seqlens",
+        lambda z, y, cu: kernels.sequence_logps(z, y, cu_seqlens=cu),
+        lambda z, y, cu: packed_sums(logps_of(z, y), cu),
+        of_packed_rows,
+        NO_ROWS,
+    ),
+    PublicFunction(
+        "get_batch_logps",
+        lambda z, y, *_: kernels.get_batch_logps(z, y, average_log_prob=True),
+        lambda z, y, *_: logps_of(z[:, :-1], y[:, 1:]).sum(-1) / (y[:, 1:] != IGNORE).sum(-1).clamp(min=1),
+        of_rows,
+        NO_ROWS,
+    ),
+    PublicFunction(
+        "token_kl",
+        lambda z, y, r, m, *_: flat(kernels.token_kl(z, r, m)),
+        lambda z, y, r, m, *_: flat(kl_of(z, r, m)),
+        of_rows,
+        NO_ROWS,
+    ),
+    PublicFunction(
+        "token_logps_kl",
+        lambda z, y, r, m, w, t: flat(*kernels.token_logps_kl(z, y, r, m, temperature=t, ref_temperature=2.0)),
+        lambda z, y, r, m, w, t: flat(logps_of(transformed(z, t), y), kl_of(transformed(z, t), r / 2, m)),
+        of_rows,
+        NO_ROWS,
+    ),
+    PublicFunction(
+        "kl_loss",
+        lambda z, y, r, m, w, *_: kernels.kl_loss(z, r, m, row_weight=w)[None],
+        lambda z, y, r, m, w, *_: (kl_of(z, r, m) * w).sum()[None],
+        of_rows,
+        NO_ROWS,
+        only_once("kl_loss", "token_kl"),
+    ),
+    PublicFunction(
+        "kl_loss, overwrite_logits",
+        lambda z, y, r, m, w, *_: kernels.kl_loss(z * 1, r, m, row_weight=w, overwrite_logits=True)[None],
+        lambda z, y, r, m, w, *_: (kl_of(z, r, m) * w).sum()[None],
+        of_rows,
+        NO_ROWS,
+        {**in_place("overwrite_logits"), **only_once("kl_loss", "token_kl")},
+    ),
+    PublicFunction(
+        "linear_token_logps",
+        lambda h, w, b, y, *_: flat(kernels.linear_token_logps(h, w, y, b)),
+        lambda *x: flat(logps_of(linear(x), x[3])),
+        of_head,
+        NO_ROWS,
+        of_a_head("linear_token_logps"),
+        flops=ROWS * 4 * H,
+    ),
+    PublicFunction(
+        "linear_token_logps, all options",
+        lambda h, w, b, y, rh, rw, rb, m, u, t: flat(
+            *kernels.linear_token_logps(
+                h, w, y, b, temperature=t, vocab_size=V - 1, return_entropy=True, return_lse=True, **OPTIONS
+            )
+        ),
+        lambda *x: with_entropy_and_lse(transformed(linear(x)[..., : V - 1], x[-1], 5.0, -0.7), x[3]),
+        of_head,
+        NO_ROWS,
+        of_a_head("linear_token_logps"),
+        flops=ROWS * 4 * H,
+    ),
+    PublicFunction(
+        "linear_sequence_logps",
+        lambda h, w, b, y, *_: kernels.linear_sequence_logps(h, w, y, b),
+        lambda *x: logps_of(linear(x), x[3]).sum(-1),
+        of_head,
+        NO_ROWS,
+        of_a_head("linear_sequence_logps"),
+        flops=ROWS * 4 * H,
+    ),
+    PublicFunction(
+        "linear_sequence_logps, cu_seqlens",
+        lambda h, w, b, y, cu: kernels.linear_sequence_logps(h, w, y, b, cu_seqlens=cu),
+        lambda *x: packed_sums(logps_of(linear(x), x[3]), x[4]),
+        of_packed_head,
+        NO_ROWS,
+        of_a_head("linear_sequence_logps"),
+        flops=ROWS * 4 * H,
+    ),
+    PublicFunction(
+        "linear_token_kl",
+        lambda h, w, b, y, rh, rw, rb, m, *_: flat(kernels.linear_token_kl(h, w, rh, rw, m, b, rb)),
+        lambda *x: flat(kl_of(linear(x), linear(x[4:]), x[7])),
+        of_head,
+        NO_ROWS,
+        of_a_head("linear_token_kl"),
+        flops=ROWS * (4 * H + 2 * REF_H),
+    ),
+    PublicFunction(
+        "linear_kl_loss",
+        lambda h, w, b, y, rh, rw, rb, m, u, *_: kernels.linear_kl_loss(h, w, rh, rw, m, b, rb, row_weight=u)[None],
+        lambda *x: (kl_of(linear(x), linear(x[4:]), x[7]) * x[8]).sum()[None],
+        of_head,
+        NO_ROWS,
+        {**of_a_head("linear_kl_loss"), **only_once("linear_kl_loss", "linear_token_kl")},
+        flops=ROWS * (3 * H + REF_H),
+    ),
+    PublicFunction(
+        "spo_loss",
+        lambda w, r, k, rw, rr, mu: spo_loss(w, r, rw, rr, weight=mu, kl=k, beta=0.2)[0],
+        lambda w, r, k, rw, rr, mu: preference_of(w, r, mu) + 0.2 * k.mean(),
+        of_pairs,
+        NO_PAIRS,
+    ),
+    PublicFunction(
+        "spo_loss, SoftImportance",
+        lambda w, r, *_: spo_loss(w, r, weight=IMPORTANCE)[0],
+        lambda w, r, *_: preference_of(w, r, importance_of(w, r)),
+        of_two,
+        NO_PAIRS,
+    ),
+    PublicFunction(
+        'preference_loss("spo")',
+        lambda w, r, *_: preference_loss("spo", w, r, alpha=0.4, center=True)[0],
+        lambda w, r, *_: preference_of(w, r, 1, 0.4) - torch.tensor(2.0, dtype=torch.float64).log() / 0.4,
+        of_two,
+        NO_PAIRS,
+    ),
+    PublicFunction(
+        'preference_loss("dpo")',
+        lambda w, r, rw, rr, *_: preference_loss("dpo", w, r, rw, rr, beta=0.3, label_smoothing=0.1)[0],
+        lambda w, r, rw, rr, *_: 0.1 * 0.3 * (w - r - rw + rr) - F.logsigmoid(0.3 * (w - r - rw + rr)),
+        of_two,
+        NO_PAIRS,
+    ),
+    PublicFunction(
+        "SoftImportance",
+        lambda w, r, *_: IMPORTANCE(w, r),
+        lambda w, r, *_: importance_of(w, r),
+        of_two,
+        NO_PAIRS,
+    ),
+    PublicFunction(
+        "SPOLoss",
+        spo_module(weight=0.3),
+        lambda *x: spo_module_truth(*x, 0.3),
+        of_module,
+        NO_PAIRS,
+    ),
+    PublicFunction(
+        "SPOLoss, inplace_backward",
+        lambda z, k, *x: IN_PLACE(z * 1, k * 1, *x),
+        lambda *x: spo_module_truth(*x, None),
+        of_module,
+        NO_PAIRS,
+        in_place("inplace_backward"),
+    ),
+    PublicFunction(
+        'LinearSPOLoss, route "auto"',
+        linear_module(route="auto"),
+        lambda *x: linear_module_truth(*x, None),
+        of_linear_module,
+        NO_PAIRS,
+        {**of_a_head("LinearSPOLoss"), **only_once('(LinearSPOLoss with route "auto" or "recompute_free"|linear_kl_loss)', "recompute")},
+        flops=(ROWS + SAMPLED_ROWS) * 3 * H + SAMPLED_ROWS * REF_H,
+    ),
+    PublicFunction(
+        'LinearSPOLoss, route "recompute"',
+        linear_module(route="recompute", weight=0.3),
+        lambda *x: linear_module_truth(*x, 0.3),
+        of_linear_module,
+        NO_PAIRS,
+        of_a_head("LinearSPOLoss"),
+        flops=(ROWS + SAMPLED_ROWS) * 4 * H + 2 * SAMPLED_ROWS * REF_H,
+    ),
+]
