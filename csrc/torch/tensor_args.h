@@ -213,7 +213,7 @@ struct TokenStatsFwdCall : RowInputs {
         labels(row_values(labels, logits, ScalarType::Long, N, "labels")),
         mask(row_values(mask, logits, ScalarType::Bool, N, "mask")) {
     const std::vector<int64_t> rows = row_shape(logits), none{0};
-    std::vector<int64_t> stats_shape{r.data ? 4 : 2};
+    std::vector<int64_t> stats_shape{ref_logits ? 4 : 2};
     stats_shape.insert(stats_shape.end(), rows.begin(), rows.end());
     logps = empty(logits, labels ? rows : none, acc);
     kl = empty(logits, ref_logits ? rows : none, acc);

@@ -257,8 +257,8 @@ def of_a_head(call: str) -> dict[str, str]:
     jvp = rf"{call}.* cannot be used in forward-mode AD \(jvp\): {compute}"
     again = rf"gradients of .*{call}.* cannot be differentiated again \(double backward\): {compute}"
     return {
-        **dict.fromkeys(("forward-mode AD", "jvp", "jacfwd"), jvp),
-        **dict.fromkeys(("double backward", "hessian"), again),
+        **dict.fromkeys(("forward-mode AD", "jvp", "jacfwd", "hessian"), jvp),
+        "double backward": again,
     }
 
 
@@ -404,7 +404,7 @@ FUNCTIONS = [
         lambda *x: (kl_of(linear(x), linear(x[4:]), x[7]) * x[8]).sum()[None],
         of_head,
         NO_ROWS,
-        {**of_a_head("linear_kl_loss"), **only_once("linear_kl_loss", "linear_token_kl")},
+        {**only_once("linear_kl_loss", "linear_token_kl"), **of_a_head("linear_kl_loss")},
         flops=ROWS * (3 * H + REF_H),
     ),
     PublicFunction(
@@ -463,7 +463,7 @@ FUNCTIONS = [
         lambda *x: linear_module_truth(*x, None),
         of_linear_module,
         NO_PAIRS,
-        {**of_a_head("LinearSPOLoss"), **only_once('(LinearSPOLoss with route "auto" or "recompute_free"|linear_kl_loss)', "recompute")},
+        {**only_once('(LinearSPOLoss with route "auto" or "recompute_free"|linear_kl_loss)', "recompute"), **of_a_head("LinearSPOLoss")},
         flops=(ROWS + SAMPLED_ROWS) * 3 * H + SAMPLED_ROWS * REF_H,
     ),
     PublicFunction(
