@@ -136,7 +136,10 @@ def in_a_loop(function: Function, dims: Any, inputs: Any) -> Any:
 def vmap(function: PublicFunction) -> Pairs:
     """Leaves and constants in the batch; with a backward through the result."""
     both = []
-    for mapped, of in ((torch.vmap, function.call), (lambda f: lambda *x: in_a_loop(f, [0] * len(x), x)[0], function.truth)):
+    for mapped, of in (
+        (torch.vmap, function.call),
+        (lambda f: lambda *x: in_a_loop(f, [0] * len(x), x)[0], function.truth),
+    ):
         inputs = [[batched(x) for x in some] for some in made(function)]
         leaves = [leaf.requires_grad_() for leaf in inputs[0]]
         output = mapped(of)(*leaves, *inputs[1])

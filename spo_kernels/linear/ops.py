@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from spo_kernels import shards
 from spo_kernels.checks import savable
@@ -20,13 +21,12 @@ from spo_kernels.linear import loops
 from spo_kernels.linear.records import Head, HeadOptions, Needs, PairObjective, PairWeights, Uniform
 from spo_kernels.losses import SoftImportance, mean_or_zero, pair_error, pair_preference
 from spo_kernels.op_library import (
+    Op,
     is_transforming,
     mark_written,
     op,
     refuse_double_backward,
     refuse_second_backward,
-    register_vmap,
-    vmap_by_loop,
 )
 from spo_kernels.precision import accumulate_dtype
 
@@ -225,16 +225,16 @@ def _empty_tangents(labels: Tensor | None, kl: Tensor, stats: Tensor) -> tuple[T
     return torch.empty_like(logps), torch.empty_like(kl), torch.empty_like(stats[0])
 
 
-register_vmap(linear_token_stats_jvp, vmap_by_loop(linear_token_stats_jvp.packet))
-
-
 def _token_stats_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor]:
     if ctx.columns.group is not None:
         raise RuntimeError(
             "spo_kernels: the functions of a head with a process_group cannot be used in forward-mode AD (jvp): gather "
             "the weight and leave the group out"
         )
-    hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, mask, kl, stats, *transforms = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    if not torch._C._are_functorch_transforms_active():  # they are dual tensors
+        saved = [None if tensor is None else forward_ad.unpack_dual(tensor).primal for tensor in saved]
+    hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, mask, kl, stats, *transforms = saved
     logps, kl_tangent, lse = linear_token_stats_jvp(
         *tangents[:3],
         Head(hidden, weight, bias),
@@ -254,8 +254,11 @@ def _token_stats_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None,
     return None if labels is None else logps, kl_tangent if with_kl else None, of_stats
 
 
-def _save_names(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.call = _calls_of(linear_token_stats_bwd.records(inputs)["labels"])
+def _saves_names(of: Op) -> Callable[..., None]:
+    def save_names(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call = _calls_of(of.records(inputs)["labels"])
+
+    return save_names
 
 
 def _refuse_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
@@ -266,8 +269,9 @@ def _refuse_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
 
 linear_token_stats_fwd.gradient(_save_token_stats, _token_stats_backward, of="head")
 linear_token_stats_fwd.transform_with_loops(_token_stats_jvp)
-linear_token_stats_bwd.gradient(_save_names, _refuse_backward, of="head")
-linear_token_stats_bwd.transform_with_loops(_refuse_backward)
+for _op in (linear_token_stats_bwd, linear_token_stats_jvp):
+    _op.gradient(_saves_names(_op), _refuse_backward, of="head")
+    _op.transform_with_loops(_refuse_backward)
 
 
 @op
@@ -385,7 +389,7 @@ linear_kl_loss_fwd.gradient(
         "linear_kl_loss and LinearSPOLoss",
         "linear_kl_loss can run backward only once: its gradients were computed in the forward and scaled in place by "
         "the first backward; use (row_weight * spo_kernels.linear_token_kl(...)).sum(), or in LinearSPOLoss route "
-        '"recompute"'
+        '"recompute"',
     ),
     of="head",
 )
@@ -394,7 +398,7 @@ linear_spo_loss_fwd.gradient(
     _scaled_gradients(
         "LinearSPOLoss",
         'LinearSPOLoss with route "auto" or "recompute_free" can run backward only once: its gradients were computed '
-        'in the forward and scaled in place by the first backward; use route "recompute"'
+        'in the forward and scaled in place by the first backward; use route "recompute"',
     ),
     of="head",
 )

@@ -199,7 +199,9 @@ def spo_module(**options: Any) -> Callable[..., Tensor]:
     return call
 
 
-def spo_module_truth(logits: Tensor, kl_logits: Tensor, labels: Tensor, ref: Tensor, mask: Tensor, weight: Any) -> Tensor:
+def spo_module_truth(
+    logits: Tensor, kl_logits: Tensor, labels: Tensor, ref: Tensor, mask: Tensor, weight: Any
+) -> Tensor:
     return objective_of(logits, labels, kl_of(kl_logits, ref, mask).sum() / len(ref), weight)[None]
 
 
@@ -282,9 +284,7 @@ FUNCTIONS = [
     PublicFunction(
         "token_logps, all options",
         lambda z, y, r, m, w, t: flat(
-            *kernels.token_logps(
-                z, y, temperature=t, vocab_size=V - 1, return_entropy=True, return_lse=True, **OPTIONS
-            )
+            *kernels.token_logps(z, y, temperature=t, vocab_size=V - 1, return_entropy=True, return_lse=True, **OPTIONS)
         ),
         lambda z, y, r, m, w, t: with_entropy_and_lse(transformed(z[..., : V - 1], t, 5.0, -0.7), y),
         of_rows,
@@ -463,7 +463,10 @@ FUNCTIONS = [
         lambda *x: linear_module_truth(*x, None),
         of_linear_module,
         NO_PAIRS,
-        {**only_once('(LinearSPOLoss with route "auto" or "recompute_free"|linear_kl_loss)', "recompute"), **of_a_head("LinearSPOLoss")},
+        {
+            **only_once('(LinearSPOLoss with route "auto" or "recompute_free"|linear_kl_loss)', "recompute"),
+            **of_a_head("LinearSPOLoss"),
+        },
         flops=(ROWS + SAMPLED_ROWS) * 3 * H + SAMPLED_ROWS * REF_H,
     ),
     PublicFunction(
