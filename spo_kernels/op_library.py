@@ -18,6 +18,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+_COMPILED_TRANSFORM = (
+    "spo_kernels: torch.compile cannot trace these functions under torch.func transforms or forward-mode AD: call the "
+    "transformed function outside of compiled code, or through torch.compiler.disable"
+)
+
 library = torch.library.Library("spo_kernels", "DEF")
 
 Size = Annotated[int, "SymInt"]  # an int that torch.compile may leave symbolic
@@ -306,7 +311,10 @@ def vmap_by_loop(op: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_transforming() -> bool:
     """Whether a transform of torch.func or forward-mode AD is at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    transforming = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if transforming and torch.compiler.is_compiling():  # Dynamo cannot trace a function with a jvp
+        raise RuntimeError(_COMPILED_TRANSFORM)
+    return transforming
 
 
 def without_batches(tensor: Tensor) -> Tensor:

@@ -81,8 +81,8 @@ def gradient_by_formula(
     """`reference.token_stats_bwd` in torch's differentiable functions. It makes several tensors like logits."""
     dlogps = None if dlogps is None or labels is None else dlogps.where(labels != ignore_index, 0)
     dkl = dkl if dkl is None or mask is None else dkl.where(mask, 0)
-    # A row with upstream gradients of 0 may hold NaN. Without NaN the row is read: its gradient, though 0, depends on the
-    # upstream gradients.
+    # A row with upstream gradients of 0 is not read if it holds NaN. Other such rows are read: their gradient, though 0,
+    # depends on the upstream gradients.
     wanted = [upstream.detach() != 0 for upstream in (dlogps, dkl, dlse) if upstream is not None]
     nan = [x.isnan().any(-1) for x in (logits, ref_logits) if x is not None]
     read = (functools.reduce(torch.logical_or, wanted) | ~functools.reduce(torch.logical_or, nan))[..., None]
@@ -168,6 +168,7 @@ class TokenStats(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         *tensors, ctx.ignore_index, _, ctx.vocab_size, transform, ref_transform = inputs
         _, kl, stats = output
+        ctx.set_materialize_grads(False)  # `jvp` tells a tangent of 0 from none
         saved = (*map(savable, tensors), kl, stats, transform, ref_transform)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
@@ -180,11 +181,18 @@ class TokenStats(torch.autograd.Function):
         return TokenStatsGradient.apply(*upstream, *rows, ctx.ignore_index, ctx.vocab_size, *transforms)
 
     @staticmethod
-    def backward(ctx: Any, dlogps: Tensor, dkl: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]:
-        return TokenStats._gradient(ctx, dlogps, dkl, dstats[1]), *(None,) * 8
+    def backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, dstats: Tensor | None) -> tuple[Any, ...]:
+        if dlogps is None and dkl is None and dstats is None:
+            return (None,) * 9
+        return TokenStats._gradient(ctx, dlogps, dkl, None if dstats is None else dstats[1]), *(None,) * 8
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def jvp(ctx: Any, tangent: Tensor, *of_constants: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if any(constant is not None for constant in of_constants):
+            raise RuntimeError(
+                "spo_kernels: the logits alone have a derivative, but reference logits or a temperature have a tangent "
+                "of forward-mode AD: use .detach()"
+            )
         # Rows do not depend on each other, so the gradient for upstream gradients of 1 holds every row's gradient.
         _, labels, ref_logits, _, kl, stats, *_ = ctx.saved_tensors
         one, nothing = torch.ones_like(stats[0]), torch.zeros_like(kl)

@@ -1,7 +1,7 @@
 """Every public function in every kind of transform, context and compiler: right, or refused by a sentence.
 
-Right is equal to the same function in plain torch, in float64. The table of docs/transforms.md is made here: ``python
-tests/test_kinds.py`` writes it.
+Right is equal to the same function in plain torch, in float64. ``python tests/test_kinds.py`` writes the table of
+docs/transforms.md.
 """
 
 from __future__ import annotations
@@ -88,6 +88,16 @@ def forward_mode(function: PublicFunction) -> Pairs:
             output = forward_ad.unpack_dual(function.call(*duals, *constants))
             yield output.primal, value
             yield torch.zeros_like(value) if output.tangent is None else output.tangent, tangent
+
+
+def forward_mode_of_constants(function: PublicFunction) -> Pairs:
+    """References, temperatures and weights are constants: without a tangent in the result, or refused."""
+    leaves, constants = made(function)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, torch.ones_like(x)) if x.is_floating_point() else x for x in constants]
+        output = forward_ad.unpack_dual(function.call(*leaves, *duals))
+        yield output.primal, function.truth(*leaves, *constants)
+        yield torch.zeros(1) if output.tangent is None else output.tangent.abs().max()[None], torch.zeros(1)
 
 
 def of_leaves(transform: Callable[..., Any]) -> Callable[[PublicFunction], Pairs]:
@@ -273,8 +283,22 @@ def compiled(function: PublicFunction) -> Pairs:
     return zip(value_and_gradients(function, call), true_value_and_gradients(function), strict=True)
 
 
+def compiled_grad(fullgraph: bool) -> Callable[[PublicFunction], Pairs]:
+    """The transform within the compiled function."""
+
+    def kind(function: PublicFunction) -> Pairs:
+        leaves, constants = made(function)
+        ours, truth = (grad(of, tuple(range(len(leaves)))) for of in function[1:3])
+        torch._dynamo.reset()
+        results = torch.compile(ours, fullgraph=fullgraph, backend="aot_eager", dynamic=False)(*leaves, *constants)
+        return zip(results, truth(*leaves, *constants), strict=True)
+
+    return kind
+
+
 KINDS: dict[str, Callable[[PublicFunction], Pairs]] = {
     "forward-mode AD": forward_mode,
+    "forward-mode AD of constants": forward_mode_of_constants,
     "grad": of_leaves(grad),
     "vmap": vmap,
     "vmap in part": vmap_in_part,
@@ -294,14 +318,19 @@ KINDS: dict[str, Callable[[PublicFunction], Pairs]] = {
     "FakeTensorMode": fake_tensors,
     "FlopCounterMode": flops,
     "compile": compiled,
+    "compile of grad": compiled_grad(fullgraph=True),
 }
+
+
+def assert_right(pairs: Pairs) -> None:
+    for actual, expected in pairs:
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def outcome(kind: str, function: PublicFunction) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "There is a performance drop")
-        for actual, expected in KINDS[kind](function):
-            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+        warnings.filterwarnings("error", "There is a performance drop")  # torch's own loop over the batch
+        assert_right(KINDS[kind](function))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.name)
@@ -310,11 +339,50 @@ def test_right_or_refused(kind: str, function: PublicFunction) -> None:
     if kind not in function.refused:
         outcome(kind, function)
         return
-    with pytest.raises((RuntimeError, ValueError), match=function.refused[kind]):
+    with pytest.raises((RuntimeError, ValueError), match=function.refused[kind].message):
         outcome(kind, function)
+
+
+@pytest.mark.parametrize("name", ["token_logps", "linear_token_logps", "spo_loss"])
+def test_a_transform_in_compiled_code_breaks_the_graph(name: str) -> None:
+    (function,) = (function for function in FUNCTIONS if function.name == name)
+    assert_right(compiled_grad(fullgraph=False)(function))
+
+
+def test_every_refusal_is_of_a_kind() -> None:
+    assert {kind for function in FUNCTIONS for kind in function.refused} <= set(KINDS)
 
 
 def test_every_public_function_is_here() -> None:
     of_no_tensor = {"GatheredHead", "backends", "gather_head", "head_options"}
     named = {re.split(r"[,(]", function.name)[0] for function in FUNCTIONS}
     assert named == set(spo_kernels.__all__) - of_no_tensor
+
+
+def table() -> str:
+    """Functions by kinds. Kinds with the same outcomes share a column; kinds that refuse nothing are left out."""
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for kind in KINDS:
+        refusals = [function.refused.get(kind) for function in FUNCTIONS]
+        column = tuple("right" if refusal is None else f"refused: {refusal.why}" for refusal in refusals)
+        columns.setdefault(column, []).append(kind)
+    right = columns.pop(("right",) * len(FUNCTIONS))
+    rows = [["function", *map(", ".join, columns.values())], ["---"] * (1 + len(columns))]
+    rows += [[f"`{f.name}`", *(column[i] for column in columns)] for i, f in enumerate(FUNCTIONS)]
+    lines = [f"Right in every function: {', '.join(right)}.", "", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
+def page_with(new: str) -> str:
+    before, begin, rest = PAGE.read_text().partition("<!-- table -->\n")
+    _, end, after = rest.partition("\n<!-- end -->")
+    assert begin and end
+    return before + begin + new + end + after
+
+
+def test_the_page_has_the_table() -> None:
+    assert PAGE.read_text() == page_with(table()), "run python tests/test_kinds.py"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_with(table()))

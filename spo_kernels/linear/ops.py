@@ -231,6 +231,11 @@ def _token_stats_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None,
             "spo_kernels: the functions of a head with a process_group cannot be used in forward-mode AD (jvp): gather "
             "the weight and leave the group out"
         )
+    if any(tangent is not None for tangent in tangents[3:]):
+        raise RuntimeError(
+            "spo_kernels: the policy's head alone has a derivative, but the reference logits or a temperature have a "
+            "tangent of forward-mode AD: use .detach()"
+        )
     saved = ctx.saved_tensors
     if not torch._C._are_functorch_transforms_active():  # they are dual tensors
         saved = [None if tensor is None else forward_ad.unpack_dual(tensor).primal for tensor in saved]

@@ -33,6 +33,12 @@ class Sizes(NamedTuple):
 Inputs = tuple[list[Tensor], list[Tensor]]  # leaves, which are differentiated, and constants
 
 
+class Refusal(NamedTuple):
+    kinds: tuple[str, ...]
+    why: str  # in the table of docs/transforms.md
+    message: str  # what the error must say
+
+
 class PublicFunction(NamedTuple):
     """A call of a public function.
 
@@ -44,8 +50,15 @@ class PublicFunction(NamedTuple):
     truth: Callable[..., Tensor]
     inputs: Callable[[Sizes], Inputs]
     empty: Sequence[Sizes]  # sizes with an empty axis
-    refused: dict[str, str] = {}  # noqa: RUF012  by kind of call: what the refusal must say
+    refusals: Sequence[Refusal] = ()
     flops: int = 0  # of the matrix products in a forward and a backward
+    traced: bool = False  # by torch.compile within a transform too
+
+    @property
+    def refused(self) -> dict[str, Refusal]:
+        """By the name of the kind."""
+        refusals = (*self.refusals, *(() if self.traced else (COMPILED,)))
+        return {kind: refusal for refusal in reversed(refusals) for kind in refusal.kinds}
 
 
 def flat(*outputs: Tensor) -> Tensor:
@@ -236,32 +249,43 @@ def linear_module_truth(
 NO_ROWS = (Sizes(4, 0), Sizes(0, 3), Sizes(0, 0))
 NO_PAIRS = (Sizes(0, 3), Sizes(4, 0), Sizes(0, 0))
 
-TRANSFORMS = ("forward-mode AD", "grad", "vmap", "vmap in part", "vmap(grad)", "jvp", "jacrev", "jacfwd", "hessian")
+FORWARD_MODE = ("forward-mode AD", "jvp", "jacfwd", "hessian")
+TRANSFORMS = (*FORWARD_MODE, "forward-mode AD of constants", "grad", "vmap", "vmap in part", "vmap(grad)", "jacrev")
+COMPUTE_LOGITS = "compute the logits and call the function that takes them"
+
+COMPILED = Refusal(
+    ("compile of grad",), "fullgraph", "torch.compile cannot trace .* call the transformed function outside"
+)
+OF_CONSTANTS = Refusal(
+    ("forward-mode AD of constants",),
+    "constant",
+    r"reference logits or a temperature have a tangent of forward-mode AD: use \.detach",
+)
 
 
-def in_place(option: str) -> dict[str, str]:
-    return {
-        **dict.fromkeys(TRANSFORMS, rf"{option}.* under torch\.func transforms .*leave the option out"),
-        "double backward": rf"{option}.* differentiated again \(double backward\): leave the option out",
-        "backward twice": rf"{option}.* can run only once: .*leave the option out",
-    }
+def in_place(option: str) -> tuple[Refusal, ...]:
+    return (
+        Refusal(TRANSFORMS, "in place", rf"{option}.* under torch\.func transforms .*leave the option out"),
+        Refusal(("double backward",), "in place", rf"{option}.* differentiated again .*: leave the option out"),
+        Refusal(("backward twice",), "in place", rf"{option}.* can run only once: .*leave the option out"),
+    )
 
 
-def only_once(call: str, instead: str) -> dict[str, str]:
-    return {
-        "double backward": rf"{call}.* cannot be differentiated again \(double backward\): .*{instead}",
-        "backward twice": rf"{call} can run backward only once: .*{instead}",
-    }
+def only_once(call: str, instead: str) -> tuple[Refusal, ...]:
+    """Of functions that compute the gradient in the forward."""
+    return (
+        Refusal(("backward twice",), "once", rf"{call} can run backward only once: .*{instead}"),
+        Refusal(("double backward",), "once", rf"{call}.* differentiated again \(double backward\): .*{instead}"),
+    )
 
 
-def of_a_head(call: str) -> dict[str, str]:
-    compute = r"compute the logits and call the function that takes them"
-    jvp = rf"{call}.* cannot be used in forward-mode AD \(jvp\): {compute}"
-    again = rf"gradients of .*{call}.* cannot be differentiated again \(double backward\): {compute}"
-    return {
-        **dict.fromkeys(("forward-mode AD", "jvp", "jacfwd", "hessian"), jvp),
-        "double backward": again,
-    }
+def of_a_head(call: str, *, constants: bool = False) -> tuple[Refusal, ...]:
+    """constants: whether the call has a reference or a temperature."""
+    again = ("double backward", "hessian")
+    return (
+        Refusal(again, "head", rf"{call}.* differentiated again \(double backward\): {COMPUTE_LOGITS}"),
+        *((OF_CONSTANTS,) if constants else ()),
+    )
 
 
 def linear(leaves: tuple[Tensor, ...]) -> Tensor:
@@ -289,6 +313,7 @@ FUNCTIONS = [
         lambda z, y, r, m, w, t: with_entropy_and_lse(transformed(z[..., : V - 1], t, 5.0, -0.7), y),
         of_rows,
         NO_ROWS,
+        (OF_CONSTANTS,),
     ),
     PublicFunction(
         "token_logps, inplace_backward",
@@ -325,6 +350,7 @@ FUNCTIONS = [
         lambda z, y, r, m, *_: flat(kl_of(z, r, m)),
         of_rows,
         NO_ROWS,
+        (OF_CONSTANTS,),
     ),
     PublicFunction(
         "token_logps_kl",
@@ -332,6 +358,7 @@ FUNCTIONS = [
         lambda z, y, r, m, w, t: flat(logps_of(transformed(z, t), y), kl_of(transformed(z, t), r / 2, m)),
         of_rows,
         NO_ROWS,
+        (OF_CONSTANTS,),
     ),
     PublicFunction(
         "kl_loss",
@@ -339,7 +366,7 @@ FUNCTIONS = [
         lambda z, y, r, m, w, *_: (kl_of(z, r, m) * w).sum()[None],
         of_rows,
         NO_ROWS,
-        only_once("kl_loss", "token_kl"),
+        (OF_CONSTANTS, *only_once("kl_loss", "token_kl")),
     ),
     PublicFunction(
         "kl_loss, overwrite_logits",
@@ -347,7 +374,7 @@ FUNCTIONS = [
         lambda z, y, r, m, w, *_: (kl_of(z, r, m) * w).sum()[None],
         of_rows,
         NO_ROWS,
-        {**in_place("overwrite_logits"), **only_once("kl_loss", "token_kl")},
+        (*only_once("kl_loss", "token_kl"), *in_place("overwrite_logits")),
     ),
     PublicFunction(
         "linear_token_logps",
@@ -368,7 +395,7 @@ FUNCTIONS = [
         lambda *x: with_entropy_and_lse(transformed(linear(x)[..., : V - 1], x[-1], 5.0, -0.7), x[3]),
         of_head,
         NO_ROWS,
-        of_a_head("linear_token_logps"),
+        of_a_head("linear_token_logps", constants=True),
         flops=ROWS * 4 * H,
     ),
     PublicFunction(
@@ -395,7 +422,7 @@ FUNCTIONS = [
         lambda *x: flat(kl_of(linear(x), linear(x[4:]), x[7])),
         of_head,
         NO_ROWS,
-        of_a_head("linear_token_kl"),
+        of_a_head("linear_token_kl", constants=True),
         flops=ROWS * (4 * H + 2 * REF_H),
     ),
     PublicFunction(
@@ -404,7 +431,7 @@ FUNCTIONS = [
         lambda *x: (kl_of(linear(x), linear(x[4:]), x[7]) * x[8]).sum()[None],
         of_head,
         NO_ROWS,
-        {**only_once("linear_kl_loss", "linear_token_kl"), **of_a_head("linear_kl_loss")},
+        (*of_a_head("linear_kl_loss", constants=True), *only_once("linear_kl_loss", "linear_token_kl")),
         flops=ROWS * (3 * H + REF_H),
     ),
     PublicFunction(
@@ -434,6 +461,7 @@ FUNCTIONS = [
         lambda w, r, rw, rr, *_: 0.1 * 0.3 * (w - r - rw + rr) - F.logsigmoid(0.3 * (w - r - rw + rr)),
         of_two,
         NO_PAIRS,
+        traced=True,
     ),
     PublicFunction(
         "SoftImportance",
@@ -441,6 +469,7 @@ FUNCTIONS = [
         lambda w, r, *_: importance_of(w, r),
         of_two,
         NO_PAIRS,
+        traced=True,
     ),
     PublicFunction(
         "SPOLoss",
@@ -448,6 +477,7 @@ FUNCTIONS = [
         lambda *x: spo_module_truth(*x, 0.3),
         of_module,
         NO_PAIRS,
+        (OF_CONSTANTS,),
     ),
     PublicFunction(
         "SPOLoss, inplace_backward",
@@ -463,10 +493,10 @@ FUNCTIONS = [
         lambda *x: linear_module_truth(*x, None),
         of_linear_module,
         NO_PAIRS,
-        {
-            **only_once('(LinearSPOLoss with route "auto" or "recompute_free"|linear_kl_loss)', "recompute"),
-            **of_a_head("LinearSPOLoss"),
-        },
+        (
+            *of_a_head("LinearSPOLoss", constants=True),
+            *only_once("(LinearSPOLoss|linear_kl_loss).*", 'route "recompute"'),
+        ),
         flops=(ROWS + SAMPLED_ROWS) * 3 * H + SAMPLED_ROWS * REF_H,
     ),
     PublicFunction(
@@ -475,7 +505,7 @@ FUNCTIONS = [
         lambda *x: linear_module_truth(*x, 0.3),
         of_linear_module,
         NO_PAIRS,
-        of_a_head("LinearSPOLoss"),
+        of_a_head("LinearSPOLoss", constants=True),
         flops=(ROWS + SAMPLED_ROWS) * 4 * H + 2 * SAMPLED_ROWS * REF_H,
     ),
 ]
