@@ -81,7 +81,7 @@ def gradient_by_formula(
     """`reference.token_stats_bwd` in torch's differentiable functions. It makes several tensors like logits."""
     dlogps = None if dlogps is None or labels is None else dlogps.where(labels != ignore_index, 0)
     dkl = dkl if dkl is None or mask is None else dkl.where(mask, 0)
-    # A row with upstream gradients of 0 is not read if it holds NaN. Other such rows are read: their gradient, though 0,
+    # A row with upstream gradients of 0 is not read if it holds NaN. Other such rows are read: their gradient is 0, but
     # depends on the upstream gradients.
     wanted = [upstream.detach() != 0 for upstream in (dlogps, dkl, dlse) if upstream is not None]
     nan = [x.isnan().any(-1) for x in (logits, ref_logits) if x is not None]

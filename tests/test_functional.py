@@ -575,7 +575,7 @@ def test_views_whose_later_use_cannot_be_seen_are_not_overwritten(kind: str) -> 
 
 @pytest.mark.parametrize(("name", "inplace"), [*((name, True) for name in CALLS), ("kl_loss", False)])
 def test_double_backward_raises(name: str, inplace: bool) -> None:
-    """Where a gradient penalty cannot be right, it must not come out as a constant. tests/test_kinds.py has the others."""
+    """Where a gradient penalty cannot be right, it must not come out as a constant. test_kinds.py has the others."""
     logits, labels, ref_logits, mask = batch(4, 5, 9)
     leaf = logits.requires_grad_()
     out = CALLS[name](leaf * 1, labels, ref_logits, mask, **{OPTION[name]: inplace}).sum()
