@@ -56,12 +56,7 @@ from spo_kernels.checks import (
     differentiated_eagerly,
 )
 from spo_kernels.distributed import takes_dtensors
-from spo_kernels.logit_options import (
-    LogitOptions,
-    checked_logit_options,
-    checked_ref_logit_options,
-    transform_of,
-)
+from spo_kernels.logit_options import LogitOptions, RefLogitOptions, checked_transform, checked_transforms
 from spo_kernels.op_library import is_transforming
 from spo_kernels.precision import can_precompute_gradient
 from spo_kernels.reference import RowOptions
@@ -150,8 +145,8 @@ def token_logps(
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
     columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
-    policy = checked_logit_options(temperature, softcap, logit_scale, logits, "logits")
-    options = _row_options(logits, vocab_size, columns, policy)
+    transform = checked_transform(LogitOptions(temperature, softcap, logit_scale), logits, "logits", logits.dtype)
+    options = RowOptions(padded_columns_read(vocab_size, columns, logits.shape[-1]), transform, None)
     uniform = _uniform_like(logits, options) if return_entropy else None
     logps, kl, stats = _row_stats(logits, labels, uniform, None, ignore_index, inplace_backward, columns, options)
     if not (return_entropy or return_lse):
@@ -197,8 +192,8 @@ def sequence_logps(
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
     columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
-    policy = checked_logit_options(temperature, softcap, logit_scale, logits, "logits")
-    options = _row_options(logits, vocab_size, columns, policy)
+    transform = checked_transform(LogitOptions(temperature, softcap, logit_scale), logits, "logits", logits.dtype)
+    options = RowOptions(padded_columns_read(vocab_size, columns, logits.shape[-1]), transform, None)
     logps, _, _ = _row_stats(logits, labels, None, None, ignore_index, inplace_backward, columns, options)
     counts = (labels != ignore_index).to(logps.dtype) if average else None
     sums = checked_sums(logps, cu_seqlens, "labels")
@@ -245,9 +240,10 @@ def token_kl(
         check_rows(mask, "mask", torch.bool, logits)
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
-    policy = checked_logit_options(temperature, softcap, logit_scale, logits, "logits")
-    reference = checked_ref_logit_options(ref_temperature, ref_softcap, ref_logit_scale, policy, logits, "logits")
-    options = _row_options(logits, vocab_size, columns, policy, reference)
+    policy = LogitOptions(temperature, softcap, logit_scale)
+    reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
+    transforms = checked_transforms(policy, reference, logits, "logits", logits.dtype)
+    options = RowOptions(padded_columns_read(vocab_size, columns, logits.shape[-1]), *transforms)
     _, kl, _ = _row_stats(logits, None, ref_logits, mask, IGNORE_INDEX, inplace_backward, columns, options)
     return kl
 
@@ -286,9 +282,10 @@ def token_logps_kl(
         check_rows(mask, "mask", torch.bool, logits)
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
-    policy = checked_logit_options(temperature, softcap, logit_scale, logits, "logits")
-    reference = checked_ref_logit_options(ref_temperature, ref_softcap, ref_logit_scale, policy, logits, "logits")
-    options = _row_options(logits, vocab_size, columns, policy, reference)
+    policy = LogitOptions(temperature, softcap, logit_scale)
+    reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
+    transforms = checked_transforms(policy, reference, logits, "logits", logits.dtype)
+    options = RowOptions(padded_columns_read(vocab_size, columns, logits.shape[-1]), *transforms)
     logps, kl, _ = _row_stats(logits, labels, ref_logits, mask, ignore_index, inplace_backward, columns, options)
     return logps, kl
 
@@ -346,9 +343,10 @@ def kl_loss(
     if overwrite_logits:
         check_inplace(logits, "overwrite_logits")
         check_markable(logits)
-    policy = checked_logit_options(temperature, softcap, logit_scale, logits, "logits")
-    reference = checked_ref_logit_options(ref_temperature, ref_softcap, ref_logit_scale, policy, logits, "logits")
-    options = _row_options(logits, vocab_size, columns, policy, reference)
+    policy = LogitOptions(temperature, softcap, logit_scale)
+    reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
+    transforms = checked_transforms(policy, reference, logits, "logits", logits.dtype)
+    options = RowOptions(padded_columns_read(vocab_size, columns, logits.shape[-1]), *transforms)
 
     precompute = torch.is_grad_enabled() and logits.requires_grad and can_precompute_gradient(logits.dtype)
     if columns.group is not None or not precompute or is_transforming():
@@ -383,21 +381,6 @@ def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = Fal
     shifted = torch.full_like(labels, IGNORE_INDEX)
     shifted[..., :-1] = labels[..., 1:]
     return sequence_logps(logits, shifted, average=average_log_prob)
-
-
-def _row_options(
-    logits: Tensor,
-    vocab_size: int | None,
-    columns: Columns,
-    policy: LogitOptions,
-    reference: LogitOptions | None = None,
-) -> RowOptions:
-    transform = transform_of(policy, logits)
-    return RowOptions(
-        padded_columns_read(vocab_size, columns, logits.shape[-1]),
-        transform,
-        transform if reference is policy else None if reference is None else transform_of(reference, logits),
-    )
 
 
 def _uniform_like(logits: Tensor, options: RowOptions) -> Tensor:

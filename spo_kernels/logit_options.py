@@ -16,23 +16,21 @@ from spo_kernels.precision import accumulate_dtype
 
 
 class LogitOptions(NamedTuple):
-    temperature: float | Tensor = 1.0  # > 0; a number, or one for each row
-    softcap: float | None = None  # > 0
-    logit_scale: float = 1.0  # not 0
+    temperature: float | Tensor  # > 0; a number, or one for each row
+    softcap: float | None  # > 0
+    logit_scale: float  # not 0
 
 
-PLAIN = LogitOptions()
+class RefLogitOptions(NamedTuple):
+    """The reference's options. None stands for the policy's, a softcap of inf for none."""
+
+    temperature: float | Tensor | None
+    softcap: float | None
+    logit_scale: float | None
 
 
-def checked_logit_options(
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    rows: Tensor | None,
-    like: str = "",
-    prefix: str = "",
-) -> LogitOptions:
-    """The options of a public function or module.
+def check_logit_options(options: LogitOptions, rows: Tensor | None, like: str = "", prefix: str = "") -> None:
+    """Refuse illegal options.
 
     Args:
         rows: logits or hidden states, ``[..., X]``; a temperature may be a Tensor ``[...]`` or ``[]``. None: it must be
@@ -40,8 +38,7 @@ def checked_logit_options(
         like: name of rows in the error text.
         prefix: of the options' names.
     """
-    if softcap is None and _are_one(temperature, logit_scale):
-        return PLAIN  # most calls
+    temperature, softcap, logit_scale = options
     if rows is not None and isinstance(temperature, Tensor):
         _check_temperatures(temperature, rows, like, prefix)
     else:
@@ -52,29 +49,44 @@ def checked_logit_options(
     check_is_number(f"{prefix}logit_scale", logit_scale)
     if not 0 < abs(logit_scale) <= LARGEST:
         raise ValueError(f"{prefix}logit_scale must be finite and not 0, got {logit_scale}")
-    return LogitOptions(temperature, softcap, logit_scale)
 
 
-def checked_ref_logit_options(
-    temperature: float | Tensor | None,
-    softcap: float | None,
-    logit_scale: float | None,
-    policy: LogitOptions,
-    rows: Tensor | None,
-    like: str = "",
-) -> LogitOptions:
-    """The reference's options. None stands for the policy's; a softcap of inf for none."""
-    if temperature is None and softcap is None and logit_scale is None:
-        return policy
+def of_reference(options: RefLogitOptions, policy: LogitOptions) -> LogitOptions:
+    temperature, softcap, logit_scale = options
     no_softcap = isinstance(softcap, float) and softcap > LARGEST
-    return checked_logit_options(
+    return LogitOptions(
         policy.temperature if temperature is None else temperature,
         None if no_softcap else policy.softcap if softcap is None else softcap,
         policy.logit_scale if logit_scale is None else logit_scale,
-        rows,
-        like,
-        "ref_",
     )
+
+
+def checked_transform(
+    options: LogitOptions, rows: Tensor, like: str, dtype: torch.dtype, prefix: str = ""
+) -> Tensor | None:
+    """`reference.RowOptions.transform` of the options of a public function. dtype: of the logits."""
+    temperature, softcap, logit_scale = options
+    if softcap is None and _are_one(temperature, logit_scale):
+        return None  # most calls
+    check_logit_options(options, rows, like, prefix)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.double().reshape(-1)
+    # Numbers enter by multiplication and division with tensors: torch.compile specializes them in any other operation.
+    one = torch.ones(1, dtype=torch.float64, device=rows.device)
+    factors = one * logit_scale / temperature
+    if softcap is not None:
+        factors = torch.stack(torch.broadcast_tensors(one * logit_scale / softcap, one * softcap / temperature))
+    return torch.atleast_2d(factors).to(accumulate_dtype(dtype))
+
+
+def checked_transforms(
+    policy: LogitOptions, reference: RefLogitOptions, rows: Tensor, like: str, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The transforms of policy and reference."""
+    transform = checked_transform(policy, rows, like, dtype)
+    if reference.temperature is None and reference.softcap is None and reference.logit_scale is None:
+        return transform, transform
+    return transform, checked_transform(of_reference(reference, policy), rows, like, dtype, "ref_")
 
 
 def _are_one(*options: object) -> bool:
@@ -99,21 +111,6 @@ def _check_temperatures(temperature: Tensor, rows: Tensor, like: str, prefix: st
     values = without_batches(temperature)
     legal = (values > 0) & values.isfinite()
     torch._assert_async(legal.all(), f"{name} must be > 0 and finite in every row")
-
-
-def transform_of(options: LogitOptions, rows: Tensor) -> Tensor | None:
-    """`reference.RowOptions.transform` for logits, or for the logits of hidden states, ``[..., X]``."""
-    if options is PLAIN:
-        return None
-    temperature, softcap, logit_scale = options
-    if isinstance(temperature, Tensor):
-        temperature = temperature.double().reshape(-1)
-    # Numbers enter by multiplication and division with tensors: torch.compile specializes them in any other operation.
-    one = torch.ones(1, dtype=torch.float64, device=rows.device)
-    factors = one * logit_scale / temperature
-    if softcap is not None:
-        factors = torch.stack(torch.broadcast_tensors(one * logit_scale / softcap, one * softcap / temperature))
-    return torch.atleast_2d(factors).to(accumulate_dtype(rows.dtype))
 
 
 def transform_rows(transform: Tensor | None, rows: slice | Tensor) -> Tensor | None:

@@ -20,7 +20,7 @@ from spo_kernels.linear.checks import check_chunk_size, checked_head, checked_op
 from spo_kernels.linear.functional import kl_loss_of, kl_of, precomputed_needs
 from spo_kernels.linear.ops import linear_spo_loss_fwd, linear_token_stats_fwd
 from spo_kernels.linear.records import Head, HeadOptions, PairObjective, PairWeights
-from spo_kernels.logit_options import checked_logit_options, checked_ref_logit_options
+from spo_kernels.logit_options import LogitOptions, RefLogitOptions, check_logit_options, of_reference
 from spo_kernels.losses import SoftImportance, checked_mu, mean_or_zero, pair_error, spo_loss
 from spo_kernels.op_library import is_transforming
 from spo_kernels.precision import accumulate_dtype, can_precompute_gradient
@@ -71,8 +71,8 @@ class _PairObjective(HoldsProcessGroup):
         center: bool,
         average: bool,
         ignore_index: int,
-        logit_options: tuple[float, float | None, float],
-        ref_logit_options: tuple[float | None, float | None, float | None],
+        logit_options: LogitOptions,
+        ref_logit_options: RefLogitOptions,
         vocab_size: int | None,
         process_group: ProcessGroup | None,
         vocab_shards: Sequence[int] | None,
@@ -86,7 +86,8 @@ class _PairObjective(HoldsProcessGroup):
         self.center = center
         self.average = average
         self.ignore_index = ignore_index
-        checked_ref_logit_options(*ref_logit_options, checked_logit_options(*logit_options, None), None)
+        check_logit_options(logit_options, None)
+        check_logit_options(of_reference(ref_logit_options, logit_options), None, prefix="ref_")
         self.temperature, self.softcap, self.logit_scale = logit_options
         self.ref_temperature, self.ref_softcap, self.ref_logit_scale = ref_logit_options
         check_vocab_size(vocab_size)
@@ -244,8 +245,8 @@ class SPOLoss(_PairObjective):
             center=center,
             average=average,
             ignore_index=ignore_index,
-            logit_options=(temperature, softcap, logit_scale),
-            ref_logit_options=(ref_temperature, ref_softcap, ref_logit_scale),
+            logit_options=LogitOptions(temperature, softcap, logit_scale),
+            ref_logit_options=RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale),
             vocab_size=vocab_size,
             process_group=process_group,
             vocab_shards=vocab_shards,
@@ -384,8 +385,8 @@ class LinearSPOLoss(_PairObjective):
             center=center,
             average=average,
             ignore_index=ignore_index,
-            logit_options=(temperature, softcap, logit_scale),
-            ref_logit_options=(ref_temperature, ref_softcap, ref_logit_scale),
+            logit_options=LogitOptions(temperature, softcap, logit_scale),
+            ref_logit_options=RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale),
             vocab_size=vocab_size,
             process_group=process_group,
             vocab_shards=vocab_shards,

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 if __name__ == "__main__":
     sys.path.append(str(ROOT / "tests/support"))
 
-from public_functions import FUNCTIONS, PublicFunction, Sizes
+from public_functions import FUNCTIONS, PublicFunction, Sizes  # noqa: E402
 
 PAGE = ROOT / "docs/transforms.md"
 BATCH = 3
@@ -148,7 +148,7 @@ def vmap(function: PublicFunction) -> Pairs:
     both = []
     for mapped, of in (
         (torch.vmap, function.call),
-        (lambda f: lambda *x: in_a_loop(f, [0] * len(x), x)[0], function.truth),
+        (lambda f: lambda *given: in_a_loop(f, [0] * len(given), given)[0], function.truth),
     ):
         inputs = [[batched(x) for x in some] for some in made(function)]
         leaves = [leaf.requires_grad_() for leaf in inputs[0]]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spo_kernels.checks import describe
 from spo_kernels.linear.records import Head, HeadOptions
-from spo_kernels.logit_options import checked_logit_options, checked_ref_logit_options, transform_of
+from spo_kernels.logit_options import LogitOptions, RefLogitOptions, checked_transforms
 from spo_kernels.precision import LOGITS_DTYPES
 from spo_kernels.shards import Columns
 
@@ -31,12 +31,11 @@ def checked_options(
     ref_logit_scale: float | None = None,
 ) -> HeadOptions:
     """The checked options of a head's function. hidden: ``[..., H]``, the argument of which the head was made."""
-    policy = checked_logit_options(temperature, softcap, logit_scale, hidden, "hidden")
-    reference = checked_ref_logit_options(ref_temperature, ref_softcap, ref_logit_scale, policy, hidden, "hidden")
+    policy = LogitOptions(temperature, softcap, logit_scale)
+    reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
+    transforms = checked_transforms(policy, reference, hidden, "hidden", head.hidden.dtype)
     check_chunk_size(chunk_size)
-    transform = transform_of(policy, head.hidden)
-    ref_transform = transform if reference is policy else transform_of(reference, head.hidden)
-    return HeadOptions(chunk_size, columns, transform, ref_transform)
+    return HeadOptions(chunk_size, columns, *transforms)
 
 
 def checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> Head:

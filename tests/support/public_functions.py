@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ def with_entropy_and_lse(logits: Tensor, labels: Tensor) -> Tensor:
 
 def packed_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     bounds = cu_seqlens.tolist()
-    sums = [values[start:end].sum() for start, end in zip(bounds, bounds[1:], strict=False)]
+    sums = [values[start:end].sum() for start, end in itertools.pairwise(bounds)]
     return torch.stack(sums) if sums else values.new_zeros(0) * values.sum()
 
 
