@@ -139,7 +139,7 @@ def entropy_and_lse(
     wanted = labels != ignore_index
     outputs = []
     if entropy:
-        log_size = (stats[2] + stats[3]).detach()  # log V over all shards
+        log_size = stats[2:].detach().sum(0)  # log V over all shards
         outputs.append(log_size.view(labels.shape) - kl.view(labels.shape))
     if lse:
         outputs.append((stats[0].detach() + stats[1]).view(labels.shape))  # see `token_stats_fwd`

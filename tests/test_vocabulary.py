@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -91,6 +92,9 @@ ROW_FUNCTIONS: dict[str, Function] = {
     "packed": lambda z, r, labels, mask, **kw: (
         sequence_logps(z.flatten(0, 1), labels.flatten(), cu_seqlens=torch.tensor([0, 5, 5, 12]), **kw),
     ),
+    "entropy and lse": lambda z, r, labels, mask, **kw: token_logps(
+        z, labels, return_entropy=True, return_lse=True, **kw
+    ),
     "token_kl": lambda z, r, labels, mask, **kw: (token_kl(z, r, mask, **kw),),
     "token_logps_kl": lambda z, r, labels, mask, **kw: token_logps_kl(z, labels, r, mask, **kw),
     "kl_loss": lambda z, r, labels, mask, **kw: (
@@ -109,13 +113,24 @@ ROW_FUNCTIONS: dict[str, Function] = {
 }
 
 
+def padded_like(shards: tuple[int, ...], columns: int) -> tuple[int, ...]:
+    """The shards of a reference with this many columns: the last has more padding, or less."""
+    return *shards[:-1], columns - sum(shards[:-1])
+
+
 def rows_result(
-    group: ProcessGroup | None, shards: tuple[int, ...], name: str, inputs: dict[str, Tensor]
+    group: ProcessGroup | None,
+    shards: tuple[int, ...],
+    name: str,
+    inputs: dict[str, Tensor],
+    options: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(outputs, gradient of this process's logits), with an upstream gradient that differs from row to row."""
     logits = own(inputs["logits"], group, shards, -1)
-    ref_logits = own(inputs["ref_logits"], group, shards, -1).detach()
-    outputs = ROW_FUNCTIONS[name](logits, ref_logits, inputs["labels"], inputs["mask"], **split_options(group, shards))
+    ref_logits = inputs["ref_logits"]
+    ref_logits = own(ref_logits, group, padded_like(shards, ref_logits.shape[-1]), -1).detach()
+    given = {**split_options(group, shards), **(options or {})}
+    outputs = ROW_FUNCTIONS[name](logits, ref_logits, inputs["labels"], inputs["mask"], **given)
     flat = torch.cat([out.flatten() for out in outputs])
     (gradient,) = torch.autograd.grad(flat @ torch.linspace(-1, 2, flat.numel(), dtype=flat.dtype), logits)
     return flat.detach(), gradient
@@ -144,6 +159,43 @@ def test_functions_of_logits(
     results = processes.run(len(shards), rows_result, shards, name, inputs)
     near(same_everywhere([out for out, _ in results]), expected, torch.float32 if dtype == torch.bfloat16 else dtype)
     near(torch.cat([part for _, part in results], -1), gradient, dtype)
+
+
+# The vocabulary ends before the last process's columns do, and the policy has more padding than the reference.
+VOCAB_SIZE, REF_COLUMNS = V - 2, V - 1
+REF_OPTIONS = {"ref_temperature": 0.8, "ref_softcap": float("inf"), "ref_logit_scale": -0.4}
+
+
+def every_option(name: str, rows: tuple[int, ...]) -> dict[str, Any]:
+    """Every option that a function takes; modules and packed rows take a number as the temperature."""
+    temperature = torch.linspace(0.5, 2, rows[0] * rows[1]).view(rows)
+    by_number = name in ("packed", "SPOLoss", "recompute", "recompute_free", "long_pairs")
+    with_reference = "kl" in name or name in ("SPOLoss", "recompute", "recompute_free", "long_pairs")
+    return {
+        "temperature": 1.3 if by_number else temperature,
+        "softcap": 3.0,
+        "logit_scale": 0.6,
+        "vocab_size": VOCAB_SIZE,
+        **(REF_OPTIONS if with_reference else {}),
+    }
+
+
+@WORLD
+@pytest.mark.parametrize("name", ROW_FUNCTIONS)
+def test_options_of_functions_of_logits(processes: Processes, name: str, shards: tuple[int, ...]) -> None:
+    """Every option at once, and NaN in the padding."""
+    inputs = row_inputs(torch.float64, "noise")
+    inputs["labels"] = inputs["labels"].clamp(max=VOCAB_SIZE - 1)
+    for key in ("logits", "ref_logits"):
+        inputs[key][..., VOCAB_SIZE:] = torch.nan
+    inputs["ref_logits"] = inputs["ref_logits"][..., :REF_COLUMNS]
+    options = every_option(name, (2, 6))
+    expected, gradient = rows_result(None, shards, name, inputs, options)
+    assert expected.isfinite().all()
+    assert not gradient[..., VOCAB_SIZE:].any()
+    results = processes.run(len(shards), rows_result, shards, name, inputs, options)
+    near(same_everywhere([out for out, _ in results]), expected)
+    near(torch.cat([part for _, part in results], -1), gradient)
 
 
 def equal_logits(group: ProcessGroup, shards: tuple[int, ...]) -> Tensor:
@@ -236,7 +288,7 @@ def head_inputs(dtype: torch.dtype, rows: tuple[int, ...] = (4, 6)) -> dict[str,
 
 
 def spo_objective(x: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
-    loss = LinearSPOLoss(0.1, 0.3, nll_weight=0.2, **OPTIONS, **options)
+    loss = LinearSPOLoss(0.1, 0.3, nll_weight=0.2, **{**OPTIONS, **options})
     given = {f"kl_{name}": x[name] for name in ("hidden", "mask")}
     given |= {f"kl_{name}": x[name] for name in ("ref_hidden", "ref_weight", "ref_bias")}
     objective, metrics = loss(x["hidden"], x["weight"], x["labels"], x["bias"], **given)
@@ -249,7 +301,7 @@ def kl_arguments(x: dict[str, Tensor]) -> list[Tensor]:
 
 HEAD_FUNCTIONS: dict[str, Function] = {
     "linear_token_logps": lambda x, **kw: linear_token_logps(
-        x["hidden"], x["weight"], x["labels"], x["bias"], return_entropy=True, **OPTIONS, **kw
+        x["hidden"], x["weight"], x["labels"], x["bias"], return_entropy=True, **{**OPTIONS, **kw}
     ),
     "chunks": lambda x, **kw: (
         linear_token_logps(x["hidden"], x["weight"], x["labels"], x["bias"], chunk_size=5, **kw),
@@ -257,8 +309,8 @@ HEAD_FUNCTIONS: dict[str, Function] = {
     "linear_sequence_logps": lambda x, **kw: (
         linear_sequence_logps(x["hidden"], x["weight"], x["labels"], average=True, **kw),
     ),
-    "linear_token_kl": lambda x, **kw: (linear_token_kl(*kl_arguments(x), **OPTIONS, **kw),),
-    "linear_kl_loss": lambda x, **kw: (linear_kl_loss(*kl_arguments(x), **OPTIONS, **kw),),
+    "linear_token_kl": lambda x, **kw: (linear_token_kl(*kl_arguments(x), **{**OPTIONS, **kw}),),
+    "linear_kl_loss": lambda x, **kw: (linear_kl_loss(*kl_arguments(x), **{**OPTIONS, **kw}),),
     "recompute": lambda x, **kw: spo_objective(x, route="recompute", **kw),
     "recompute_free": lambda x, **kw: spo_objective(x, route="recompute_free", **kw),
     "long_pairs": lambda x, **kw: spo_objective(x, chunk_size=7, **kw),
@@ -266,7 +318,11 @@ HEAD_FUNCTIONS: dict[str, Function] = {
 
 
 def head_result(
-    group: ProcessGroup | None, shards: tuple[int, ...], name: str, inputs: dict[str, Tensor]
+    group: ProcessGroup | None,
+    shards: tuple[int, ...],
+    name: str,
+    inputs: dict[str, Tensor],
+    options: dict[str, Any] | None = None,
 ) -> tuple[Tensor, ...]:
     """(outputs, gradient of hidden, of this process's weight, of its bias or 0 if the function takes none)."""
     with pytest.MonkeyPatch.context() as patch:
@@ -275,9 +331,9 @@ def head_result(
         x = dict(inputs)
         x["hidden"] = inputs["hidden"].detach().clone().requires_grad_()
         for key in ("weight", "bias", "ref_weight", "ref_bias"):
-            x[key] = own(inputs[key], group, shards, 0)
+            x[key] = own(inputs[key], group, padded_like(shards, inputs[key].shape[0]), 0)
         x["ref_weight"], x["ref_bias"] = x["ref_weight"].detach(), x["ref_bias"].detach()
-        outputs = HEAD_FUNCTIONS[name](x, **split_options(group, shards))
+        outputs = HEAD_FUNCTIONS[name](x, **{**split_options(group, shards), **(options or {})})
         flat = torch.cat([out.flatten() for out in outputs])
         upstream = torch.linspace(-1, 2, flat.numel(), dtype=flat.dtype)
         leaves = [x["hidden"], x["weight"], x["bias"]]
@@ -302,6 +358,27 @@ def test_functions_of_hidden_states(
         near(same_everywhere(list(got)) / scale, want / scale, dtype)
     for want, got in zip(expected[2:], by_kind[2:], strict=True):
         near(torch.cat(got) / scale, want / scale, dtype)
+
+
+@WORLD
+@pytest.mark.parametrize("name", HEAD_FUNCTIONS)
+def test_options_of_functions_of_hidden_states(processes: Processes, name: str, shards: tuple[int, ...]) -> None:
+    """Every option at once, and NaN in the padding of weight and bias."""
+    inputs = head_inputs(torch.float64)
+    inputs["labels"] = inputs["labels"].clamp(max=VOCAB_SIZE - 1)
+    for key in ("weight", "bias", "ref_weight", "ref_bias"):
+        inputs[key][VOCAB_SIZE:] = torch.nan
+    inputs["ref_weight"], inputs["ref_bias"] = inputs["ref_weight"][:REF_COLUMNS], inputs["ref_bias"][:REF_COLUMNS]
+    options = every_option(name, (4, 6))
+    expected = head_result(None, shards, name, inputs, options)
+    assert expected[0].isfinite().all()
+    assert not expected[2][VOCAB_SIZE:].any()
+    assert not expected[3][VOCAB_SIZE:].any()
+    results = list(zip(*processes.run(len(shards), head_result, shards, name, inputs, options), strict=True))
+    for want, got in zip(expected[:2], results[:2], strict=True):
+        near(same_everywhere(list(got)), want)
+    for want, got in zip(expected[2:], results[2:], strict=True):
+        near(torch.cat(got), want)
 
 
 def wide_forward(group: ProcessGroup | None, shards: tuple[int, ...], inputs: dict[str, Tensor]) -> Tensor:
@@ -393,6 +470,50 @@ def test_bad_shards_are_named_in_every_process(
     for error in processes.run(len(shards), refused, shards, held, label, name):
         assert isinstance(error, RuntimeError if "label" in message else ValueError), error
         with pytest.raises(type(error), match=message):
+            raise error
+
+
+def of_vocab_size(group: ProcessGroup, shards: tuple[int, ...], vocab_size: int, label: int, name: str) -> Any:
+    """A call with columns of these numbers; one number for all: every process has so many."""
+    columns = shards[group.rank()] if len(shards) > 1 else shards[0]
+    options = {"process_group": group, "vocab_size": vocab_size}
+    options["vocab_shards"] = shards if len(shards) > 1 else None
+    labels = torch.full((3,), label)
+    z, head = torch.zeros(3, columns), (torch.zeros(3, H), torch.zeros(columns, H))
+    return {
+        "token_logps": lambda: token_logps(z, labels, **options),
+        "token_kl": lambda: token_kl(z, z, **options),
+        "SPOLoss": lambda: SPOLoss(**options)(z.expand(2, -1, -1), labels.expand(2, -1)),
+        "linear_token_logps": lambda: linear_token_logps(*head, labels, **options),
+        "linear_kl_loss": lambda: linear_kl_loss(*head, *head, **options),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["token_logps", "token_kl", "SPOLoss", "linear_token_logps", "linear_kl_loss"])
+@pytest.mark.parametrize(
+    ("shards", "vocab_size"),
+    [((30,), 30), ((30, 7), 38), ((30, 7), 30), ((30, 7), 7)],
+    ids=["whole vocabulary in each", "too large", "no column in the last", "too small"],
+)
+def test_shards_must_add_up_to_the_vocab_size(
+    processes: Processes, shards: tuple[int, ...], vocab_size: int, name: str
+) -> None:
+    held = list(shards) if len(shards) > 1 else [30, 30]
+    message = (
+        f"vocab_size must end in the last of the shards {held}, got {vocab_size}; where every process has the whole"
+    )
+    for error in processes.run(2, of_vocab_size, shards, vocab_size, 0, name):
+        assert isinstance(error, ValueError), error
+        with pytest.raises(ValueError, match=re.escape(message)):
+            raise error
+
+
+@pytest.mark.parametrize("name", ["token_logps", "SPOLoss", "linear_token_logps"])
+@pytest.mark.parametrize("label", [35, 36])
+def test_labels_in_the_padding_are_errors(processes: Processes, label: int, name: str) -> None:
+    for error in processes.run(2, of_vocab_size, SHARDS[0], 35, label, name):
+        assert isinstance(error, RuntimeError), error
+        with pytest.raises(RuntimeError, match=rf"labels must be in \[0, 35\) or ignore_index -100, got {label}\b"):
             raise error
 
 
