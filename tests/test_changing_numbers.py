@@ -196,3 +196,37 @@ def test_temperatures_in_tensors_take_one_graph(shape: str) -> None:
             given["temperature"] = torch.full((4, 3) if shape == "rows" else (), value)
 
         assert graphs(lambda f=function: f(x, **given), (x.logits, *x.head), change, NEAR_ONE[:4]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [
+        *((name, False) for name, (_, numbers) in OF_NUMBERS.items() if "temperature" in numbers),
+        ("token_kl", True),
+        ("linear_token_kl", True),
+    ],
+)
+def test_every_option_at_once_compiles(name: str, dynamic: bool) -> None:
+    """With padding that is NaN, so that a compiled function which reads it is seen."""
+    x = Arguments()
+    function, numbers = OF_NUMBERS[name]
+    x.labels.clamp_(max=V - 3)
+    with torch.no_grad():
+        for padded in (x.logits, x.ref_logits):
+            padded[..., V - 2 :] = math.nan
+        for padded in (x.weight, x.reference[1]):
+            padded[V - 2 :] = math.nan
+    given = {"temperature": torch.rand(4, 3) + 0.5, "softcap": 4.0, "logit_scale": -0.7, "vocab_size": V - 2}
+    if "ref_temperature" in numbers:
+        given |= {"ref_temperature": torch.rand(4, 3) + 0.5, "ref_softcap": math.inf, "ref_logit_scale": 0.6}
+
+    def call() -> Tensor:
+        return function(x, **given)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    leaves = (x.logits,) if "linear" not in name else x.head
+    results = [(out, *torch.autograd.grad(out.sum(), leaves)) for out in (compiled(), call())]
+    for got, want in zip(*results, strict=True):
+        assert want.isfinite().all()
+        near(got, want)
