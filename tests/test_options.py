@@ -568,6 +568,9 @@ def test_entropy_and_lse_make_no_operation_on_logits(vocab_size: int | None) -> 
     plain = wide_operations(x.logits, lambda: token_logps(x.logits, x.labels))
     assert wide_operations(x.logits, call()) == plain
     assert wide_operations(x.logits, call(return_entropy=True)) == ["new_zeros", *plain]
+    if ACTIVE != "reference":
+        plain_peak, peak = (peak_bytes(call(return_entropy=entropy)) for entropy in (False, True))
+        assert peak <= plain_peak + 4 * WIDE + 4096
     with Calls() as calls, torch.no_grad():
         call()()
     assert calls.largest < 100
