@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any, overload
 
 import torch
@@ -16,7 +15,7 @@ from spo_kernels.precision import LOGITS_DTYPES, accumulate_dtype, upcast
 
 IGNORE_INDEX = -100  # label of rows that are not wanted, unless the caller says otherwise
 # The largest finite number. torch.compile takes numbers that change for finite and drops comparisons with math.inf.
-LARGEST = sys.float_info.max
+LARGEST = torch.finfo(torch.float64).max
 
 
 def describe(tensor: Tensor) -> str:
