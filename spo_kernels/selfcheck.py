@@ -69,7 +69,7 @@ class Problem(NamedTuple):
         labels = torch.randint(vocab, (rows,), generator=generator)
         return cls(logits.to(device, dtype), labels.to(device), ref_logits.to(device, dtype))
 
-    def head(self, rows: int, dtype: torch.dtype) -> Problem:
+    def first_rows(self, rows: int, dtype: torch.dtype) -> Problem:
         """The first rows, in another dtype."""
         logits, labels, ref_logits = (tensor[:rows] for tensor in self)
         return Problem(logits.to(dtype), labels, ref_logits.to(dtype))
@@ -161,15 +161,15 @@ def check(dtype: torch.dtype, device: torch.device, rows: int, vocab: int, repea
     """Compare and time the ops on ``[rows, vocab]`` logits of a dtype."""
     problem = Problem.random(rows, vocab, dtype, device)
     acc = accumulate_dtype(dtype)
-    truth = problem.head(COMPARED_ROWS, torch.float64).values(reference)
+    truth = problem.first_rows(COMPARED_ROWS, torch.float64).values(reference)
     # float64 is compared with itself, so only the order of sums can differ.
     slack = 4 * torch.finfo(acc).eps if acc != torch.float64 else 1e-12
     rounding = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0  # of results in half precision
     budgets = {
         kernel: 2 * error + slack + (rounding if kernel != "token_stats_fwd" else 0)
-        for kernel, error in problem.head(COMPARED_ROWS, acc).values(reference).errors(truth).items()
+        for kernel, error in problem.first_rows(COMPARED_ROWS, acc).values(reference).errors(truth).items()
     }
-    few = problem.head(FEW_ROWS, dtype)
+    few = problem.first_rows(FEW_ROWS, dtype)
     few_truth = Values(*(values[:FEW_ROWS] for values in truth))
     name = str(dtype).removeprefix("torch.")
     for label, backend, prepare in _targets(device):

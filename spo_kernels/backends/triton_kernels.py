@@ -371,9 +371,9 @@ def token_stats_bwd_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid: one program per BLOCK of a row of dlogits. Each element is read, then written, by the same program."""
-    tiles = tl.cdiv(V if width is None else width, BLOCK)
-    row = tl.program_id(0) // tiles
-    columns = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(V if width is None else width, BLOCK)
+    row = tl.program_id(0) // blocks
+    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
     dtype: tl.constexpr = stats.dtype.element_ty
     logits += _row_offset(row, T, stride_b, stride_t)
@@ -417,7 +417,8 @@ def token_stats_bwd_kernel(
         if FACTORS > 0:
             grad *= slope
         if width is not None:
-            grad = tl.where(inside, grad, 0.0)  # NaN where a statistic of the row is not finite
+            # The padding is 0. Without this it would be NaN if a statistic of the row is not finite.
+            grad = tl.where(inside, grad, 0.0)
     written = inside if width is None else columns < width
     tl.store(dlogits + columns, grad.to(dlogits.dtype.element_ty), mask=written)
 
@@ -516,9 +517,9 @@ def scale_kernel(
     dtype: tl.constexpr = tl.float64 if tensor.dtype.element_ty == tl.float64 else tl.float32
     factor = tl.load(scale).to(dtype)
     if factor != 1:
-        tiles = tl.cdiv(V, BLOCK)
-        row = tl.program_id(0) // tiles
-        columns = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+        blocks = tl.cdiv(V, BLOCK)
+        row = tl.program_id(0) // blocks
+        columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
         elements = tensor + _row_offset(row, T, stride_b, stride_t) + columns
         x = tl.load(elements, mask=columns < V)
         tl.store(elements, (x.to(dtype) * factor).to(x.dtype), mask=columns < V)

@@ -171,7 +171,7 @@ def token_stats_bwd(
         ref_head, saved_kl, stats = None, saved_kl[:0], stats[:2]
     reference = ref_logits_buffer(head, ref_head, options, shape)
     tiles = row_tiles(kept, rows, shape.rows)
-    gradients = GradientSums(head, needs, options, one_tile=len(tiles) <= 1)
+    gradients = GradientSums(head, needs, options, one_chunk=len(tiles) <= 1)
     for selected in tiles:
         of_tile = RowGradients(*(None if values is None else values[selected] for values in upstream))
         tile_kl = saved_kl if of_tile.kl is None else saved_kl[selected]
@@ -246,7 +246,7 @@ def kl_loss_fwd(
     buffer = LogitsBuffer(head, options, shape, options.transform)
     reference = LogitsBuffer(ref_head, options, shape, options.ref_transform)
     tiles = row_tiles(row_weight != 0, head.hidden.shape[0], shape.rows)
-    gradients = GradientSums(head, needs, options, one_tile=len(tiles) <= 1)
+    gradients = GradientSums(head, needs, options, one_chunk=len(tiles) <= 1)
     loss = head.hidden.new_zeros((), dtype=torch.float64)  # a sum over many tiles
     for selected in tiles:
         loss += _kl_loss_of_tile(selected, buffer, reference, row_weight[selected], gradients)
@@ -313,7 +313,7 @@ def pair_gradients(
             f'chunk_size must be at least the {max(lengths)} rows of the longest pair for route "recompute_free", got '
             f'{shape.rows}; use route "auto" or "recompute"'
         )
-    gradients = GradientSums(head, needs, options, one_tile=len(order) <= shape.rows)
+    gradients = GradientSums(head, needs, options, one_chunk=len(order) <= shape.rows)
     fits = any(0 < length <= shape.rows for length in lengths)
     buffer = LogitsBuffer(head, options, shape, options.transform) if fits else None
     for group in _pair_groups(order, lengths, shape.rows):

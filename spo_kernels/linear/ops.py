@@ -311,7 +311,7 @@ def linear_spo_loss_fwd(
     weights: PairWeights,
     objective: PairObjective,
     ignore_index: int,
-    strict: bool,
+    strict: bool,  # refuse a pair with more rows than a tile
     needs: Needs,
     options: HeadOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

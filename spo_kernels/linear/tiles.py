@@ -126,7 +126,10 @@ def _rounded_down(number: int, multiple: int) -> int:
 
 
 def row_tiles(kept: Tensor | None, rows: int, size: int) -> list[Rows]:
-    """Rows of each tile. kept is a bool mask, whose number of rows is read back to the host, or None for all rows."""
+    """Rows of each tile.
+
+    kept: a bool mask, or None for all rows. The number of rows that it keeps is read back to the host.
+    """
     if kept is not None:
         index = kept.nonzero()[:, 0]
         if index.shape[0] < rows:
@@ -209,7 +212,7 @@ class UniformLogits:
         self._row = head.hidden.new_zeros(1, shape.columns, dtype=_product_dtype(head))
 
     def hidden(self, rows: Rows) -> Tensor:
-        """A view ``[n, V]`` of one row of zeros."""
+        """What `fill` takes in place of hidden states: one row of zeros, viewed as ``[n, columns of a tile]``."""
         return self._row.expand(rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0], -1)
 
     def fill(self, hidden: Tensor, begin: int, end: int) -> Tensor:
@@ -233,10 +236,10 @@ def ref_logits_buffer(
 class GradientSums:
     """Sums over tiles of a head's gradients; ``[0]`` where not wanted.
 
-    one_tile: there is at most one tile. The weight's gradient is then stored in the result dtype: no sum needs float32.
+    one_chunk: all rows are in one chunk. The weight's gradient is then no sum over chunks, so it has the result dtype.
     """
 
-    def __init__(self, head: Head, needs: Needs, options: HeadOptions, *, one_tile: bool) -> None:
+    def __init__(self, head: Head, needs: Needs, options: HeadOptions, *, one_chunk: bool) -> None:
         hidden, weight, bias = head
         self._dtype = needs.dtype
         self._columns = options.columns
@@ -244,17 +247,17 @@ class GradientSums:
         # Summed over processes below, so kept wide until then.
         hidden_dtype = self._wide if self._columns.group is not None else needs.dtype
         self._hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0, dtype=hidden_dtype)
-        weight_dtype = needs.dtype if one_tile else self._wide
+        weight_dtype = needs.dtype if one_chunk else self._wide
         self._weight = weight.new_empty(weight.shape if needs.weight else 0, dtype=weight_dtype)
         self._bias = weight.new_zeros(weight.shape[0] if needs.bias and bias is not None else 0, dtype=self._wide)
         self._width = head_columns(head, options)
-        self._tiles = 0
+        self._chunks = 0
 
     def begin_rows(self, rows: Rows, hidden: Tensor) -> None:
         """Start on rows with these hidden states."""
         self._rows = rows
         self._dhidden = torch.empty_like(hidden, dtype=self._wide) if self._hidden.numel() else None
-        self._tiles += 1
+        self._chunks += 1
 
     def add(self, buffer: LogitsBuffer, hidden: Tensor, dlogits: Tensor, begin: int, end: int) -> None:
         """Add the products of the backward of a block of logits, whose rows have these hidden states."""
@@ -264,7 +267,7 @@ class GradientSums:
             if self._dhidden is not None:
                 _accumulate(self._dhidden, block, weight, first=b == 0)
             if self._weight.numel():
-                _accumulate(self._weight[b:e], block.t(), hidden, first=self._tiles == 1)
+                _accumulate(self._weight[b:e], block.t(), hidden, first=self._chunks == 1)
         if self._bias.numel():
             self._bias[begin:end].add_(dlogits.sum(0, dtype=self._wide))
 
@@ -277,7 +280,7 @@ class GradientSums:
         """``(dhidden, dweight, dbias)`` of all rows, dhidden summed over the processes that share the vocabulary."""
         if self._columns.group is not None and self._hidden.numel():
             self._columns.sum_(self._hidden)
-        self._weight[0 if self._tiles == 0 else self._width :].zero_()
+        self._weight[0 if self._chunks == 0 else self._width :].zero_()
         return self._hidden.to(self._dtype), self._weight.to(self._dtype), self._bias.to(self._dtype)
 
 
