@@ -68,7 +68,8 @@ def head_options(config: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: an attribute that changes the logits cannot be mapped, is not a number, or stands beside another of
-            its kind; an encoder-decoder model.
+            its kind; a model type whose logits no option describes (chameleon, dory, gemma4_assistant,
+            gemma4_unified_assistant, mpt with a logit_scale); an encoder-decoder model.
         TypeError: a dict or a model in place of a configuration.
     """
     if isinstance(config, dict) or hasattr(config, "config"):
@@ -80,7 +81,7 @@ def head_options(config: Any) -> dict[str, Any]:
     for kind in (getattr(config, "model_type", None), model_type):
         if kind in _REFUSED_TYPES and (kind != "mpt" or getattr(text, "logit_scale", None) is not None):
             raise ValueError(
-                f"config must be a model's whose logits the options describe: {kind} {_REFUSED_TYPES[kind]}"
+                f"config must be of a model whose logits the options describe, got {kind}, which {_REFUSED_TYPES[kind]}"
             )
     for name in _UNKNOWN:
         if getattr(text, name, None) is not None:

@@ -97,7 +97,7 @@ def _slot(name: str, annotation: Any) -> _Slot:
     fields = tuple(_slot(*hint) for hint in get_type_hints(annotation, include_extras=True).items())
     if not fields or (optional and fields[0].optional):
         raise TypeError(
-            f"{name} must be a record with fields; where the record is optional, its first field must not be"
+            f"{name} must be a record with fields; the first field of an optional record must not be optional"
         )
     return _Slot(name, annotation, optional, fields)
 

@@ -166,7 +166,7 @@ def test_records_that_could_not_come_back_are_refused() -> None:
             return x
 
         library_test_refused.__annotations__ = {"x": record | None, "return": Tensor}
-        with pytest.raises(TypeError, match="x must be a record with fields; where the record is optional"):
+        with pytest.raises(TypeError, match="x must be a record with fields; the first field of an optional record"):
             op_library.op(library_test_refused)
 
 
