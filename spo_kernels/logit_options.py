@@ -1,4 +1,4 @@
-"""The options that make the logits of a distribution of raw logits, and the transforms that the row ops take for them.
+"""The options that turn raw logits into the logits of a distribution, and the transforms that row ops take for them.
 
 logits = softcap(logit_scale raw) / temperature,    softcap(x) = softcap tanh(x / softcap), or x without one
 """
@@ -90,8 +90,8 @@ def checked_transforms(
 
 
 def _are_one(*options: object) -> bool:
-    """Whether all are 1.0. Under torch.compile a number that changes is not: comparing it would cost a graph."""
-    if not all(isinstance(option, float) for option in options):
+    """Whether all are numbers, and 1. Under torch.compile one that changes is not: comparing it would cost a graph."""
+    if not all(isinstance(option, (float, int)) and not isinstance(option, bool) for option in options):
         return False
     if not torch.compiler.is_compiling():
         return all(option == 1 for option in options)

@@ -41,6 +41,7 @@ from spo_kernels import (
     token_logps,
     token_logps_kl,
 )
+from spo_kernels.logit_options import PLAIN, checked_logit_options
 from spo_kernels.reference import RowOptions
 
 V = 9
@@ -514,6 +515,11 @@ def test_labels_in_the_padding_are_errors(call: Callable[[Tensor], object], labe
 
 
 WIDE = 4096
+
+
+def test_integers_of_1_are_no_options() -> None:
+    assert checked_logit_options(1, None, 1, None) is PLAIN
+    assert checked_logit_options(2, None, 1, None) is not PLAIN
 
 
 def wide_operations(logits: Tensor, call: Callable[[], Tensor]) -> list[str]:
