@@ -1,8 +1,8 @@
 """Tensors and modules of several processes: a sharded model's head, DTensor arguments, modules that hold a group.
 
 A DTensor is what torch's FSDP2 (``fully_shard``) and tensor parallelism make of a parameter. `gather_head` makes
-Tensors of it for the head's functions, with a choice of where its gradient goes. The functions and modules themselves
-take DTensors whose placements leave no choice, see `takes_dtensors`.
+Tensors of it for the head's functions; its options say how the processes' gradients combine. The functions and modules
+themselves take DTensors whose placements leave no choice, see `takes_dtensors`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def gather_head(
 ) -> GatheredHead:
     """The head of a sharded model as Tensors for the ``linear_*`` functions and `LinearSPOLoss`.
 
-    The parameters get the gradient of a single process, as DTensors with their own placements. All processes of the
-    mesh must call, and all must run the backward. The gathered weight stays in memory until then. Inside the
-    ``forward`` of its FSDP unit a parameter is already gathered: Tensors are returned as they are, so one call serves
-    inside and outside. With ``weight.full_tensor()`` alone, each process keeps the gradient of its own batch and torch
-    reduces nothing: the gradient is silently wrong.
+    The parameters get the gradient that one process with the whole batch would give, as DTensors with their own
+    placements. All processes of the mesh must call, and all must run the backward. The gathered weight stays in memory
+    until then. Inside the ``forward`` of its FSDP unit a parameter is already gathered: Tensors are returned as they
+    are, so one call serves inside and outside. With ``weight.full_tensor()`` alone, each process keeps the gradient of
+    its own batch and torch reduces nothing: the gradient is silently wrong.
 
         head = gather_head(model.lm_head.weight, model.lm_head.bias, vocab_dim="tp")
         split = {"process_group": head.process_group, "vocab_shards": head.vocab_shards}
@@ -55,7 +55,8 @@ def gather_head(
     Args:
         weight: ``[V, H]``, a DTensor that is sharded (evenly or not) or replicated over each dimension of its mesh, or
             a Tensor.
-        bias: ``[V]``, a DTensor on the mesh of weight, or a Tensor, or None.
+        bias: ``[V]`` or None. A DTensor on the mesh of weight. Without vocab_dim it may be a Tensor beside a DTensor
+            weight: each process then keeps the bias gradient of its own batch.
         reduction: how the gathered dimensions of the mesh combine the gradients of their processes. "avg": each process
             has the mean loss of its own batch, and the loss is the mean over processes, as FSDP and DDP take it. "sum":
             the loss is the sum of what the processes have. Where all processes of a dimension have the same loss,
@@ -68,9 +69,9 @@ def gather_head(
         `GatheredHead`; process_group and vocab_shards are None without vocab_dim.
 
     Raises:
-        ValueError: an option is none of its values; weight and bias differ in kind or mesh; a DTensor is ``Partial``;
-            vocab_dim for a Tensor, for a mesh without that dimension, for a weight that is not ``Shard(0)`` over it, or
-            where a process would have no row.
+        ValueError: an option is none of its values; a DTensor bias beside a Tensor weight, or with vocab_dim the
+            reverse; weight and bias of different meshes; a DTensor is ``Partial``; vocab_dim for a Tensor, for a mesh
+            without that dimension, for a weight that is not ``Shard(0)`` over it, or where a process would have no row.
     """
     if reduction not in ("avg", "sum"):
         raise ValueError(f'reduction must be "avg" or "sum", got {reduction!r}')
@@ -120,8 +121,9 @@ def takes_dtensors(**vocabulary: int) -> Callable[[Function], Function]:
       dimension. Plain Tensors must be the same in each of its processes.
 
     The result is made of replicated DTensors if every tensor argument is a DTensor, else of Tensors. A mesh dimension
-    of one process counts as replicated. Over another mesh dimension a plain Tensor may differ between processes, and
-    the gradient of a DTensor depends on that: plain Tensors are refused there, unless no DTensor needs a gradient.
+    of one process counts as replicated. Over a mesh dimension that does not split the vocabulary, a plain Tensor may
+    differ between processes, and the gradient of a DTensor depends on that: plain Tensors are refused there, unless no
+    DTensor needs a gradient.
 
     Args:
         vocabulary: the dimension of the vocabulary, by the name of each argument that has it.
@@ -219,7 +221,7 @@ def _check_plain(
     mesh: DeviceMesh,
     split: int | None,
 ) -> None:
-    """ValueError for Tensors beside DTensors that do not say what they hold: all columns or some, one batch or many."""
+    """ValueError for plain Tensors, beside DTensors, that may hold all columns or some, or one batch or many."""
     for name in plain:
         if split is not None and name in vocabulary:
             other = next(other for other in dtensors if other in vocabulary)

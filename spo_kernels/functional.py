@@ -1,9 +1,9 @@
 """The public functions from logits: what they accept and refuse. `spo_kernels.row_ops` does the work.
 
-Shapes: logits ``[..., V]``, with any number of leading dimensions. A slice of rows such as ``logits[:, :-1]`` is not
-copied. Logits with a non-unit last stride are copied. Dtypes: float32, bfloat16, float16 or float64; outputs and
-accumulation are float32, float64 for float64 logits. Log-probabilities and KL are in nats. Gradients have the logits'
-dtype. Labels arrive aligned with the logits: only `get_batch_logps` shifts.
+Shapes: logits ``[..., V]``, with any number of leading dimensions. A slice of rows such as ``logits[:, :-1]`` of
+``[B, T, V]`` is not copied. Logits with a non-unit last stride are copied. Dtypes: float32, bfloat16, float16 or
+float64; outputs and accumulation are float32, float64 for float64 logits. Log-probabilities and KL are in nats.
+Gradients have the logits' dtype. Labels arrive aligned with the logits: only `get_batch_logps` shifts.
 
 A vocabulary may be split over the processes of a ``process_group``, as Megatron's parallel output layer splits it. Each
 process has the logits ``[..., V_r]`` of its own columns, in the order of ranks. Labels (of the whole vocabulary), masks
@@ -13,9 +13,10 @@ processes must call. Labels and masks that differ between them are a ValueError 
 GPU).
 
 DTensors are taken where all are replicated, or where logits are sharded along the vocabulary over one dimension of
-their mesh; see `spo_kernels.distributed.takes_dtensors`. In place they are refused.
+their mesh; see `spo_kernels.distributed.takes_dtensors`. With inplace_backward or
+overwrite_logits DTensors are refused.
 
-Options of every function:
+Options. `get_batch_logps` takes none; those that begin with ref_ belong to the functions with ref_logits:
     temperature: > 0; divides the logits. A number, or a Tensor ``[...]`` with one for each row (or ``[]``), without
         gradient.
     softcap: > 0 or None; logits become ``softcap tanh(logits / softcap)`` before the temperature, as in Gemma 2.
@@ -131,8 +132,9 @@ def token_logps(
         inplace_backward: let the backward overwrite ``logits`` with its gradient, so that no second ``[..., V]`` tensor
             is needed. Use it when nothing else needs the logits. Caught: a second backward raises. If another function
             saved the logits, its later backward raises too. Not caught: code that reads the logits after the backward
-            gets the gradient's numbers. Logits that are a leaf, or whose elements share memory, are refused. Under
-            ``torch.compile`` the result is the same and memory is left to the compiler.
+            gets the gradient's numbers. Logits are refused if they are a leaf or a view of one, if their last stride is
+            not 1, or if their elements share memory. Under ``torch.compile`` the result is the same and memory is left
+            to the compiler.
         process_group: the group that holds the vocabulary, or None: this process has all of it. See the module.
         vocab_shards: columns of each process, in the order of ranks; None: all have as many as this one.
 
@@ -328,7 +330,7 @@ def kl_loss(
             place (of ``chunk``, ``split``, ``unbind``, or made under ``no_grad``); a slice is accepted.
             ``torch.autograd.grad`` of the logits themselves needs their edge of the graph, taken before the call with
             ``torch.autograd.graph.get_gradient_edge``. The option changes nothing without gradients or under
-            ``torch.compile``: the logits stay.
+            ``torch.compile``: the logits stay. For float16, overwrite_logits acts as ``inplace_backward``.
         process_group, vocab_shards: see `token_logps`. With a process_group the function computes
             ``(row_weight * token_kl(...)).sum()``, because the gradient has to wait for the other columns;
             overwrite_logits then acts as ``inplace_backward``.

@@ -148,7 +148,7 @@ def spo_loss(
         policy_rejected_logps: L_l [P], same dtype and device.
         reference_chosen_logps: [P], or None. References never enter the loss, only the rewards; any float dtype.
         reference_rejected_logps: [P], given together with the above.
-        alpha: softness, >= 0; the minimizer of the expected loss is softmax(r / alpha).
+        alpha: softness, >= 0; the minimizer of the expected loss is softmax(reward / alpha).
         weight: mu, symmetric in the pair and not negative: a Tensor [P], a callable (L_w [P], L_l [P]) -> mu [P] like
             `SoftImportance`, or None for 1. Never differentiated. Pairs of weight 0 are not read.
         kl: K_s [S], the summed token KL of each sequence sampled from the policy; or the mean of K_s, [].

@@ -325,9 +325,10 @@ class SPOLoss(_PairObjective):
 class LinearSPOLoss(_PairObjective):
     """`SPOLoss` from hidden states and the head's weight, without the logits; optionally with an NLL term.
 
-    Two routes lead to the same loss and gradients, to rounding. "recompute" is `linear_sequence_logps`, `spo_loss` and
-    autograd: one matrix product forward, three backward. "recompute_free" has three in all: it computes gradients in
-    the forward, while the logits of a pair are still there. It requires pair weights that do not depend on other pairs.
+    Without "auto" there are two routes, to the same loss and gradients up to rounding. "recompute" is
+    `linear_sequence_logps`, `spo_loss` and autograd: one matrix product forward, three backward. "recompute_free" has
+    three in all: it computes gradients in the forward, while the logits of a pair are still there. It requires pair
+    weights that do not depend on other pairs.
 
     "recompute_free" keeps the gradients in float32 (in bfloat16 where matrix products are bfloat16), and can run one
     backward, which multiplies them by the upstream scalar on the device. The chosen and rejected rows of every pair
@@ -336,9 +337,9 @@ class LinearSPOLoss(_PairObjective):
     average that lags by a step, call a second `SoftImportance` of "ema" with `SPOMetrics.chosen_logps` and
     `rejected_logps`, and give its `running_mean` to `set_normalizer`. It also refuses float16: see `kl_loss`.
 
-    "auto" takes "recompute_free" where weights and dtype allow it, and recomputes the pairs that are too long. Except
-    for float16, all routes but "recompute" compute the KL's gradient in the forward. Under no_grad no route computes
-    gradients.
+    "auto" takes "recompute_free" where weights and dtype allow it, and recomputes the pairs that are too long. "auto"
+    and "recompute_free" compute the KL's gradient in the forward, except "auto" for float16. Under no_grad no route
+    computes gradients.
 
     Args:
         alpha: softness, >= 0; see `spo_loss`.

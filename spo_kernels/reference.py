@@ -71,7 +71,7 @@ def raw_gradient(dz: Tensor, logits: Tensor, options: RowOptions) -> Tensor:
 
 
 def _slope(logits: Tensor, vocab_size: int | None, transform: Tensor) -> Tensor:
-    """dz / dx ``[..., V]``."""
+    """dz / dx, in a shape that broadcasts with logits ``[..., V]``."""
     a, *b = _factors(logits, transform)
     if not b:
         return a

@@ -46,7 +46,11 @@ def token_stats_fwd(
     inplace_backward: bool,  # read by the gradient alone
     options: RowOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(logps, kl, stats)`` of each row. stats[1] has the gradient of the log-sum-exp; the other stats have none."""
+    """``(logps, kl, stats)`` of each row.
+
+    The backward takes the upstream gradient of stats[1], the logsum, for that of the log-sum-exp, and ignores those of
+    the other stats.
+    """
     return empty_token_stats(logits, labels, ref_logits)
 
 

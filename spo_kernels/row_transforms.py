@@ -122,7 +122,11 @@ class TokenStatsGradient(torch.autograd.Function):
 
     @staticmethod
     def _formula(ctx: Any) -> tuple[Callable[..., Tensor], list[int], list[Tensor]]:
-        """The gradient as a function of what it depends on: of three upstream gradients and the logits, those given."""
+        """``(formula, at, given)``.
+
+        given: those of dlogps, dkl, dlse and logits that are not None. at: their positions in that order. formula: the
+        gradient as a function of them.
+        """
         *differentiated, labels, ref_logits, mask, transform, ref_transform = ctx.saved_tensors
         options = RowOptions(ctx.vocab_size, transform, ref_transform)
         at = [i for i, tensor in enumerate(differentiated) if tensor is not None]

@@ -1,7 +1,7 @@
 """Sequences of rows, padded ``[B, T]`` or packed ``[N]`` with ``cu_seqlens [B + 1]``, and the sums over them.
 
 A sequence's sum is the same from run to run and depends on its own values alone. Sums are taken in float64, so neither
-the length nor the layout changes a float32 result.
+padding nor the layout changes a float32 result.
 """
 
 from __future__ import annotations

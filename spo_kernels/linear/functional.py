@@ -6,14 +6,13 @@ float16 or float64. Its logits are
     softcap(logit_scale (hidden weight^T + bias)) / temperature,    softcap(x) = softcap tanh(x / softcap)
 
 Only a tile of them, some rows by some columns, exists at a time. Ignored and masked rows are dropped before the matrix
-product, which reads their number back to the host; the backward also drops rows with an upstream gradient of 0. Rows
-that are dropped are not read: they may be NaN. The forward takes one matrix product for each head. The backward takes
-one for each head, for its logits, and two for dhidden and dweight. `linear_kl_loss` skips the recomputation. No product
-is made for a gradient that is not wanted. Outputs are float32 (float64 for float64), in nats. Gradients have the dtype
-of their tensor and are accumulated in float32 across tiles. On a CPU whose matrix products are half precision, each
-tile's share of a half-precision gradient is rounded too: the error is then up to 1.6 times that of one rounding. Under
-autocast hidden, weight and bias are cast as
-`torch.nn.functional.linear` would cast them.
+product. Dropping reads the number of kept rows back to the host. The backward also drops rows with an upstream gradient
+of 0. Rows that are dropped are not read: they may be NaN. The forward takes one matrix product for each head. The
+backward takes one for each head, for its logits, and two for dhidden and dweight. `linear_kl_loss` skips the
+recomputation. No product is made for a gradient that is not wanted. Outputs are float32 (float64 for float64), in nats.
+Gradients have the dtype of their tensor and are accumulated in float32 across tiles. On a CPU whose matrix products are
+half precision, each tile's share of a half-precision gradient is rounded too: the error is then up to 1.6 times that of
+one rounding. Under autocast hidden, weight and bias are cast as `torch.nn.functional.linear` would cast them.
 
 With a ``process_group`` the head is split over the processes, as Megatron splits it: weight and bias are the rows that
 this process holds, in the order of ranks. Shards may be uneven. Labels index the whole vocabulary. Pass the same hidden
@@ -26,7 +25,7 @@ check is an all-reduce of a few numbers a call.
 DTensors are taken where all are replicated, or where the head is sharded along the vocabulary over one dimension of
 its mesh; see `spo_kernels.distributed.takes_dtensors`. For a head that FSDP shards, use `gather_head`.
 
-Options of every function:
+Options. Those that begin with ref_ belong to the functions with a reference's head:
     temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size: as in
         `spo_kernels.functional`. Rows of the weight after vocab_size are padding.
     chunk_size: rows of a tile, at most, >= 1. None: rows and columns are chosen by size in bytes.
@@ -293,8 +292,8 @@ def linear_kl_loss(
     because a row's gradient is computed while its logits are still there. That takes more memory: tiles are as wide as
     the vocabulary (on a CPU two of 32 MiB, or of 256 rows where that is more), and the gradients are kept in float32
     (in bfloat16 where matrix products are bfloat16). The backward multiplies the gradients by the upstream scalar and
-    can run only once: a second is refused. Without gradients, and for float16 (see `kl_loss`), the function computes
-    that sum.
+    can run only once: a second is refused. Without gradients, and for float16 (see `kl_loss`), it computes
+    ``(row_weight * linear_token_kl(...)).sum()``.
 
     Args:
         hidden, weight, ref_hidden, ref_weight, mask, bias, ref_bias: as in `linear_token_kl`.
