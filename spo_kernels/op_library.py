@@ -309,12 +309,23 @@ def vmap_by_loop(op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
+_NESTED_FORWARD_MODE = (
+    "spo_kernels: forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) cannot be used: take one of the "
+    "derivatives in reverse mode (grad, jacrev)"
+)
+
+
 def is_transforming() -> bool:
     """Whether a transform of torch.func or forward-mode AD is at work."""
     transforming = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if transforming and torch.compiler.is_compiling():  # Dynamo cannot trace a function with a jvp
+    if not transforming:
+        return False
+    if torch.compiler.is_compiling():  # Dynamo cannot trace a function with a jvp
         raise RuntimeError(_COMPILED_TRANSFORM)
-    return transforming
+    levels = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    if levels.count(torch._C._functorch.TransformType.Jvp) > 1:  # torch takes second tangents of a Function for 0
+        raise RuntimeError(_NESTED_FORWARD_MODE)
+    return True
 
 
 def without_batches(tensor: Tensor) -> Tensor:

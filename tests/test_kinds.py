@@ -380,6 +380,24 @@ def page_with(new: str) -> str:
     return before + begin + new + end + after
 
 
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.name)
+def test_forward_mode_over_forward_mode_is_no_silent_zero(function: PublicFunction) -> None:
+    leaves, constants = made(function)
+
+    def second(call: Any) -> Any:
+        def first(*x: Tensor) -> Any:
+            return torch.func.jvp(lambda *z: tensors(call(*z, *constants)), x, tuple(leaf.cos() for leaf in leaves))[1]
+
+        return torch.func.jvp(first, tuple(leaves), tuple(leaf.sin() for leaf in leaves))[1]
+
+    try:
+        got = second(function.call)
+    except RuntimeError as error:
+        assert re.search("take one of the derivatives in reverse mode|leave the option out", str(error))  # noqa: PT017
+        return
+    torch.testing.assert_close(got, second(function.truth), rtol=1e-9, atol=1e-10)
+
+
 def test_the_page_has_the_table() -> None:
     assert PAGE.read_text() == page_with(table()), "run python tests/test_kinds.py"
 

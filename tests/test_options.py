@@ -41,7 +41,7 @@ from spo_kernels import (
     token_logps,
     token_logps_kl,
 )
-from spo_kernels.logit_options import PLAIN, checked_logit_options
+from spo_kernels.logit_options import LogitOptions, checked_transform
 from spo_kernels.reference import RowOptions
 
 V = 9
@@ -518,8 +518,9 @@ WIDE = 4096
 
 
 def test_integers_of_1_are_no_options() -> None:
-    assert checked_logit_options(1, None, 1, None) is PLAIN
-    assert checked_logit_options(2, None, 1, None) is not PLAIN
+    rows = torch.zeros(3, V)
+    assert checked_transform(LogitOptions(1, None, 1), rows, "logits", rows.dtype) is None
+    assert checked_transform(LogitOptions(2, None, 1), rows, "logits", rows.dtype) is not None
 
 
 def wide_operations(logits: Tensor, call: Callable[[], Tensor]) -> list[str]:
