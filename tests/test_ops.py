@@ -41,6 +41,7 @@ from torch import Tensor
 from spo_kernels import precision, reference
 from spo_kernels.backends import Backend, cpu
 from spo_kernels.backends.cuda import CompiledOps
+from spo_kernels.reference import RowOptions
 
 INF, NAN = math.inf, math.nan
 FLOAT32_DTYPES = (torch.float32, *HALF_DTYPES)  # dtypes that accumulate in float32
@@ -322,6 +323,35 @@ def test_a_bad_row_is_nan_and_touches_no_other(backend: Backend, at: int, value:
         got, want = getattr(bad, name), getattr(clean, name).clone()
         want[5] = NAN
         assert_same(got, want, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transformed", ["not", "by a factor", "by a softcap"])
+@pytest.mark.parametrize("v", [33, 1000])
+def test_a_nan_of_all_bits_stays_nan(backend: Backend, v: int, transformed: str, dtype: torch.dtype) -> None:
+    """Rounding the bits 0x7fffffff, which is CUDA's NaN, to bfloat16 with integer additions would give -0."""
+    wide = precision.accumulate_dtype(dtype)
+    all_bits = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32).to(wide)
+    nan = all_bits.repeat(3)
+    transforms = {"by a factor": torch.full((1, 1), 2, dtype=wide), "by a softcap": torch.full((2, 1), 2, dtype=wide)}
+    case = make_case(3, v, dtype)
+    case = replace(case, labels=torch.tensor([0, 1, v - 1]), mask=None)
+    case = replace(case, options=RowOptions(None, transforms.get(transformed), None))
+
+    assert run(backend, replace(case, dlogps=nan).only("logps")).dlogits.isnan().all()
+    for changed in ({"dlogps": nan}, {"dkl": nan}, {"dlse": nan}):
+        assert run(backend, replace(case, **changed)).dlogits.isnan().all(), [*changed]
+    assert backend.kl_loss_fwd(case.logits, case.ref_logits, nan, False, case.options)[1].isnan().all()
+    ref_logits = case.ref_logits.to(wide)
+    ref_logits[:, 1] = all_bits
+    assert run(backend, replace(case, ref_logits=ref_logits)).dlogits.isnan().all()
+    for row, transform in enumerate(transforms.values()):
+        transform[row] = all_bits  # the factor, or the softcap's limit
+        options = RowOptions(None, transform, None)
+        assert run(backend, replace(case, options=options).only("logps")).dlogits.isnan().all()
+    scaled = case.logits.clone()
+    backend.scale_(scaled, nan[0])
+    assert scaled.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -42,9 +42,10 @@ static inline std::uint32_t float_bits(float x) {
   return bits;
 }
 
-// Round to nearest even; NaN becomes a quiet NaN.
+// Round to nearest even. A float32 NaN becomes 0x7fc00000, because the vector conversion to bfloat16 takes only a NaN
+// with few bits set.
 static inline void from_double(double x, double& out) { out = x; }
-static inline void from_double(double x, float& out) { out = static_cast<float>(x); }
+static inline void from_double(double x, float& out) { out = x != x ? bit_float(0x7fc00000) : static_cast<float>(x); }
 static inline void from_double(double x, bf16& out) {
   const std::uint32_t bits = float_bits(static_cast<float>(x));
   out.bits = x != x ? 0x7fc0 : static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);

@@ -45,7 +45,7 @@ SPO_INLINE void load2(const bf16* p, F32& a, F32& b) {
   a = widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   b = widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
 }
-// x rounded to bfloat16, in the lower 16 bits of each lane.
+// x rounded to bfloat16, in the lower 16 bits of each lane. NaN as in simd_avx512.h.
 SPO_INLINE __m256i bf16_in_lower_half(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

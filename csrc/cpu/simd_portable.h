@@ -48,7 +48,7 @@ SPO_INLINE F32 widen(const f16* p) {
   const F32::words finite = exponent == 0 ? subnormal.bits() : normal;
   return F32((exponent == (0x1f << 23) ? special : finite) | (bits & 0x8000) << 16);
 }
-// x rounded to bfloat16, in the lower 16 bits of each lane.
+// x rounded to bfloat16, in the lower 16 bits of each lane. NaN as in simd_avx512.h.
 SPO_INLINE F32::words bf16_in_lower_half(F32 x) {
   const F32::words bits = x.bits();
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
