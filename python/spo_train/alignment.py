@@ -24,7 +24,7 @@ from spo_train.files import (
 )
 from spo_train.pair_data import PairDataset
 from spo_train.protocol import TrainableModel
-from spo_train.run import refuse_existing, run
+from spo_train.run import run
 from spo_train.tokenizer import Tokenizer
 
 # Texts before and after alignment that a run keeps for its report.
@@ -67,8 +67,6 @@ def run_alignment(
     tokenizer.check_fits(policy, "the model")
     tokenizer.check_fits(reference, "the reference")
     aligner = Aligner(policy, reference, pairs, config)
-    if not (resume or restart):
-        refuse_existing(out)
     record = {
         **(about or {}),
         "config": config.record(),
@@ -78,7 +76,12 @@ def run_alignment(
         "threads": torch.get_num_threads(),
         "finished": False,
     }
-    write_json(out / RUN_FILE, record)
+
+    def on_start() -> None:
+        if restart:
+            (out / STORIES_FILE).unlink(missing_ok=True)
+        write_json(out / RUN_FILE, record)
+
     run(
         aligner,
         out,
@@ -87,6 +90,7 @@ def run_alignment(
         checkpoint_every=checkpoint_every,
         evaluate_every=evaluate_every,
         evaluate=evaluator.hook(policy) if evaluator else None,
+        on_start=on_start,
         progress=progress,
     )
     policy.save(out / MODEL_FOLDER)

@@ -53,6 +53,7 @@ def run(
     checkpoint_every: int = 100,
     evaluate_every: int = 100,
     evaluate: Callable[[int], dict[str, Any]] | None = None,
+    on_start: Callable[[], None] | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Train to the last step, writing `metrics.jsonl`, `evaluations.jsonl` and `checkpoint.safetensors` to a folder.
@@ -71,6 +72,8 @@ def run(
             end.
         evaluate: takes the number of steps done, returns a record for `evaluations.jsonl`. It must leave the global
             random state alone.
+        on_start: called once, after a checkpoint is restored and before the first file is written. A run that is
+            refused leaves `out` as it was.
         progress: whether to show a progress bar, if standard error is a terminal.
 
     Returns:
@@ -87,11 +90,14 @@ def run(
     keep = None
     if restart:
         checkpoint.unlink(missing_ok=True)
+        (out / EVALUATIONS_FILE).unlink(missing_ok=True)
     elif not resume:
         refuse_existing(out)
     elif checkpoint.exists():
         trainer.restore(checkpoint)
         keep = trainer.step
+    if on_start:
+        on_start()
     resumed_at = trainer.step
     metrics = JsonlLog(out / METRICS_FILE, keep_to_step=keep)
     evaluations = None if evaluate is None else JsonlLog(out / EVALUATIONS_FILE, keep_to_step=keep)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -85,6 +86,32 @@ def test_a_model_of_the_user_is_aligned(tokenizer: Tokenizer, pairs: PairDataset
     assert [record["step"] for record in read_jsonl(tmp_path / EVALUATIONS_FILE)] == [0, 2]
     assert len(read_jsonl(tmp_path / STORIES_FILE)) == 8
     assert is_finished(tmp_path)
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(tokenizer: Tokenizer, pairs: PairDataset, tmp_path: Path) -> None:
+    policy, reference = Bigram(tokenizer.vocab_size), Bigram(tokenizer.vocab_size)
+    config = AlignConfig(method="dpo", steps=2, batch_size=4)
+    run_alignment(policy, reference, tokenizer, pairs, config, tmp_path, progress=False)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    other = dataclasses.replace(config, beta=0.5)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        run_alignment(policy, reference, tokenizer, pairs, other, tmp_path, resume=True, progress=False)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+    assert is_finished(tmp_path)
+
+
+def test_a_restart_removes_what_the_earlier_run_evaluated(
+    tokenizer: Tokenizer, pairs: PairDataset, tmp_path: Path
+) -> None:
+    policy, reference = Bigram(tokenizer.vocab_size), Bigram(tokenizer.vocab_size)
+    settings = EvaluateConfig(samples=3, reference_samples=3)
+    evaluator = Evaluator(reference, tokenizer, settings, judge=lambda text, _: {"score": float(len(text))})
+    config = AlignConfig(method="dpo", steps=1, batch_size=4)
+    run_alignment(policy, reference, tokenizer, pairs, config, tmp_path, evaluator=evaluator, progress=False)
+    results = [tmp_path / EVALUATIONS_FILE, tmp_path / STORIES_FILE]
+    assert all(file.exists() for file in results)
+    run_alignment(policy, reference, tokenizer, pairs, config, tmp_path, restart=True, progress=False)
+    assert not any(file.exists() for file in results)
 
 
 def test_a_run_that_fails_is_not_finished(
