@@ -135,7 +135,7 @@ class Aligner:
         Raises:
             NonFiniteLossError: loss or gradient is NaN or infinite. The weights and AdamW's moments are unchanged.
         """
-        timer = PartTimer()
+        timer = PartTimer(self.device)
         self.policy.train()
         self._optimizer.zero_grad()
         # Each term has its own backward, so the activations of pairs and of KL samples are never held together.
@@ -199,8 +199,7 @@ class Aligner:
             "logp_rejected": logps.rejected.mean(),
             "grad_norm": grad_norm,
         }
-        # A step that neither samples nor runs the reference has no other transfer from the device. The values decide
-        # whether the update is taken.
+        # One transfer from the device, because the values decide whether the update is taken.
         values = torch.stack([scalar.detach().double() for scalar in scalars.values()]).tolist()
         record: dict[str, float] = dict(zip(scalars, values, strict=True))
         kl = record.pop("weighted_kl")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from spo_train.files import json_line, read_jsonl, write_jsonl
@@ -48,21 +49,34 @@ class JsonlLog:
 
 
 class PartTimer:
-    """Adds up the wall time of the named parts of a step."""
+    """Adds up the wall time of the named parts of a step.
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
+    A part ends when the GPU has done the part's work. So the CPU waits for the GPU at both ends of a part.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """
+        Args:
+            device: where the step computes.
+        """
+        self._device = device
+        self.start = self._now()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._now()
         yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+        self.seconds[part] = self.seconds.get(part, 0.0) + self._now() - start
 
     def total(self) -> float:
         """Return the seconds since the timer was made."""
-        return time.perf_counter() - self.start
+        return self._now() - self.start
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
 
 def progress_bar(

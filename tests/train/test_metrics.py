@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from spo_train.files import read_jsonl
 from spo_train.metrics import JsonlLog, PartTimer, progress_bar
@@ -49,12 +50,29 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 
 
 def test_part_timer_adds_up() -> None:
-    timer = PartTimer()
+    timer = PartTimer(torch.device("cpu"))
     for _ in range(2):
         with timer("nap"):
             time.sleep(0.01)
     assert timer.seconds["nap"] >= 0.02
     assert set(timer.seconds) == {"nap"}
+
+
+def test_part_timer_waits_for_the_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+
+    def wait(device: torch.device) -> None:
+        waits.append(device)
+        time.sleep(0.01)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    on_cpu, on_gpu = PartTimer(torch.device("cpu")), PartTimer(torch.device("cuda", 1))
+    for timer in (on_cpu, on_gpu):
+        with timer("part"):
+            pass
+    assert on_cpu.seconds["part"] < 0.01 <= on_gpu.seconds["part"]
+    assert on_gpu.total() >= 0.03
+    assert waits == [torch.device("cuda", 1)] * 4
 
 
 def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
