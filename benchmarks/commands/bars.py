@@ -22,7 +22,7 @@ from benchmarks.harness.results import CsvWriter, heading, markdown_table, outpu
 from benchmarks.harness.rows import failures_of_ours
 from benchmarks.peers.row_ops import PROVIDERS
 from benchmarks.workloads.head import HeadRow, LossRunner, Size
-from benchmarks.workloads.row_case import CaseRunner, RowOpRow, denormal_ratio
+from benchmarks.workloads.row_case import CaseRunner, RowOpRow, WrongResultError, denormal_ratio
 from benchmarks.workloads.row_ops import Case, Workload
 from spo_kernels.reference import PLAIN
 
@@ -218,8 +218,17 @@ class _OpBars(_Bars):
             for workload, ours, most in _DENORMAL:
                 if ours in self._providers:
                     bar = Bar(f"{workload}: {ours}, randn x 40 over randn", str(case), most, at_least=False)
-                    wall, cpu = denormal_ratio(workload, ours, case, self._bench.settings)
-                    self._add(bar, wall if self._plan.clock == "wall" else cpu)
+                    self._add(bar, self._denormal_ratio(workload, ours, case))
+
+    def _denormal_ratio(self, workload: Workload, provider: str, case: Case) -> float | None:
+        """The time on denormal-heavy rows over the time on normal rows, or None if a result is wrong."""
+        try:
+            wall, cpu = denormal_ratio(workload, provider, case, self._bench.settings)
+        except WrongResultError as error:
+            self.problems.add(str(error))
+            self.wrong = True
+            return None
+        return wall if self._plan.clock == "wall" else cpu
 
     def _run_case(self, case: Case, run: int) -> Rows:
         runner = CaseRunner(case, self._bench.settings, self._providers)

@@ -303,8 +303,16 @@ class CaseRunner:
         return f"may need {need / _MIB:.0f} MiB, {available / _MIB:.0f} MiB are available"
 
 
+class WrongResultError(ValueError):
+    """A result did not pass the gate, so its time means nothing."""
+
+
 def denormal_ratio(workload: Workload, provider: str, case: Case, settings: Settings) -> tuple[float, float]:
-    """Time of the op on logits times `DENORMAL_SCALE` over its time on plain logits: medians of (wall, CPU) ratios."""
+    """Time of the op on logits times `DENORMAL_SCALE` over its time on plain logits: medians of (wall, CPU) ratios.
+
+    Raises:
+        WrongResultError: a result does not pass the gate.
+    """
     op = OPS[workload.op]
     entries = {}
     for label, scale in (("plain", 1.0), ("scaled", DENORMAL_SCALE)):
@@ -315,7 +323,7 @@ def denormal_ratio(workload: Workload, provider: str, case: Case, settings: Sett
         call = Call(function, problem, upstream, restores=PROVIDERS[provider].inplace)
         verdict = gate(PROVIDERS[provider], call, problem, upstream)
         if verdict.problem:
-            raise RuntimeError(f"{provider} is {verdict.problem} at {runner.case}")
+            raise WrongResultError(f"{workload}, {provider} at {runner.case}: {verdict.problem}")
         entries[label] = call.entry
     samples = measure.interleave(entries, settings.device, settings.repeats)
     scaled, plain = samples["scaled"], samples["plain"]

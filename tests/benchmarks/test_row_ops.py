@@ -114,6 +114,16 @@ def test_gate_fails_the_run_when_ours_is_wrong(wrong, tmp_path: Path, monkeypatc
     assert "ours wrong" in capsys.readouterr().err
 
 
+def test_bars_keep_their_page_when_ours_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    replace_provider(monkeypatch, "ours", "token_logps", WRONG_LOGPS["formula"])
+    arguments = ["bars", *TINY, "--runs", "1", "--groups", "ops", "--shapes", "16x150", "--providers", "ours", "eager"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 1
+    bar = "| token_logps.fwd: ours, randn x 40 over randn | [16, 150] float32 |"
+    page = only(tmp_path, "bars-*.md").read_text()
+    assert any(line.startswith(bar) and line.endswith("| not measured |") for line in page.splitlines())
+    assert "token_logps.fwd, ours at [16, 150] float32: wrong: logps off by " in capsys.readouterr().out
+
+
 class _WrongGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
