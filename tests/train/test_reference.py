@@ -23,7 +23,7 @@ def test_shipped_reference_tells_stories() -> None:
     texts = stories(128, seed=recipe["stories"]["seed"] + 1)
     _, nll = held_out_nll(model, TokenSequences.encode(texts, tokenizer, model.max_length), tokenizer.pad_id)
     # The standard error of the mean over 128 stories is about 0.6 nats.
-    assert nll == pytest.approx(recipe["held_out_nll_per_story"], abs=3.0)
+    assert nll == pytest.approx(recipe["held_out_nll_per_sequence"], abs=3.0)
     assert F.softmax(model(torch.tensor([[tokenizer.bos_id]])), -1).isfinite().all()
 
 
@@ -32,7 +32,7 @@ def test_train_reference_writes_its_recipe(tmp_path: Path) -> None:
     config = PretrainConfig(**shape, steps=2, batch_size=4)
     result = train_reference(tmp_path, config, story_count=100, progress=False)
     recipe = json.loads((tmp_path / RECIPE_FILE).read_text())
-    assert recipe["held_out_nll_per_story"] == round(result.nll_per_sequence, 2)
-    assert (recipe["train_stories"], recipe["held_out_stories"]) == (90, 10)
+    assert recipe["held_out_nll_per_sequence"] == round(result.nll_per_sequence, 2)
+    assert (recipe["train_sequences"], recipe["held_out_sequences"]) == (90, 10)
     assert recipe["pretrain"]["steps"] == 2
     assert recipe["parameters"] == sum(tensor.numel() for tensor in result.model.state_dict().values())

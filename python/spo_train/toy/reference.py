@@ -58,10 +58,10 @@ def train_reference(
         "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "train_stories": result.train_sequences,
-        "held_out_stories": result.held_out_sequences,
+        "train_sequences": result.train_sequences,
+        "held_out_sequences": result.held_out_sequences,
         "held_out_nll_per_token": round(result.nll_per_token, 4),
-        "held_out_nll_per_story": round(result.nll_per_sequence, 2),
+        "held_out_nll_per_sequence": round(result.nll_per_sequence, 2),
     }
     write_json(Path(out) / RECIPE_FILE, recipe)
     return result
