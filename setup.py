@@ -169,7 +169,7 @@ def gencode_flags() -> list[str]:
 
 
 def cpu_sources() -> dict[str, list[str]]:
-    """Sources of the op library, each with its flags."""
+    """Sources of csrc/cpu, each with the flags that it alone gets."""
     sources: dict[str, list[str]]
     sources = {f"csrc/cpu/{name}.cpp": [] for name in ("row_ops", "simd_level", "row_kernels_portable")}
     if platform.machine() == "aarch64":
@@ -186,8 +186,8 @@ def torch_flags() -> tuple[list[str], list[str]]:
 
     root = Path(torch.__file__).parent
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:016x}"
-    # libtorch.so loads libtorch_cuda.so, which has the weak stream function. No strong symbol needs libtorch.so, and
-    # Ubuntu's linker drops such libraries by default. ld64 keeps every library.
+    # libtorch.so loads libtorch_cuda.so, which has the stream function that ops_cuda.cpp refers to weakly. No strong
+    # symbol needs libtorch.so, and Ubuntu's linker drops such libraries by default. ld64 keeps every library.
     libraries = ["-ltorch", "-ltorch_cpu"]
     if not MACOS:
         libraries = ["-Wl,--no-as-needed", *libraries, "-Wl,--as-needed"]

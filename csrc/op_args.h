@@ -20,9 +20,10 @@ struct Rows {
   std::int64_t T = 1, stride_b = 0, stride_t = 0;
 };
 
-// How the logits z come from the numbers x in memory: z = x without a, z = a x without b, else z = b tanh(a x).
+// How the logits z come from the numbers x in memory: z = x if a is null, else z = a x if b is null, else
+// z = b tanh(a x). The factors have the accumulation dtype ("acc" below).
 struct Transform {
-  const void *a = nullptr, *b = nullptr;  // acc, one value for all rows (stride 0), or one a row (stride 1)
+  const void *a = nullptr, *b = nullptr;  // one value for all rows (stride 0), or one value per row (stride 1)
   std::int64_t stride = 0;
 };
 

@@ -40,8 +40,8 @@ struct RowPart {
   } heaviest;
 };
 
-// Upstream gradients of one row's log-prob and KL, 0 where there is none. label is negative if the row or part has no
-// label.
+// Upstream gradients of one row's log-prob, KL and log-sum-exp, 0 where there is none. label is negative if the row or
+// part has no label.
 struct RowGrad {
   double g_logp, g_kl, g_lse;
   std::int64_t label;
@@ -63,16 +63,16 @@ template <class T>
 using LogitsStatsFn = RowStats (*)(const T* z, std::int64_t V, const RowPart* parts);
 template <class T, class R>
 using KlStatsFn = KlStats (*)(const T* z, const R* r, std::int64_t V, const RowPart* parts);
-// Gradient of a row or part: of the log-prob alone, and of log-prob and KL.
+// Gradient of a row or part. GradLogpFn: of log-prob and log-sum-exp. GradKlFn: of the KL as well.
 template <class T>
 using GradLogpFn = void (*)(const T* z, T* dz, std::int64_t V, const RowStats& stats, const RowGrad& grad);
 template <class T, class R>
 using GradKlFn = void (*)(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats, const RowGrad& grad);
 template <class T>
 using ScaleFn = void (*)(T* x, std::int64_t n, double scale);
-// z from x, and dx from x and dz: n elements each.
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+// TransformFn computes z from x, TransformGradFn computes dx from x and dz: n elements each.
 template <class T>
 using TransformFn = void (*)(const T* x, Acc<T>* z, std::int64_t n, const Factors& factors);
 template <class T>

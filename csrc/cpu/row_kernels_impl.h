@@ -213,12 +213,12 @@ SPO_INLINE KlBlock sum_kl(const T* z, const R* r, std::int64_t groups, float shi
   return {reduce_add(p[0] + p[1]), reduce_add(q[0] + q[1]), reduce_add(gap[0] + gap[1])};
 }
 
-// Moves the sums to shifts that are larger by dz and dr: zs and rs become smaller by these.
-SPO_INLINE void raise(PartSums& sums, double dz, double dr) {
-  const double scale = std::exp(-dz);
-  sums.gap = sums.p == 0 || scale == 0 ? 0 : (sums.gap + sums.p * (dr - dz)) * scale;
+// Moves the sums to shifts that are larger by by_z and by_r: zs and rs become smaller by these.
+SPO_INLINE void raise(PartSums& sums, double by_z, double by_r) {
+  const double scale = std::exp(-by_z);
+  sums.gap = sums.p == 0 || scale == 0 ? 0 : (sums.gap + sums.p * (by_r - by_z)) * scale;
   sums.p *= scale;
-  sums.q *= std::exp(-dr);
+  sums.q *= std::exp(-by_r);
 }
 
 template <class T, class R>
@@ -230,9 +230,9 @@ RowPart kl_part(const T* z, const R* r, std::int64_t n) {
   for_blocks(z, r, n, block, [&](const T* zb, const R* rb, std::int64_t groups) {
     KlBlock b = sum_kl(zb, rb, groups, policy.shift, ref.shift);
     if (__builtin_expect(!(b.p < kTooLarge && b.q < kTooLarge), 0)) {
-      const double dz = policy.raise(block_max(zb, groups)), dr = ref.raise(block_max(rb, groups));
-      raise(part.sums, dz, dr);
-      raise(part.heaviest.sums, dz, dr);
+      const double by_z = policy.raise(block_max(zb, groups)), by_r = ref.raise(block_max(rb, groups));
+      raise(part.sums, by_z, by_r);
+      raise(part.heaviest.sums, by_z, by_r);
       b = sum_kl(zb, rb, groups, policy.shift, ref.shift);
     }
     part.sums.p += b.p;
@@ -258,9 +258,9 @@ KlStats kl_stats(const T* z, const R* r, std::int64_t V, const RowPart* parts) {
   std::int64_t at = 0;  // the part that holds the heaviest block
   for (std::int64_t i = 0; i < count_parts(V); ++i) {
     PartSums sums = parts[i].sums, block = parts[i].heaviest.sums;
-    const double dz = shift_z - parts[i].shift_z, dr = shift_r - parts[i].shift_r;
-    raise(sums, dz, dr);
-    raise(block, dz, dr);
+    const double by_z = shift_z - parts[i].shift_z, by_r = shift_r - parts[i].shift_r;
+    raise(sums, by_z, by_r);
+    raise(block, by_z, by_r);
     row.p += sums.p;
     row.q += sums.q;
     row.gap += sums.gap;
@@ -414,7 +414,7 @@ SPO_INLINE void tanh_and_slope(const F32 (&u)[2], F32 (&tanh)[2], F32 (&slope)[2
 
 constexpr int kPair = 2 * F32::size;
 
-// Calls f(x, other, out) for pairs of vectors of a row, and for the tail in padded buffers.
+// Calls f(x, y, out) for pairs of vectors of a row, and for the tail in padded buffers.
 template <class X, class Y, class Z, class F>
 SPO_INLINE void for_pairs(const X* x, const Y* y, Z* out, std::int64_t n, F f) {
   const std::int64_t whole = n / kPair * kPair;

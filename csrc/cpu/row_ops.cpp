@@ -128,7 +128,8 @@ class TransformedRows {
     transform_(row<const T>(rows_, i) + first, buffer_, n, factors(i));
     return buffer_;
   }
-  // Where the gradient of what was read belongs; `store` then brings it to memory as the gradient of the numbers there.
+  // The buffer again: the kernel overwrites the logits that `read` returned with their gradient. `store` computes from
+  // it the gradient of the numbers in memory, and writes that to dz.
   Acc<T>* gradient(const Rows&, std::int64_t, std::int64_t) { return buffer_; }
   void store(const Rows& dz, std::int64_t i, std::int64_t first, std::int64_t n) {
     transform_grad_(row<const T>(rows_, i) + first, buffer_, row<T>(dz, i) + first, n, factors(i));

@@ -19,8 +19,9 @@ constexpr float kLog2e = 1.44269504088896340736f;
 
 // Polynomials of least relative error among those that are 1 at 0, so that a row's largest logit counts exactly 1.
 // Error in float32 arithmetic: 3.0e-6 for the 4th degree, 1.7e-7 for the 5th, 1.0e-7 for the 6th. Gradients that are
-// rounded to bfloat16 use the 4th, float32 gradients the 6th, everything else the 5th: with the 4th, log-probs of rows
-// with few likely tokens were off by 3e-6, where eager torch is exact.
+// rounded to bfloat16 use the 4th. float32 gradients, gradients of transformed rows and the tanh of a softcap use the
+// 6th, everything else the 5th: with the 4th, log-probs of rows with few likely tokens were off by 3e-6, where eager
+// torch is exact.
 template <int degree>
 struct Exp2Poly;  // 2^f, f in [0, 1)
 template <>
@@ -53,7 +54,8 @@ struct ExpPoly<6> {
 };
 
 // x[k] = c[0] + c[1] f[k] + ... Each stage runs over all n vectors before the next stage begins. Otherwise the compiler
-// finishes one vector before the next, too far apart for out-of-order execution (11 % of the loop's time on Zen 4).
+// finishes one vector before it begins the next, and the independent instructions lie too far apart for out-of-order
+// execution (11 % of the loop's time on Zen 4).
 template <class V, int size, int n>
 SPO_INLINE void horner(const V (&c)[size], const V (&f)[n], V (&x)[n]) {
 #pragma GCC unroll 8
@@ -111,8 +113,8 @@ SPO_INLINE F32 add_weighed(F32 w, F32 x, F32 sum) { return fma(w, where_nonzero(
 
 // x[k] = e^x[k] * scale. Adding kRound = 1.5 * 2^23 + 127 rounds x log2(e) to an integer n. The low bits of the sum are
 // n + 127, the exponent bits of 2^n. The polynomial takes x - n ln(2); ln(2) does not fit one float, so it is
-// subtracted in two steps. x is clamped so that n runs from -127 (result 0) to 128 (inf). `exact` is for simd_avx512.h:
-// this way is always exact.
+// subtracted in two steps. x is clamped so that n runs from -127 (result 0) to 128 (inf). The parameter `exact` has an
+// effect in simd_avx512.h alone. The computation here is always exact.
 template <int degree, bool exact = true>
 struct Exp {
   static constexpr float kRound = 12582912.f + 127.f;

@@ -18,7 +18,7 @@ constexpr int kMaxSplits = 64;
 struct ReduceConfig {
   int threads_per_row;          // kWarp or kThreads
   unsigned splits;              // blocks for a row: 1 unless rows are too few to fill the GPU
-  std::int64_t split_elements;  // elements of all splits but the last; a multiple of 16 unless splits is 1
+  std::int64_t split_elements;  // elements of each split but the last; a multiple of 16 unless splits is 1
   std::int64_t blocks;
 };
 

@@ -115,10 +115,10 @@ struct KlSum {
 
   // If the policy's sum becomes 0, so does the gap, even where a top moves by infinity.
   SPO_DEVICE void move(A z_top, A r_top) {
-    const A dz = z_top - z.top, dr = r_top - r.top, keep = weight(-dz);
-    gap = z.sum * keep == 0 ? 0 : keep * (gap + z.sum * (dr - dz));
+    const A by_z = z_top - z.top, by_r = r_top - r.top, keep = weight(-by_z);
+    gap = z.sum * keep == 0 ? 0 : keep * (gap + z.sum * (by_r - by_z));
     z = {z_top, z.sum * keep};
-    r = {r_top, r.sum * weight(-dr)};
+    r = {r_top, r.sum * weight(-by_r)};
   }
 
   // An infinite logit makes the gap infinite or NaN; sum_rows then computes the gap again, with gap_of_positive.

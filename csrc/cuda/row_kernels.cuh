@@ -11,11 +11,9 @@
 // - A B200 moves more than twice the bytes a cycle: the special function unit alone would take 97 %. A polynomial
 //   computes a quarter of the exponentials, with two operations an instruction, which leaves 74 %.
 // - The loops leave out what few elements need: the label's gradient, and gaps of infinite logits. A branch for
-// infinite
-//   gaps, though never taken, cost the KL a third of its instructions.
+//   infinite gaps, though never taken, cost the KL a third of its instructions.
 // - Logits with a transform have kernels of their own. A tanh costs two operations of the special function unit, as
-// many
-//   as two exponentials, and no more memory.
+//   many as two exponentials, and no more memory.
 #pragma once
 
 #include <cassert>
@@ -202,7 +200,7 @@ struct Gradient {
   template <bool with_kl>
   SPO_DEVICE A operator()(A z, A r, bool at_label) const {
     const A zs = z - policy.shift, p = probability(zs);
-    // At the label apart, so that 1 - p keeps the digits that a p near 1 leaves.
+    // The label has a formula of its own, with 1 - p: g_logp - g_logp p would lose digits where p is near 1.
     const A grad = at_label ? fma(g_lse, p, g_logp * (1 - p)) : g_minus_p * (0 - p);
     if constexpr (!with_kl) return grad;
     // The gap of a token with p near 1 is near the mean, so their difference is exact. `rounding` is added after it.

@@ -10,8 +10,8 @@ namespace spo::cuda {
 
 constexpr int kVectorBytes = 16;
 
-// Stands for elements of type T that a transform makes logits of (Transform). With kernels of their own, logits without
-// a transform cost nothing more.
+// Stands for elements of type T from which a Transform computes the logits. Logits without a transform have kernels of
+// their own, so transforms cost them nothing.
 template <class T>
 struct Transformed {};
 
@@ -33,7 +33,7 @@ constexpr int kPacket = kVectorBytes / sizeof(Stored<T>);
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
-// Stands for a reference type that differs from the policy's and is known only at run time.
+// Stands for a reference type that is known only at run time: it differs from the policy's, or there is a transform.
 struct AnyType {};
 
 template <class T>
@@ -163,8 +163,9 @@ SPO_DEVICE void load_elements(const T* at, Acc<T> (&x)[E]) {
 }
 
 // A row of V elements, read in packets of E. full() reads a packet inside the row. edge() reads a packet that may reach
-// beyond the row. Both give logits, and -inf for elements from V on. at() and values() give numbers u of which logit(u)
-// is the logit; dx(u, dz) is the gradient of the element in memory. Here the elements are the logits.
+// beyond the row, and gives -inf for elements from V on. Both give logits. at() and values() give a number u for each
+// element: logit(u) is the element's logit, and dx(u, dz) is the gradient of the element in memory, where dz is the
+// gradient of its logit. In this struct the element in memory, u and the logit are the same number.
 template <class T, int E>
 struct RowReader {
   static_assert(E * sizeof(T) % kVectorBytes == 0);

@@ -13,8 +13,8 @@ SPO_DEVICE T* row_of(const Rows& rows, std::int64_t i) {
 }
 
 // Packets that a thread of an elementwise kernel loads before it writes the first. They are four vectors: of one
-// tensor, or two each of two tensors. A reference of another type is kept as float32 values, which take more registers:
-// then a thread loads one packet.
+// tensor, or two each of two tensors. A reference of AnyType is kept as float32 values, which take more registers: then
+// a thread loads one packet.
 template <bool with_kl, class R>
 constexpr int kBatch = !with_kl                             ? 4
                        : std::is_same_v<Stored<R>, AnyType> ? 1

@@ -75,7 +75,8 @@ PYBIND11_MODULE(_control, m) {
           rows[spo::cpu::kSimdLevelNames[i]] = spo::cpu::rows_executed(static_cast<SimdLevel>(i));
         return rows;
       },
-      "Rows that each SIMD level has executed, counted where the kernels run.");
+      "Rows that each SIMD level has executed, counted where the kernels run. A backward and a scale count parts of "
+      "rows.");
   m.def("reset_rows_executed", &spo::cpu::reset_rows_executed, "Set the counts of rows_executed to 0.");
   m.def("seconds_to_read", &seconds_to_read, py::arg("array"), py::arg("threads"),
         "Seconds to read a float32 array once: the fastest of four loops.");

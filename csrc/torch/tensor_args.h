@@ -1,6 +1,6 @@
-// From tensors to the arguments of the row ops, for every compiled backend: checks, and outputs. Each *Call keeps alive
-// the outputs that it allocates and the per-row inputs, made contiguous. The caller keeps logits, ref_logits and
-// dlogits alive, to which the args point too.
+// From tensors to the arguments of the row ops, for every compiled backend: checks, and outputs. Each *Call owns the
+// outputs that it allocates, and the per-row inputs and transforms, made contiguous. The caller keeps logits,
+// ref_logits and dlogits alive, to which the args point too.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -167,7 +167,7 @@ inline int64_t columns_read(const Tensor& logits, const OptionalTensor& ref_logi
   return V;
 }
 
-// A transform [1 or 2, 1 or N], made contiguous. The caller keeps it while kernels read its data.
+// A transform [1 or 2, 1 or N], or a contiguous copy. A *Call keeps it alive.
 inline OptionalTensor transform_values(const OptionalTensor& t, const Tensor& logits, ScalarType acc, int64_t N,
                                        const char* name) {
   if (!t.has_value()) return std::nullopt;

@@ -13,10 +13,10 @@ from spo_kernels.reference import RowOptions
 
 
 class OnDevice:
-    """The functions of a backend. What they get is copied there and, since they may write to it, copied back.
+    """The functions of a backend, with tensors copied to the device and, since the functions may write to them, back.
 
-    Whole storages are: a slice keeps its strides, offset and neighbours, and two views of one tensor stay that. Results
-    are on the CPU; one in place is the caller's own tensor, as from any backend.
+    Whole storages are copied, so a slice keeps its strides, offset and neighbours, and two views still share memory.
+    Results are on the CPU. A result in place is the caller's own tensor, as from any backend.
     """
 
     def __init__(self, backend: Backend, name: str, device: str) -> None:

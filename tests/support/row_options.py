@@ -106,13 +106,14 @@ def _padded(logits: Tensor, columns: int) -> Tensor:
 def make(spec: Spec) -> Case:
     """The case of a spec.
 
-    Row 0 has a gradient of its log-sum-exp alone. Row 1 has no gradient at all, and NaN as its logits. In row 11 and
-    every twelfth after it nothing is wanted; the logits are NaN there.
+    Row 0 has a gradient of its log-sum-exp alone. Row 1 has no gradient at all, and NaN as its logits. In mode "both",
+    nothing is wanted in row 11 and every twelfth after it, and the logits are NaN there.
     """
     n, dtype = spec.n, spec.dtype
     case = make_case(n, spec.v, dtype, rows=spec.rows, ref_dtype=spec.ref_dtype, mode="both")
     wide = precision.accumulate_dtype(dtype)
-    # Without a transform the KL of such rows, 8 to 11 nats, is up to a sixth over the budget on a CPU: see docs/lab.md.
+    # Noise is scaled by 3 under a transform. Without one, the KL of noise so scaled, 8 to 11 nats, exceeds the budget
+    # on a CPU by up to a sixth: see docs/lab.md.
     scale = 3 if spec.rows == "noise" and spec.transform != "none" else 1
     # A softcap makes -inf finite. Beside it, -inf in the reference would make every KL infinite.
     logits, ref_logits = case.logits * scale, case.ref_logits.nan_to_num(neginf=-50) * scale
@@ -147,7 +148,7 @@ def make(spec: Spec) -> Case:
 
 
 def _part_of_a_buffer(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """A buffer of 7, and in a part of it the logits ``[B, T, V]``, in rows that are not evenly spaced nor aligned."""
+    """A buffer full of sevens, and a part of it with the logits ``[B, T, V]``, in misaligned, unevenly spaced rows."""
     batch, steps, width = logits.shape
     buffer = torch.full((batch, steps + 1, width + 6), 7, dtype=logits.dtype)
     part = buffer[:, :-1, 1:-5]

@@ -49,7 +49,7 @@ def run_demo(
 
     Args:
         out: the demo's folder.
-        config: sizes.
+        config: sizes, schedule and seed.
         device: where the models run, as torch names it. A resumed demo may use another one.
         fresh: remove an earlier demo from `out` first; other files there stay.
         say: takes each line of the demo's output.
@@ -58,7 +58,7 @@ def run_demo(
         The files of the report.
 
     Raises:
-        ValueError: `out` holds a demo of other sizes.
+        ValueError: `out` holds a demo with other settings.
         RunError, OSError: see `spo_train.run.run`.
     """
     start, out = time.perf_counter(), Path(out)
@@ -124,7 +124,7 @@ def run_demo(
 
 
 def _prepare(out: Path, config: DemoConfig, fresh: bool) -> None:
-    """Remove an earlier demo if asked to, refuse one of other sizes, and write the sizes of this one."""
+    """Remove an earlier demo if asked to, refuse one with other settings, and write the settings of this one."""
     settings_file = out / SETTINGS_FILE
     if settings_file.exists() and fresh:
         for name in (PAIRS_FILE, REFERENCE_FILE, SETTINGS_FILE):
