@@ -43,8 +43,7 @@ def row_config(V: int, itemsize: int, tensors: int, aligned: bool, softcap: bool
 
     Aligned rows: a lane is one vector load. Two steps are fastest on an H100, because more steps leave too few programs
     to a multiprocessor. Unaligned rows: the compiler hands out single elements, so a lane is one element and there are
-    `vector` times as many lanes; steps are as many as registers allow: half as many
-    beside the tanh of a softcap.
+    `vector` times as many lanes; steps are as many as registers allow: half as many beside the tanh of a softcap.
     """
     threads = 64 if V <= 1024 else 128 if V <= 32768 else 256
     vector = _VECTOR_BYTES // itemsize
