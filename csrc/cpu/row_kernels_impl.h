@@ -288,13 +288,6 @@ KlStats kl_stats(const T* z, const R* r, std::int64_t V, const RowPart* parts) {
 // Whether a row has finite statistics. The gradient of other rows runs in `scalar`.
 SPO_INLINE bool in_range(const RowStats& s) { return std::fabs(s.shift) <= FLT_MAX && std::fabs(s.logsum) < 40; }
 
-// A factor for vectors. A NaN gets few bits, which survive the rounding to bfloat16 (simd_*.h).
-SPO_INLINE float to_float(double x) {
-  float out;
-  from_double(x, out);
-  return out;
-}
-
 // Calls f(in, out, groups) for the whole groups of a row, then for its tail in a padded buffer.
 template <class T, class F>
 SPO_INLINE void for_grad_blocks(const T* z, T* dz, std::int64_t V, F f) {
@@ -313,7 +306,7 @@ void grad_logp(const T* z, T* dz, std::int64_t V, const RowStats& stats, const R
   // This comes first, since dz may be z.
   const double at_label = grad.label >= 0 ? scalar::label_grad_logp(z, stats, grad) : 0;
   // (g_lse - g_logp) p = exp(z - shift) ((g_lse - g_logp) exp(-logsum))
-  const GradExp<T> exp(to_float((grad.g_lse - grad.g_logp) * std::exp(-stats.logsum)));
+  const GradExp<T> exp(static_cast<float>((grad.g_lse - grad.g_logp) * std::exp(-stats.logsum)));
   const F32 shift(static_cast<float>(stats.shift));
   for_grad_blocks(z, dz, V, [&](const T* in, T* out, std::int64_t groups) {
     F32 x[4];
@@ -338,10 +331,10 @@ void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats
   // For a token with p near 1, zs - rs is near the mean, so the difference is exact. rest corrects the mean's rounding.
   const double scale = std::exp(-stats.policy.logsum);
   const double exact_mean = stats.kl + stats.policy.logsum - stats.ref.logsum;
-  const F32 mean(to_float(exact_mean));
-  const F32 slope(to_float(scale * grad.g_kl));
+  const F32 mean(static_cast<float>(exact_mean));
+  const F32 slope(static_cast<float>(scale * grad.g_kl));
   const double mean_error = static_cast<float>(exact_mean) - exact_mean;
-  const F32 rest(to_float(scale * (grad.g_kl * mean_error + (grad.g_lse - grad.g_logp))));
+  const F32 rest(static_cast<float>(scale * (grad.g_kl * mean_error + (grad.g_lse - grad.g_logp))));
   const F32 sz(static_cast<float>(stats.policy.shift)), sr(static_cast<float>(stats.ref.shift));
   const GradExp<T> exp;
 
@@ -378,7 +371,7 @@ void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats
 
 template <class T>
 void scale(T* x, std::int64_t n, double scale) {
-  const F32 f(to_float(scale));
+  const F32 f(static_cast<float>(scale));
   for_grad_blocks(x, x, n, [&](const T* in, T* out, std::int64_t groups) {
     F32 v[4];
     for (std::int64_t g = 0; g < groups; ++g) {
@@ -431,7 +424,7 @@ SPO_INLINE void for_pairs(const X* x, const Y* y, Z* out, std::int64_t n, F f) {
 
 template <class T>
 void transform(const T* x, float* z, std::int64_t n, const Factors& factors) {
-  const F32 a(to_float(factors.a)), b(to_float(factors.b));
+  const F32 a(static_cast<float>(factors.a)), b(static_cast<float>(factors.b));
   for_pairs(x, x, z, n, [&](const T* in, const T*, float* out) {
     F32 u[2], slope[2];
     load2(in, u[0], u[1]);
@@ -446,7 +439,7 @@ void transform(const T* x, float* z, std::int64_t n, const Factors& factors) {
 
 template <class T>
 void transform_grad(const T* x, const float* dz, T* dx, std::int64_t n, const Factors& factors) {
-  const F32 a(to_float(factors.a)), ab(to_float(factors.a * factors.b));
+  const F32 a(static_cast<float>(factors.a)), ab(static_cast<float>(factors.a * factors.b));
   for_pairs(x, dz, dx, n, [&](const T* in, const float* upstream, T* out) {
     F32 g[2];
     load2(upstream, g[0], g[1]);

@@ -42,6 +42,9 @@ class FlushToZero {
   FlushToZero& operator=(const FlushToZero&) = delete;
 };
 
+// A factor for the kernels. A NaN gets few bits, which survive the vector conversion to bfloat16 (simd_*.h).
+double factor(double x) { return std::isnan(x) ? std::numeric_limits<double>::quiet_NaN() : x; }
+
 template <class T, class R>
 RowKernels<T, R> kernels_at(SimdLevel level) {
   switch (level) {
@@ -114,8 +117,8 @@ class TransformedRows {
 
   Factors factors(std::int64_t i) const {
     Factors f;
-    if (of_.a) f.a = static_cast<const Acc<T>*>(of_.a)[i * of_.stride];
-    if (of_.b) f.b = static_cast<const Acc<T>*>(of_.b)[i * of_.stride], f.capped = true;
+    if (of_.a) f.a = factor(static_cast<const Acc<T>*>(of_.a)[i * of_.stride]);
+    if (of_.b) f.b = factor(static_cast<const Acc<T>*>(of_.b)[i * of_.stride]), f.capped = true;
     return f;
   }
 
@@ -157,7 +160,7 @@ void dispatch_rows(const Args& a, std::int64_t rows, F f) {
 }
 
 // An infinite KL has no gradient. NaN here makes the gradient of every element with p > 0 NaN.
-double kl_for_grad(double kl) { return std::isinf(kl) ? std::numeric_limits<double>::quiet_NaN() : kl; }
+double kl_for_grad(double kl) { return factor(std::isinf(kl) ? NAN : kl); }
 
 template <class T>
 double log_prob_of_label(const T* z, std::int64_t label, const RowStats& stats) {
@@ -220,7 +223,7 @@ void write_token_stats(const TokenStatsFwdArgs& a, std::int64_t i, const KlStats
 
 template <class T>
 double row_weight(const KlLossFwdArgs& a, std::int64_t i) {
-  return a.row_weight ? static_cast<const Acc<T>*>(a.row_weight)[i] : 1.;
+  return a.row_weight ? factor(static_cast<const Acc<T>*>(a.row_weight)[i]) : 1;
 }
 
 }  // namespace
@@ -288,7 +291,8 @@ void token_stats_bwd(const TokenStatsBwdArgs& a, std::int64_t begin, std::int64_
       const double g_lse = dlse ? dlse[i] : 0;
       if (!with_logp && !with_kl && g_lse == 0) return zero(row<T>(a.dz, i) + first, n);
       const std::int64_t label = with_logp && a.labels[i] != kLabelElsewhere ? a.labels[i] - first : -1;
-      const RowGrad grad{with_logp ? dlogps[i] : 0., with_kl ? dkl[i] : 0., g_lse, label < n ? label : -1};
+      const RowGrad grad{factor(with_logp ? dlogps[i] : 0), factor(with_kl ? dkl[i] : 0), factor(g_lse),
+                         label < n ? label : -1};
       const RowStats of_policy{stats[i], stats[a.N + i]};
       const auto* z = policy.read(i, first, n);
       auto* dz = policy.gradient(a.dz, i, first);
@@ -365,7 +369,7 @@ void kl_loss_grad(const KlLossFwdArgs& a, const KlStats* stats, std::int64_t beg
 void scale(const Rows& rows, std::int64_t V, double scale, std::int64_t begin, std::int64_t end) {
   dispatch(rows.dtype, DType::f32, end - begin, [&]<class T, class R>(RowKernels<T, R> k) {
     for_each_part(rows.dtype, V, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t n) {
-      k.scale(row<T>(rows, i) + first, n, scale);
+      k.scale(row<T>(rows, i) + first, n, factor(scale));
     });
   });
 }

@@ -46,7 +46,7 @@ SPO_INLINE void load2(const bf16* p, F32& a, F32& b) {
   b = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
 }
 // x rounded to bfloat16, in the upper 16 bits of each lane; the lower bits mean nothing. A NaN stays NaN if its lower
-// 16 bits are 0, as after a load from bfloat16, an invalid operation, and `to_float`. Other NaNs may become -0.
+// 16 bits are 0, as after a load from bfloat16, an invalid operation, and `factor` (row_ops.cpp). Others may become -0.
 SPO_INLINE __m512i bf16_in_upper_half(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
