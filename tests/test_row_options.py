@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from row_options import KL_LOSS_SPECS, SPECS, Spec, check, check_kl_loss
 
 from spo_kernels.backends import Backend
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+def quick_or_slow(specs: list[Spec]) -> list[Any]:
+    """Rows beyond 10,000 columns take most of the time."""
+    return [pytest.param(spec, marks=pytest.mark.slow if spec.v > 10_000 else (), id=str(spec)) for spec in specs]
+
+
+@pytest.mark.parametrize("spec", quick_or_slow(SPECS))
 def test_token_stats(backend: Backend, spec: Spec) -> None:
     check(backend, spec)
 
 
-@pytest.mark.parametrize("spec", KL_LOSS_SPECS, ids=str)
+@pytest.mark.parametrize("spec", quick_or_slow(KL_LOSS_SPECS))
 def test_kl_loss(backend: Backend, spec: Spec) -> None:
     check_kl_loss(backend, spec)
