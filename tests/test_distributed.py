@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -642,7 +643,7 @@ def test_copies_of_a_module_without_a_group(name: str) -> None:
         other.load_state_dict(module.state_dict())
 
 
-def test_torch_without_distributed() -> None:
+def test_torch_without_distributed(tmp_path: Path) -> None:
     """A build of torch without it has the module, and is_available() is False."""
     code = """
 import torch._dynamo, torch.distributed
@@ -657,4 +658,4 @@ assert spo_kernels.gather_head(logits).weight is logits
 module = pickle.loads(pickle.dumps(copy.deepcopy(spo_kernels.LinearSPOLoss(weight=0.1))))
 module(logits[:, None], torch.ones(3, 4), labels[:, None])
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=tmp_path)
