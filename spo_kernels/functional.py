@@ -13,8 +13,8 @@ processes must call. Labels and masks that differ between them are a ValueError 
 GPU).
 
 DTensors are taken where all are replicated, or where logits are sharded along the vocabulary over one dimension of
-their mesh; see `spo_kernels.distributed.takes_dtensors`. With inplace_backward or
-overwrite_logits DTensors are refused.
+their mesh; see `spo_kernels.distributed.takes_dtensors`. In place (inplace_backward, overwrite_logits) they are
+refused.
 
 Options. `get_batch_logps` takes none; those that begin with ref_ belong to the functions with ref_logits:
     temperature: > 0; divides the logits. A number, or a Tensor ``[...]`` with one for each row (or ``[]``), without
@@ -58,7 +58,7 @@ from spo_kernels.checks import (
 )
 from spo_kernels.distributed import takes_dtensors
 from spo_kernels.logit_options import LogitOptions, RefLogitOptions, checked_transform, checked_transforms
-from spo_kernels.op_library import is_transforming
+from spo_kernels.op_library import is_transforming, refuse_transforms
 from spo_kernels.precision import can_precompute_gradient
 from spo_kernels.reference import RowOptions
 from spo_kernels.row_transforms import TokenStats
@@ -147,8 +147,9 @@ def token_logps(
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
     columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
-    transform = checked_transform(LogitOptions(temperature, softcap, logit_scale), logits, "logits", logits.dtype)
-    options = RowOptions(padded_columns_read(vocab_size, columns, logits.shape[-1]), transform, None)
+    read = padded_columns_read(vocab_size, columns, logits.shape[-1])
+    policy = LogitOptions(temperature, softcap, logit_scale)
+    options = RowOptions(read, checked_transform(policy, logits, "logits", logits.dtype), None)
     uniform = _uniform_like(logits, options) if return_entropy else None
     logps, kl, stats = _row_stats(logits, labels, uniform, None, ignore_index, inplace_backward, columns, options)
     if not (return_entropy or return_lse):
@@ -194,8 +195,9 @@ def sequence_logps(
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
     columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
-    transform = checked_transform(LogitOptions(temperature, softcap, logit_scale), logits, "logits", logits.dtype)
-    options = RowOptions(padded_columns_read(vocab_size, columns, logits.shape[-1]), transform, None)
+    read = padded_columns_read(vocab_size, columns, logits.shape[-1])
+    policy = LogitOptions(temperature, softcap, logit_scale)
+    options = RowOptions(read, checked_transform(policy, logits, "logits", logits.dtype), None)
     logps, _, _ = _row_stats(logits, labels, None, None, ignore_index, inplace_backward, columns, options)
     counts = (labels != ignore_index).to(logps.dtype) if average else None
     sums = checked_sums(logps, cu_seqlens, "labels")
@@ -237,15 +239,15 @@ def token_kl(
     """
     check_logits(logits, "logits")
     columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
-    check_ref_logits(ref_logits, logits, padded_columns_read(vocab_size, columns, logits.shape[-1]))
+    read = padded_columns_read(vocab_size, columns, logits.shape[-1])
+    check_ref_logits(ref_logits, logits, read)
     if mask is not None:
         check_rows(mask, "mask", torch.bool, logits)
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
     policy = LogitOptions(temperature, softcap, logit_scale)
     reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
-    transforms = checked_transforms(policy, reference, logits, "logits", logits.dtype)
-    options = RowOptions(padded_columns_read(vocab_size, columns, logits.shape[-1]), *transforms)
+    options = RowOptions(read, *checked_transforms(policy, reference, logits, "logits", logits.dtype))
     _, kl, _ = _row_stats(logits, None, ref_logits, mask, IGNORE_INDEX, inplace_backward, columns, options)
     return kl
 
@@ -279,15 +281,15 @@ def token_logps_kl(
     check_logits(logits, "logits")
     check_rows(labels, "labels", torch.int64, logits)
     columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
-    check_ref_logits(ref_logits, logits, padded_columns_read(vocab_size, columns, logits.shape[-1]))
+    read = padded_columns_read(vocab_size, columns, logits.shape[-1])
+    check_ref_logits(ref_logits, logits, read)
     if mask is not None:
         check_rows(mask, "mask", torch.bool, logits)
     if inplace_backward:
         check_inplace(logits, "inplace_backward")
     policy = LogitOptions(temperature, softcap, logit_scale)
     reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
-    transforms = checked_transforms(policy, reference, logits, "logits", logits.dtype)
-    options = RowOptions(padded_columns_read(vocab_size, columns, logits.shape[-1]), *transforms)
+    options = RowOptions(read, *checked_transforms(policy, reference, logits, "logits", logits.dtype))
     logps, kl, _ = _row_stats(logits, labels, ref_logits, mask, ignore_index, inplace_backward, columns, options)
     return logps, kl
 
@@ -340,15 +342,15 @@ def kl_loss(
     """
     check_logits(logits, "logits")
     columns = Columns.checked(process_group, vocab_shards, logits.shape[-1], vocab_size)
-    check_ref_logits(ref_logits, logits, padded_columns_read(vocab_size, columns, logits.shape[-1]))
+    read = padded_columns_read(vocab_size, columns, logits.shape[-1])
+    check_ref_logits(ref_logits, logits, read)
     weight = checked_row_weight(mask, row_weight, logits, "logits")
     if overwrite_logits:
         check_inplace(logits, "overwrite_logits")
         check_markable(logits)
     policy = LogitOptions(temperature, softcap, logit_scale)
     reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
-    transforms = checked_transforms(policy, reference, logits, "logits", logits.dtype)
-    options = RowOptions(padded_columns_read(vocab_size, columns, logits.shape[-1]), *transforms)
+    options = RowOptions(read, *checked_transforms(policy, reference, logits, "logits", logits.dtype))
 
     precompute = torch.is_grad_enabled() and logits.requires_grad and can_precompute_gradient(logits.dtype)
     if columns.group is not None or not precompute or is_transforming():
@@ -413,12 +415,8 @@ def _row_stats(
         inplace_backward,
     )
     if is_transforming():
-        if inplace_backward or columns.group is not None:
-            option = "inplace_backward or overwrite_logits" if inplace_backward else "process_group"
-            raise RuntimeError(
-                f"spo_kernels: a function with {option} cannot be used under torch.func transforms or forward-mode AD: "
-                "leave the option out"
-            )
+        if inplace_backward:
+            refuse_transforms("inplace_backward or overwrite_logits")
         logps, kl, stats = TokenStats.apply(*inputs, *options)
     elif columns.group is not None:
         logps, kl, stats = sharded_token_stats_fwd(*inputs, columns, options)

@@ -29,6 +29,9 @@ class RefLogitOptions(NamedTuple):
     logit_scale: float | None
 
 
+AS_POLICY = RefLogitOptions(None, None, None)
+
+
 def check_logit_options(options: LogitOptions, rows: Tensor | None, like: str = "", prefix: str = "") -> None:
     """Refuse illegal options.
 

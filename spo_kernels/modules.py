@@ -459,14 +459,10 @@ class LinearSPOLoss(_PairObjective):
         options = checked_options(
             head,
             hidden,
-            self.temperature,
-            self.softcap,
-            self.logit_scale,
+            LogitOptions(self.temperature, self.softcap, self.logit_scale),
+            RefLogitOptions(self.ref_temperature, self.ref_softcap, self.ref_logit_scale),
             self.chunk_size,
             columns,
-            ref_temperature=self.ref_temperature,
-            ref_softcap=self.ref_softcap,
-            ref_logit_scale=self.ref_logit_scale,
         )
         check_rows(labels, "labels", torch.int64, hidden, "hidden")
         check_sequences(labels, cu_seqlens, "labels", "hidden")

@@ -328,6 +328,15 @@ def is_transforming() -> bool:
     return True
 
 
+def refuse_transforms(option: str) -> None:
+    """RuntimeError under a transform, for a call with this option."""
+    if is_transforming():
+        raise RuntimeError(
+            f"spo_kernels: a function with {option} cannot be used under torch.func transforms or forward-mode AD: "
+            "leave the option out"
+        )
+
+
 def without_batches(tensor: Tensor) -> Tensor:
     """The values of a tensor with all its batches of vmap, for a check of every element."""
     if is_transforming():

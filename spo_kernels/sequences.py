@@ -121,6 +121,8 @@ def checked_sums(values: Tensor, cu_seqlens: Tensor | None, name: str, like: str
     check_sequences(values, cu_seqlens, name, like)
     if cu_seqlens is not None:
         values = values.flatten()
-    if differentiated_eagerly(values) or is_transforming():
-        return (_TransformableSums if is_transforming() else _SequenceSums).apply(values, cu_seqlens)
+    if is_transforming():
+        return _TransformableSums.apply(values, cu_seqlens)
+    if differentiated_eagerly(values):
+        return _SequenceSums.apply(values, cu_seqlens)
     return sequence_sums.packet(values, cu_seqlens)

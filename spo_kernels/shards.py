@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels import row_ops
-from spo_kernels.op_library import Size, op, refuse_double_backward
+from spo_kernels.op_library import Size, op, refuse_double_backward, refuse_transforms
 from spo_kernels.precision import accumulate_dtype
 from spo_kernels.reference import LABEL_ELSEWHERE, RowOptions, transformed
 
@@ -65,6 +65,7 @@ class Columns(NamedTuple):
                 "process_group must be a torch.distributed.ProcessGroup that this process belongs to, got "
                 f"{type(process_group).__name__}"
             )
+        refuse_transforms("process_group")
         rank, size = process_group.rank(), process_group.size()
         shards = [columns] * size if vocab_shards is None else list(vocab_shards)
         if len(shards) != size:

@@ -473,6 +473,31 @@ def test_bad_shards_are_named_in_every_process(
             raise error
 
 
+def transformed(group: ProcessGroup, name: str, transform: str) -> Any:
+    labels, options = torch.zeros(3, dtype=torch.int64), {"process_group": group}
+    z, weight = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(4, H, dtype=torch.float64)
+    call, x = {
+        "logits": (lambda z: token_logps(z, labels, **options), z),
+        "head": (lambda h: linear_token_logps(h, weight, labels, **options), torch.zeros(3, H, dtype=torch.float64)),
+        "module": (lambda z: SPOLoss(**options)(z.expand(2, -1, -1), labels.expand(2, -1))[0], z),
+    }[name]
+    return {
+        "grad": lambda: torch.func.grad(lambda x: call(x).sum())(x),
+        "vmap": lambda: torch.vmap(call)(x.expand(2, *x.shape)),
+        "jvp": lambda: torch.func.jvp(call, (x,), (x,)),
+    }[transform]()
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+@pytest.mark.parametrize("name", ["logits", "head", "module"])
+def test_transforms_are_refused_in_every_process(processes: Processes, name: str, transform: str) -> None:
+    for error in processes.run(2, transformed, name, transform):
+        with pytest.raises(
+            RuntimeError, match=r"process_group cannot be used under torch\.func .* leave the option out"
+        ):
+            raise error
+
+
 def of_vocab_size(group: ProcessGroup, shards: tuple[int, ...], vocab_size: int, label: int, name: str) -> Any:
     """A call with columns of these numbers; one number for all: every process has so many."""
     columns = shards[group.rank()] if len(shards) > 1 else shards[0]

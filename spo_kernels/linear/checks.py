@@ -20,19 +20,12 @@ def check_chunk_size(chunk_size: int | None) -> None:
 def checked_options(
     head: Head,
     hidden: Tensor,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
+    policy: LogitOptions,
+    reference: RefLogitOptions,
     chunk_size: int | None,
     columns: Columns,
-    *,
-    ref_temperature: float | Tensor | None = None,
-    ref_softcap: float | None = None,
-    ref_logit_scale: float | None = None,
 ) -> HeadOptions:
     """The checked options of a head's function. hidden: ``[..., H]``, the argument of which the head was made."""
-    policy = LogitOptions(temperature, softcap, logit_scale)
-    reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
     transforms = checked_transforms(policy, reference, hidden, "hidden", head.hidden.dtype)
     check_chunk_size(chunk_size)
     return HeadOptions(chunk_size, columns, *transforms)

@@ -49,6 +49,7 @@ from spo_kernels.distributed import takes_dtensors
 from spo_kernels.linear.checks import checked_head, checked_options, checked_ref_head
 from spo_kernels.linear.ops import linear_kl_loss_fwd, linear_token_stats_fwd
 from spo_kernels.linear.records import Head, HeadOptions, Needs
+from spo_kernels.logit_options import AS_POLICY, LogitOptions, RefLogitOptions
 from spo_kernels.op_library import is_transforming
 from spo_kernels.precision import accumulate_dtype, can_precompute_gradient, precomputed_gradient_dtype
 from spo_kernels.row_ops import entropy_and_lse
@@ -134,7 +135,8 @@ def linear_token_logps(
     """
     head = checked_head(hidden, weight, bias)
     columns = Columns.checked(process_group, vocab_shards, weight.shape[0], vocab_size)
-    options = checked_options(head, hidden, temperature, softcap, logit_scale, chunk_size, columns)
+    policy = LogitOptions(temperature, softcap, logit_scale)
+    options = checked_options(head, hidden, policy, AS_POLICY, chunk_size, columns)
     check_rows(labels, "labels", torch.int64, hidden, "hidden")
     rows = labels.reshape(-1)
     logps, kl, stats = linear_token_stats_fwd(head, rows, None, None, ignore_index, return_entropy, options)
@@ -240,18 +242,9 @@ def linear_token_kl(
     columns = Columns.checked(process_group, vocab_shards, weight.shape[0], vocab_size)
     read = padded_columns_read(vocab_size, columns, weight.shape[0])
     ref_head = checked_ref_head(ref_hidden, ref_weight, ref_bias, hidden, head, read)
-    options = checked_options(
-        head,
-        hidden,
-        temperature,
-        softcap,
-        logit_scale,
-        chunk_size,
-        columns,
-        ref_temperature=ref_temperature,
-        ref_softcap=ref_softcap,
-        ref_logit_scale=ref_logit_scale,
-    )
+    policy = LogitOptions(temperature, softcap, logit_scale)
+    reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
+    options = checked_options(head, hidden, policy, reference, chunk_size, columns)
     if mask is not None:
         check_rows(mask, "mask", torch.bool, hidden, "hidden")
     return kl_of(head, ref_head, mask, options).view(hidden.shape[:-1])
@@ -309,18 +302,9 @@ def linear_kl_loss(
     columns = Columns.checked(process_group, vocab_shards, weight.shape[0], vocab_size)
     read = padded_columns_read(vocab_size, columns, weight.shape[0])
     ref_head = checked_ref_head(ref_hidden, ref_weight, ref_bias, hidden, head, read)
-    options = checked_options(
-        head,
-        hidden,
-        temperature,
-        softcap,
-        logit_scale,
-        chunk_size,
-        columns,
-        ref_temperature=ref_temperature,
-        ref_softcap=ref_softcap,
-        ref_logit_scale=ref_logit_scale,
-    )
+    policy = LogitOptions(temperature, softcap, logit_scale)
+    reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
+    options = checked_options(head, hidden, policy, reference, chunk_size, columns)
     weights = checked_row_weight(mask, row_weight, hidden, "hidden")
     return kl_loss_of(head, ref_head, None if weights is None else weights.reshape(-1), options)
 

@@ -226,11 +226,6 @@ def _empty_tangents(labels: Tensor | None, kl: Tensor, stats: Tensor) -> tuple[T
 
 
 def _token_stats_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    if ctx.columns.group is not None:
-        raise RuntimeError(
-            "spo_kernels: the functions of a head with a process_group cannot be used in forward-mode AD (jvp): gather "
-            "the weight and leave the group out"
-        )
     if any(tangent is not None for tangent in tangents[3:]):
         raise RuntimeError(
             "spo_kernels: the policy's head alone has a derivative, but the reference logits or a temperature have a "

@@ -28,6 +28,7 @@ from spo_kernels import (
 from spo_kernels.linear import loops
 from spo_kernels.linear.checks import checked_options
 from spo_kernels.linear.records import Head, HeadOptions, Needs, Uniform
+from spo_kernels.logit_options import LogitOptions, RefLogitOptions
 from spo_kernels.shards import Columns
 
 
@@ -241,7 +242,8 @@ def test_options_of_the_logits_cost_no_pass_over_a_tile(kl: bool, monkeypatch: p
     calls = []
     for numbers, vocab_size in (((1.0, None, 1.0), 192), ((temperature, 4.0, 0.5), 192), ((0.7, None, -1.0), 192)):
         columns = Columns(0, vocab_size, None)
-        options = checked_options(head, head.hidden, *numbers, None, columns, ref_temperature=2.0 if kl else None)
+        reference = RefLogitOptions(2.0 if kl else None, None, None)
+        options = checked_options(head, head.hidden, LogitOptions(*numbers), reference, None, columns)
         needs = Needs(True, True, True, torch.float64)
         upstream = loops.RowGradients(x.upstream, x.upstream, x.upstream)
         with Calls(width=64) as forward:
