@@ -27,6 +27,10 @@ struct Transform {
   std::int64_t stride = 0;
 };
 
+// "kl" is the divergence of spo_kernels.reference.RowOptions.mixture: 0 for the KL, 1 for the reverse KL, a share
+// between for the JSD.
+constexpr bool is_jsd(double mixture) { return mixture > 0 && mixture < 1; }
+
 // z: policy logits, r: reference logits; both are f64 or neither is. "acc" is the accumulation dtype: double for f64
 // logits, float otherwise. V: columns that are read; rows of a tensor may be longer.
 struct TokenStatsFwdArgs {
@@ -35,7 +39,8 @@ struct TokenStatsFwdArgs {
   const std::int64_t* labels;  // [N] or null: no log-probs
   const bool* mask;            // [N] or null: the KL of every row
   std::int64_t N, V, ignore_index;
-  void *logps, *kl, *stats;  // acc [N], [N], [2 or 4, N]
+  double mixture;            // as above
+  void *logps, *kl, *stats;  // acc [N], [N], [2, 4 or 5, N]
 };
 
 struct TokenStatsBwdArgs {
@@ -44,7 +49,18 @@ struct TokenStatsBwdArgs {
   const std::int64_t* labels;
   const bool* mask;
   std::int64_t N, V, padding, ignore_index;      // padding: columns after the first V, whose gradient is 0
+  double mixture;                                // as above
   const void *dlogps, *dkl, *dlse, *kl, *stats;  // acc; dlogps, dkl and dlse may be null
+};
+
+struct MixtureKlArgs {
+  Rows z, r;
+  Transform of_z, of_r;
+  const bool* mask;
+  std::int64_t N, V;
+  double mixture;     // in (0, 1)
+  const void* stats;  // acc [4 or 5, N]
+  void* kls;          // acc [2, N]: KL(p || m), KL(q || m)
 };
 
 struct KlLossFwdArgs {
@@ -52,6 +68,7 @@ struct KlLossFwdArgs {
   Transform of_z, of_r;
   const void* row_weight;      // acc [N] or null: 1
   std::int64_t N, V, padding;  // padding as above
+  double mixture;              // as above
   double* weighted_kl;         // [N]: row_weight times the KL
 };
 

@@ -26,8 +26,12 @@ Options. `get_batch_logps` takes none; those that begin with ref_ belong to the 
     vocab_size: columns of the whole vocabulary, if the logits have more: the columns after it are padding. They are not
         read, and their gradient is 0. Policy and reference may have different numbers of padding columns. With a
         process_group the vocabulary must end in the last process's columns.
+    divergence, mixture: of the functions with ref_logits. "kl" is KL(policy || reference), as SPO's objective has it.
+        "reverse_kl" is KL(reference || policy). "jsd" is the generalized Jensen-Shannon divergence
+        ``mixture KL(p || m) + (1 - mixture) KL(q || m)``, where ``m = mixture p + (1 - mixture) q``; mixture is > 0 and
+        < 1, and None stands for 0.5. A JSD reads each row twice in the forward, since its terms need p and q.
 
-All act within the one pass: none makes a ``[..., V]`` tensor or reads the logits once more.
+All act within the one pass, except a JSD. None makes a ``[..., V]`` tensor.
 
 Every function raises ValueError where a shape, dtype or device is wrong, naming the argument, what it must be and what
 came. A label outside ``[0, V)`` that is not ``ignore_index`` is a RuntimeError (a device-side assertion on a GPU). NaN
@@ -57,6 +61,7 @@ from spo_kernels.checks import (
     differentiated_eagerly,
 )
 from spo_kernels.distributed import takes_dtensors
+from spo_kernels.divergences import checked_mixture
 from spo_kernels.logit_options import LogitOptions, RefLogitOptions, checked_transform, checked_transforms
 from spo_kernels.op_library import is_transforming, refuse_transforms
 from spo_kernels.precision import can_precompute_gradient
@@ -217,6 +222,8 @@ def token_kl(
     ref_softcap: float | None = None,
     ref_logit_scale: float | None = None,
     vocab_size: int | None = None,
+    divergence: str = "kl",
+    mixture: float | None = None,
     inplace_backward: bool = False,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
@@ -225,13 +232,15 @@ def token_kl(
 
     ``sum_v p_v (log p_v - log q_v)`` with ``p = softmax(logits)``, ``q = softmax(ref_logits)``. The gradient flows to
     ``logits`` only. Equal logits of equal dtype give exactly 0. A reference probability of 0 where the policy has some
-    makes the KL +inf and its gradient NaN; where the policy has none, the term is 0.
+    makes the KL +inf and its gradient NaN; where the policy has none, the term is 0. A reverse KL is +inf where the
+    reference has probability and the policy has none. A JSD is always finite.
 
     Args:
         logits: policy logits ``[..., V]``.
         ref_logits: reference logits of the same shape, without gradient; the dtype may differ.
         mask: ``[...]`` bool, False on rows that are not wanted.
-        temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size: see the module.
+        temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size, divergence,
+            mixture: see the module.
         inplace_backward, process_group, vocab_shards: see `token_logps`. Both logits must hold the same columns.
 
     Returns:
@@ -247,7 +256,8 @@ def token_kl(
         check_inplace(logits, "inplace_backward")
     policy = LogitOptions(temperature, softcap, logit_scale)
     reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
-    options = RowOptions(read, *checked_transforms(policy, reference, logits, "logits", logits.dtype))
+    transforms = checked_transforms(policy, reference, logits, "logits", logits.dtype)
+    options = RowOptions(read, *transforms, checked_mixture(divergence, mixture))
     _, kl, _ = _row_stats(logits, None, ref_logits, mask, IGNORE_INDEX, inplace_backward, columns, options)
     return kl
 
@@ -267,6 +277,8 @@ def token_logps_kl(
     ref_softcap: float | None = None,
     ref_logit_scale: float | None = None,
     vocab_size: int | None = None,
+    divergence: str = "kl",
+    mixture: float | None = None,
     inplace_backward: bool = False,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
@@ -289,7 +301,8 @@ def token_logps_kl(
         check_inplace(logits, "inplace_backward")
     policy = LogitOptions(temperature, softcap, logit_scale)
     reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
-    options = RowOptions(read, *checked_transforms(policy, reference, logits, "logits", logits.dtype))
+    transforms = checked_transforms(policy, reference, logits, "logits", logits.dtype)
+    options = RowOptions(read, *transforms, checked_mixture(divergence, mixture))
     logps, kl, _ = _row_stats(logits, labels, ref_logits, mask, ignore_index, inplace_backward, columns, options)
     return logps, kl
 
@@ -308,6 +321,8 @@ def kl_loss(
     ref_softcap: float | None = None,
     ref_logit_scale: float | None = None,
     vocab_size: int | None = None,
+    divergence: str = "kl",
+    mixture: float | None = None,
     overwrite_logits: bool = False,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
@@ -323,7 +338,8 @@ def kl_loss(
         logits, ref_logits, mask: as in `token_kl`.
         row_weight: ``[...]`` floating, no gradient flows to it; 1 when None. For a mean over S sequences of token sums
             pass ``1 / S`` in every row. Rows of weight 0 are skipped.
-        temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size: see the module.
+        temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size, divergence,
+            mixture: see the module.
         overwrite_logits: the stored gradient takes the logits' memory: their values are gone when this returns. Caught:
             the backward raises if another function saved the logits before this call. It also raises if a
             differentiable function uses the logits, or a tensor that shares their memory, after this call. Not caught:
@@ -350,7 +366,8 @@ def kl_loss(
         check_markable(logits)
     policy = LogitOptions(temperature, softcap, logit_scale)
     reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
-    options = RowOptions(read, *checked_transforms(policy, reference, logits, "logits", logits.dtype))
+    transforms = checked_transforms(policy, reference, logits, "logits", logits.dtype)
+    options = RowOptions(read, *transforms, checked_mixture(divergence, mixture))
 
     precompute = torch.is_grad_enabled() and logits.requires_grad and can_precompute_gradient(logits.dtype)
     if columns.group is not None or not precompute or is_transforming():

@@ -15,6 +15,7 @@ from torch import Tensor
 from spo_kernels import sequences
 from spo_kernels.checks import IGNORE_INDEX, check_cu_seqlens, check_like, check_number, check_rows, check_sequences
 from spo_kernels.distributed import HoldsProcessGroup, takes_dtensors
+from spo_kernels.divergences import checked_mixture
 from spo_kernels.functional import sequence_logps, token_kl
 from spo_kernels.linear.checks import check_chunk_size, checked_head, checked_options, checked_ref_head
 from spo_kernels.linear.functional import kl_loss_of, kl_of, precomputed_needs
@@ -38,7 +39,7 @@ class SPOMetrics(NamedTuple):
     """Numbers to watch a step by: detached Tensors on the device, nothing read back to the host."""
 
     preference_loss: Tensor  # [] mean over pairs, without the KL
-    kl: Tensor  # [] mean over sampled sequences of their summed token KL, nats; 0 without samples
+    kl: Tensor  # [] mean over sampled sequences of their summed token KL (or other divergence), nats; 0 without samples
     chosen_logps: Tensor  # [P] nats
     rejected_logps: Tensor  # [P] nats
     chosen_rewards: Tensor  # [P] as `spo_loss` returns them
@@ -74,6 +75,8 @@ class _PairObjective(HoldsProcessGroup):
         logit_options: LogitOptions,
         ref_logit_options: RefLogitOptions,
         vocab_size: int | None,
+        divergence: str,
+        mixture: float | None,
         process_group: ProcessGroup | None,
         vocab_shards: Sequence[int] | None,
     ) -> None:
@@ -92,6 +95,9 @@ class _PairObjective(HoldsProcessGroup):
         self.ref_temperature, self.ref_softcap, self.ref_logit_scale = ref_logit_options
         check_vocab_size(vocab_size)
         self.vocab_size = vocab_size
+        checked_mixture(divergence, mixture)
+        self.divergence = divergence
+        self.mixture = mixture
         self.process_group = process_group
         self.vocab_shards = vocab_shards
 
@@ -211,6 +217,8 @@ class SPOLoss(_PairObjective):
         ignore_index: label of rows outside responses.
         temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size: see
             `spo_kernels.functional`; numbers. The ref_ options are those of `kl_ref_logits`.
+        divergence, mixture: "kl", "reverse_kl" or "jsd": the regularizer in the place of the KL; see
+            `spo_kernels.functional`.
         inplace_backward: the backward writes dlogits into the memory of `logits` and `kl_logits`: this saves a
             V-wide allocation. Use neither tensor afterwards. See `token_logps` for what autograd catches.
         process_group, vocab_shards: see `spo_kernels.functional`; the group that holds the vocabulary. A group that
@@ -234,6 +242,8 @@ class SPOLoss(_PairObjective):
         ref_softcap: float | None = None,
         ref_logit_scale: float | None = None,
         vocab_size: int | None = None,
+        divergence: str = "kl",
+        mixture: float | None = None,
         inplace_backward: bool = False,
         process_group: ProcessGroup | None = None,
         vocab_shards: Sequence[int] | None = None,
@@ -248,6 +258,8 @@ class SPOLoss(_PairObjective):
             logit_options=LogitOptions(temperature, softcap, logit_scale),
             ref_logit_options=RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale),
             vocab_size=vocab_size,
+            divergence=divergence,
+            mixture=mixture,
             process_group=process_group,
             vocab_shards=vocab_shards,
         )
@@ -316,6 +328,8 @@ class SPOLoss(_PairObjective):
                 ref_temperature=self.ref_temperature,
                 ref_softcap=self.ref_softcap,
                 ref_logit_scale=self.ref_logit_scale,
+                divergence=self.divergence,
+                mixture=self.mixture,
                 **options,
             )
             kl = kls.sum() / samples
@@ -352,6 +366,7 @@ class LinearSPOLoss(_PairObjective):
         ignore_index: label of rows outside responses.
         chunk_size, temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size: see
             `spo_kernels.linear.functional`; numbers. The ref_ options are those of the reference's head.
+        divergence, mixture: see `SPOLoss`.
         process_group, vocab_shards: see `spo_kernels.linear.functional`; the group that holds the vocabulary, of both
             heads. A group that splits the pairs belongs to `SoftImportance`. Copies and pickles: see `SPOLoss`.
         route: "auto", "recompute" or "recompute_free".
@@ -375,6 +390,8 @@ class LinearSPOLoss(_PairObjective):
         ref_softcap: float | None = None,
         ref_logit_scale: float | None = None,
         vocab_size: int | None = None,
+        divergence: str = "kl",
+        mixture: float | None = None,
         route: str = "auto",
         process_group: ProcessGroup | None = None,
         vocab_shards: Sequence[int] | None = None,
@@ -389,6 +406,8 @@ class LinearSPOLoss(_PairObjective):
             logit_options=LogitOptions(temperature, softcap, logit_scale),
             ref_logit_options=RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale),
             vocab_size=vocab_size,
+            divergence=divergence,
+            mixture=mixture,
             process_group=process_group,
             vocab_shards=vocab_shards,
         )
@@ -463,6 +482,7 @@ class LinearSPOLoss(_PairObjective):
             RefLogitOptions(self.ref_temperature, self.ref_softcap, self.ref_logit_scale),
             self.chunk_size,
             columns,
+            checked_mixture(self.divergence, self.mixture),
         )
         check_rows(labels, "labels", torch.int64, hidden, "hidden")
         check_sequences(labels, cu_seqlens, "labels", "hidden")

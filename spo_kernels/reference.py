@@ -9,6 +9,16 @@ Notation, for one row (one token position) with policy logits z [V], reference l
 
 A term with p_v = 0 contributes nothing, whatever r_v; r_v = -inf where p_v > 0 makes the KL +inf and its gradient NaN.
 
+`RowOptions.mixture`, w below, puts another divergence in the place of kl. w = 1 is the reverse KL, 0 < w < 1 the
+generalized Jensen-Shannon divergence (Agarwal et al. 2024, "On-Policy Distillation of Language Models", section 2):
+
+    reverse_kl = sum_v q_v (log q_v - log p_v)           dz_v = g_kl (p_v - q_v)
+    jsd        = w KL(p || m) + (1 - w) KL(q || m)       dz_v = g_kl w p_v (log p_v - log m_v - KL(p || m))
+    m          = w p + (1 - w) q
+
+jsd / w tends to kl where w tends to 0, and jsd / (1 - w) to reverse_kl where w tends to 1. The JSD is finite for all
+logits. The gradient of an infinite reverse KL is finite.
+
 `RowOptions` say how z comes from the numbers x in memory. The gradient is that of x:
 
     z = a x              dx = a dz
@@ -41,6 +51,12 @@ class RowOptions(NamedTuple):
     vocab_size: Size | None = None  # columns that are read; None for all. The gradient of the other columns is 0
     transform: Tensor | None = None  # of the policy's logits; None for z = x
     ref_transform: Tensor | None = None  # of the reference's logits
+    mixture: float = 0.0  # which divergence: 0 is the KL, see the module docstring
+
+
+def is_jsd(mixture: float) -> bool:
+    """Whether a divergence is a JSD. Its statistics have a fifth row."""
+    return 0 < mixture < 1
 
 
 PLAIN = RowOptions()
@@ -98,6 +114,31 @@ def _log_ratio(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return p, torch.where(p > 0, log_p - log_q, torch.where(p.isnan(), p, 0))
 
 
+def log_shares(log_p: Tensor, log_q: Tensor, mixture: float) -> tuple[Tensor, Tensor]:
+    """``(log p - log m, log q - log m)``. A share of a token with p or q of 0 may be infinite or NaN."""
+    gap = log_p - log_q
+    far = (-gap.abs()).exp()
+    log_sum = torch.where(gap < 0, (1 - mixture) + mixture * far, mixture + (1 - mixture) * far).log()
+    return gap.clamp(max=0) - log_sum, -gap.clamp(min=0) - log_sum
+
+
+def mixture_kl(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, stats: Tensor, options: RowOptions = PLAIN
+) -> Tensor:
+    """``KL(p || m)`` and ``KL(q || m)`` of each row, 0 where masked: ``[2, *rows]``.
+
+    stats: ``[4 or 5, *rows]``, as `token_stats_fwd` returns them. If they are statistics over more columns than logits
+    has, the result is this block's share of both sums.
+    """
+    log_p = _log_probs(transformed_logits(logits, options.vocab_size, options.transform), stats[0], stats[1])
+    log_q = _log_probs(transformed_logits(ref_logits, options.vocab_size, options.ref_transform), stats[2], stats[3])
+    sums = [
+        torch.where(p == 0, 0, p * share).sum(-1)
+        for p, share in zip((log_p.exp(), log_q.exp()), log_shares(log_p, log_q, options.mixture), strict=True)
+    ]
+    return torch.stack(sums if mask is None else [torch.where(mask, total, 0) for total in sums])
+
+
 def token_stats_fwd(
     logits: Tensor,
     labels: Tensor | None,
@@ -106,15 +147,15 @@ def token_stats_fwd(
     ignore_index: int,
     options: RowOptions = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each label, token KL, and what the backward needs.
+    """Log-probability of each label, token KL (or the divergence of `RowOptions.mixture`), and what the backward needs.
 
     Args: logits ``[N, V]`` or ``[B, T, V]``; labels the same without V, int64
     (`LABEL_ELSEWHERE` included), or None; ref_logits like logits or None (with a vocab_size, of any width that holds
     it); mask like labels, bool, False where the KL is not wanted, or None for all rows.
 
     Returns ``(logps, kl, stats)``: logps and kl are ``logits.shape[:-1]`` (``[0]`` without labels or ref_logits) and
-    are 0 on ignored and masked rows; stats is ``[2 or 4, *rows]``: shift and logsum of the policy, then of the
-    reference.
+    are 0 on ignored and masked rows; stats is ``[2, 4 or 5, *rows]``: shift and logsum of the policy, then of the
+    reference, then KL(p || m) if the divergence is a JSD.
     """
     z = transformed_logits(logits, options.vocab_size, options.transform)
     shift, logsum = _log_softmax_stats(z)
@@ -134,11 +175,28 @@ def token_stats_fwd(
         r = transformed_logits(ref_logits, options.vocab_size, options.ref_transform)
         ref_shift, ref_logsum = _log_softmax_stats(r)
         stats += [ref_shift, ref_logsum]
-        p, ratio = _log_ratio(log_p, _log_probs(r, ref_shift, ref_logsum))
-        kl = (p * ratio).sum(-1)
+        log_q = _log_probs(r, ref_shift, ref_logsum)
+        if is_jsd(options.mixture):
+            of_policy, of_ref = mixture_kl(logits, ref_logits, mask, torch.stack(stats), options)
+            stats.append(of_policy)
+            kl = options.mixture * of_policy + (1 - options.mixture) * of_ref
+        else:
+            p, ratio = _log_ratio(log_q, log_p) if options.mixture else _log_ratio(log_p, log_q)
+            kl = (p * ratio).sum(-1)
         if mask is not None:
             kl = torch.where(mask, kl, 0)
     return logps, kl, torch.stack(stats)
+
+
+def _divergence_slope(log_p: Tensor, log_q: Tensor, kl: Tensor, stats: Tensor, mixture: float) -> Tensor:
+    """The gradient of the divergence with respect to z."""
+    p = log_p.exp()
+    if mixture == 1:
+        return p - log_q.exp()
+    if mixture == 0:
+        return p * (_log_ratio(log_p, log_q)[1] - kl[..., None])
+    share = log_shares(log_p, log_q, mixture)[0] - stats[4, ..., None]
+    return mixture * torch.where(p == 0, 0, p * share)
 
 
 def token_stats_bwd(
@@ -175,9 +233,9 @@ def token_stats_bwd(
     if dkl is not None and ref_logits is not None:
         wanted = dkl != 0 if mask is None else mask & (dkl != 0)
         r = transformed_logits(ref_logits, options.vocab_size, options.ref_transform)
-        _, ratio = _log_ratio(log_p, _log_probs(r, stats[2], stats[3]))
+        log_q = _log_probs(r, stats[2], stats[3])
         g = torch.where(wanted, dkl.to(p.dtype), 0)[..., None]
-        grad += torch.where(wanted[..., None], g * p * (ratio - kl[..., None]), 0)
+        grad += torch.where(wanted[..., None], g * _divergence_slope(log_p, log_q, kl, stats, options.mixture), 0)
     if dlse is not None:
         wanted = dlse != 0
         g = torch.where(wanted, dlse.to(p.dtype), 0)[..., None]

@@ -22,18 +22,18 @@ from spo_kernels.op_library import (
     register_vmap,
 )
 from spo_kernels.precision import accumulate_dtype
-from spo_kernels.reference import RowOptions
+from spo_kernels.reference import RowOptions, is_jsd
 from spo_kernels.row_transforms import TokenStatsGradient, vmap_token_stats_bwd, vmap_token_stats_fwd
 
 
 def empty_token_stats(
-    logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None
+    logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, options: RowOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialized ``(logps, kl, stats)`` of rows of logits; ``[0]`` for what has no input."""
     dtype, rows = accumulate_dtype(logits.dtype), logits.shape[:-1]
     logps = logits.new_empty(rows if labels is not None else (0,), dtype=dtype)
     kl = logits.new_empty(rows if ref_logits is not None else (0,), dtype=dtype)
-    return logps, kl, logits.new_empty((2 if ref_logits is None else 4, *rows), dtype=dtype)
+    return logps, kl, logits.new_empty((2 if ref_logits is None else 4 + is_jsd(options.mixture), *rows), dtype=dtype)
 
 
 @backend_op()
@@ -51,7 +51,7 @@ def token_stats_fwd(
     The backward takes the upstream gradient of stats[1], the logsum, for that of the log-sum-exp, and ignores those of
     the other stats.
     """
-    return empty_token_stats(logits, labels, ref_logits)
+    return empty_token_stats(logits, labels, ref_logits, options)
 
 
 @backend_op()
@@ -90,11 +90,14 @@ def token_stats_bwd_(
 
 
 def save_token_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, labels, ref_logits, mask, ctx.ignore_index, ctx.inplace_backward, ctx.vocab_size, *transforms = inputs
+    *tensors, ctx.ignore_index, ctx.inplace_backward, ctx.vocab_size, transform, ref_transform, ctx.mixture = inputs
+    logits, labels, ref_logits, mask = tensors
     logps, kl, stats = output
     ctx.mark_non_differentiable(*[out for out, source in ((logps, labels), (kl, ref_logits)) if source is None])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, savable(labels), savable(ref_logits), savable(mask), kl, stats, *transforms)
+    ctx.save_for_backward(
+        logits, savable(labels), savable(ref_logits), savable(mask), kl, stats, transform, ref_transform
+    )
 
 
 def token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, dstats: Tensor | None) -> Tensor | None:
@@ -106,7 +109,7 @@ def token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, ds
     # catches this.
     if not ctx.inplace_backward or torch.compiler.is_compiling():
         *saved, transform, ref_transform = ctx.saved_tensors
-        arguments = (*upstream, *saved, ctx.ignore_index, ctx.vocab_size, transform, ref_transform)
+        arguments = (*upstream, *saved, ctx.ignore_index, ctx.vocab_size, transform, ref_transform, ctx.mixture)
         if is_differentiated_again():
             return TokenStatsGradient.apply(*arguments)
         return torch.ops.spo_kernels.token_stats_bwd(*arguments)
@@ -119,7 +122,7 @@ def token_stats_backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, ds
     logits, *saved, transform, ref_transform = ctx.saved_tensors
     dlogits = logits.detach()
     torch.ops.spo_kernels.token_stats_bwd_(
-        *upstream, dlogits, *saved, ctx.ignore_index, ctx.vocab_size, transform, ref_transform
+        *upstream, dlogits, *saved, ctx.ignore_index, ctx.vocab_size, transform, ref_transform, ctx.mixture
     )
     mark_written(dlogits)
     return dlogits
@@ -148,6 +151,12 @@ def entropy_and_lse(
     if lse:
         outputs.append((stats[0].detach() + stats[1]).view(labels.shape))  # see `token_stats_fwd`
     return [torch.where(wanted, output, 0) for output in outputs]
+
+
+@backend_op()
+def mixture_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, stats: Tensor, options: RowOptions) -> Tensor:
+    """``KL(p || m)`` and ``KL(q || m)`` of each row, ``[2, *rows]``, from statistics of the whole vocabulary."""
+    return torch.empty_like(stats[:2])
 
 
 @backend_op()
@@ -262,5 +271,6 @@ def overwriting_kl_loss(
 
 # What a backend registers with the dispatcher.
 OPS: dict[str, Op] = {
-    op.name: op for op in (token_stats_fwd, token_stats_bwd, token_stats_bwd_, kl_loss_fwd, kl_loss_fwd_, scale_)
+    op.name: op
+    for op in (token_stats_fwd, token_stats_bwd, token_stats_bwd_, mixture_kl, kl_loss_fwd, kl_loss_fwd_, scale_)
 }

@@ -37,12 +37,12 @@ def _rows_of(logits: Tensor, dim: int | None) -> torch.Size:
 
 
 def vmap_token_stats_fwd(info: Any, dims: Dims, *flat: Any) -> Any:
-    logits, labels, ref_logits, mask, ignore_index, inplace_backward, vocab_size, *transforms = flat
+    logits, labels, ref_logits, mask, ignore_index, inplace_backward, vocab_size, *transforms, mixture = flat
     batch, rows = info.batch_size, _rows_of(logits, dims[0])
     folded = [fold(x, dim, batch) for x, dim in zip((logits, labels, ref_logits, mask), dims, strict=False)]
-    transforms = [_fold_transform(t, d, batch, rows.numel()) for t, d in zip(transforms, dims[7:], strict=True)]
+    transforms = [_fold_transform(t, d, batch, rows.numel()) for t, d in zip(transforms, dims[7:9], strict=True)]
     logps, kl, stats = torch.ops.spo_kernels.token_stats_fwd(
-        *folded, ignore_index, inplace_backward, vocab_size, *transforms
+        *folded, ignore_index, inplace_backward, vocab_size, *transforms, mixture
     )
     shape = (batch, rows[0])
     if labels is not None:
@@ -53,16 +53,16 @@ def vmap_token_stats_fwd(info: Any, dims: Dims, *flat: Any) -> Any:
 
 
 def vmap_token_stats_bwd(info: Any, dims: Dims, *flat: Any) -> Any:
-    *per_row, kl, stats, ignore_index, vocab_size, transform, ref_transform = flat
+    *per_row, kl, stats, ignore_index, vocab_size, transform, ref_transform, mixture = flat
     logits, ref_logits = per_row[3], per_row[5]
     batch, rows = info.batch_size, _rows_of(logits, dims[3])
     folded = [fold(x, dim, batch) for x, dim in zip(per_row, dims, strict=False)]
     kl = _one(kl, dims[7]) if ref_logits is None else fold(kl, dims[7], batch)
     transforms = [
-        _fold_transform(t, d, batch, rows.numel()) for t, d in zip((transform, ref_transform), dims[11:], strict=True)
+        _fold_transform(t, d, batch, rows.numel()) for t, d in zip((transform, ref_transform), dims[11:13], strict=True)
     ]
     dlogits = torch.ops.spo_kernels.token_stats_bwd(
-        *folded, kl, fold(stats, dims[8], batch, 1), ignore_index, vocab_size, *transforms
+        *folded, kl, fold(stats, dims[8], batch, 1), ignore_index, vocab_size, *transforms, mixture
     )
     return dlogits.unflatten(0, (batch, rows[0])), 0
 
@@ -97,8 +97,16 @@ def gradient_by_formula(
         dz = dz + dlogps[..., None] * (held.to(p.dtype) - p)
     if dkl is not None and ref_logits is not None:
         r = transformed_logits(ref_logits, options.vocab_size, options.ref_transform).where(read, 0)
-        ratio = (log_p - r.log_softmax(-1)).where(p > 0, 0)
-        dz = dz + dkl[..., None] * p * (ratio - (p * ratio).sum(-1, keepdim=True))
+        log_q = r.log_softmax(-1)
+        if options.mixture == 1:
+            dz = dz + dkl[..., None] * (p - log_q.exp())
+        else:
+            ratio = log_p - log_q
+            if options.mixture:  # log(p / m), without the kinks of `reference.log_shares`
+                log_w, log_rest = torch.tensor([options.mixture, 1 - options.mixture], dtype=torch.float64).log()
+                ratio = -options.mixture * torch.logaddexp(log_w.to(ratio), log_rest.to(ratio) - ratio)
+            ratio = ratio.where(p > 0, 0)
+            dz = dz + dkl[..., None] * p * (ratio - (p * ratio).sum(-1, keepdim=True))
     if dlse is not None:
         dz = dz + dlse[..., None] * p
     return raw_gradient(dz, logits, options)
@@ -115,7 +123,7 @@ class TokenStatsGradient(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, _, _, ctx.ignore_index, ctx.vocab_size, transform, ref_transform = inputs
+        *tensors, _, _, ctx.ignore_index, ctx.vocab_size, transform, ref_transform, ctx.mixture = inputs
         saved = (*map(savable, tensors), transform, ref_transform)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
@@ -128,7 +136,7 @@ class TokenStatsGradient(torch.autograd.Function):
         gradient as a function of them.
         """
         *differentiated, labels, ref_logits, mask, transform, ref_transform = ctx.saved_tensors
-        options = RowOptions(ctx.vocab_size, transform, ref_transform)
+        options = RowOptions(ctx.vocab_size, transform, ref_transform, ctx.mixture)
         at = [i for i, tensor in enumerate(differentiated) if tensor is not None]
 
         def formula(*given: Tensor) -> Tensor:
@@ -142,7 +150,7 @@ class TokenStatsGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         formula, at, primals = TokenStatsGradient._formula(ctx)
-        gradients: list[Tensor | None] = [None] * 13
+        gradients: list[Tensor | None] = [None] * 14
         for i, gradient in zip(at, torch.func.vjp(formula, *primals)[1](upstream), strict=True):
             gradients[i] = gradient
         return tuple(gradients)
@@ -170,7 +178,7 @@ class TokenStats(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        *tensors, ctx.ignore_index, _, ctx.vocab_size, transform, ref_transform = inputs
+        *tensors, ctx.ignore_index, _, ctx.vocab_size, transform, ref_transform, ctx.mixture = inputs
         _, kl, stats = output
         ctx.set_materialize_grads(False)  # `jvp` tells a tangent of 0 from none
         saved = (*map(savable, tensors), kl, stats, transform, ref_transform)
@@ -182,13 +190,13 @@ class TokenStats(torch.autograd.Function):
         logits, labels, ref_logits, mask, kl, stats, *transforms = ctx.saved_tensors
         upstream = (None if labels is None else dlogps, None if ref_logits is None else dkl, dlse)
         rows = (logits, labels, ref_logits, mask, kl, stats)
-        return TokenStatsGradient.apply(*upstream, *rows, ctx.ignore_index, ctx.vocab_size, *transforms)
+        return TokenStatsGradient.apply(*upstream, *rows, ctx.ignore_index, ctx.vocab_size, *transforms, ctx.mixture)
 
     @staticmethod
     def backward(ctx: Any, dlogps: Tensor | None, dkl: Tensor | None, dstats: Tensor | None) -> tuple[Any, ...]:
         if dlogps is None and dkl is None and dstats is None:
-            return (None,) * 9
-        return TokenStats._gradient(ctx, dlogps, dkl, None if dstats is None else dstats[1]), *(None,) * 8
+            return (None,) * 10
+        return TokenStats._gradient(ctx, dlogps, dkl, None if dstats is None else dstats[1]), *(None,) * 9
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *of_constants: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from spo_kernels import backends, reference
 from spo_kernels.precision import LOGITS_DTYPES, accumulate_dtype
+from spo_kernels.reference import RowOptions
 
 COMPARED_ROWS = 64
 FEW_ROWS = 2  # a GPU splits so few rows over several blocks
 # More than the caches hold: on a CPU all tensors together, on a GPU each tensor.
 DEFAULT_ROWS = {"cpu": 512, "cuda": 4096}
-KERNELS = ("token_stats_fwd", "token_stats_bwd", "kl_loss_fwd", "scale_")
+KERNELS = ("token_stats_fwd", "token_stats_bwd", "mixture_kl", "kl_loss_fwd", "scale_")
+JSD = RowOptions(mixture=0.5)
 
 
 class Result(NamedTuple):
@@ -48,6 +50,7 @@ class Values(NamedTuple):
     logps: Tensor  # [n]
     kl: Tensor  # [n]
     dlogits: Tensor  # [n, V] gradient of the sum of log-probs and KL
+    mixture_kls: Tensor  # [n, 2] the two parts of a JSD
     kl_dlogits: Tensor  # [n, V] gradient of the sum of the KL alone, from one sweep
     scaled: Tensor  # [n, V] kl_dlogits times .5
 
@@ -83,6 +86,9 @@ class Problem(NamedTuple):
             ones, ones, self.logits, self.labels, self.ref_logits, None, kl, stats, -100, False
         )
 
+    def mixture_kl(self, backend: backends.Backend, stats: Tensor) -> Tensor:
+        return backend.mixture_kl(self.logits, self.ref_logits, None, stats, JSD)
+
     def kl_loss(self, backend: backends.Backend) -> tuple[Tensor, Tensor]:
         return backend.kl_loss_fwd(self.logits, self.ref_logits, None, False)
 
@@ -90,10 +96,11 @@ class Problem(NamedTuple):
         """Results of the rows that are compared. All rows are computed."""
         logps, kl, stats = self.forward(backend)
         dlogits = self.backward(backend, kl, stats)
+        mixture_kls = self.mixture_kl(backend, stats).t()
         _, kl_dlogits = self.kl_loss(backend)
         scaled = kl_dlogits.clone()
         backend.scale_(scaled, torch.full((), 0.5, dtype=kl.dtype, device=kl.device))
-        return Values(*(x[:COMPARED_ROWS] for x in (logps, kl, dlogits, kl_dlogits, scaled)))
+        return Values(*(x[:COMPARED_ROWS] for x in (logps, kl, dlogits, mixture_kls, kl_dlogits, scaled)))
 
 
 def _worst(value: Tensor, truth: Tensor) -> float:
@@ -152,6 +159,7 @@ def _calls(problem: Problem, backend: backends.Backend) -> dict[str, tuple[Calla
     return {
         "token_stats_fwd": (partial(problem.forward, backend), 2),
         "token_stats_bwd": (partial(problem.backward, backend, kl, stats), 3),
+        "mixture_kl": (partial(problem.mixture_kl, backend, stats), 2),
         "kl_loss_fwd": (partial(problem.kl_loss, backend), 3),
         "scale_": (partial(backend.scale_, target, factor), 2),
     }
@@ -166,7 +174,7 @@ def check(dtype: torch.dtype, device: torch.device, rows: int, vocab: int, repea
     slack = 4 * torch.finfo(acc).eps if acc != torch.float64 else 1e-12
     rounding = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0  # of results in half precision
     budgets = {
-        kernel: 2 * error + slack + (rounding if kernel != "token_stats_fwd" else 0)
+        kernel: 2 * error + slack + (rounding if kernel not in ("token_stats_fwd", "mixture_kl") else 0)
         for kernel, error in problem.first_rows(COMPARED_ROWS, acc).values(reference).errors(truth).items()
     }
     few = problem.first_rows(FEW_ROWS, dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from spo_kernels import row_ops
 from spo_kernels.op_library import Size, op, refuse_double_backward, refuse_transforms
 from spo_kernels.precision import accumulate_dtype
-from spo_kernels.reference import LABEL_ELSEWHERE, RowOptions, transformed
+from spo_kernels.reference import LABEL_ELSEWHERE, RowOptions, is_jsd, transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,7 +29,7 @@ class BlockStats(NamedTuple):
     were."""
 
     stats: Tensor  # [2, n], or [4, n] with a reference: shift and logsum of the policy, then of the reference
-    kl: Tensor  # [n] KL between the distributions restricted to the columns; [0] without a reference
+    kl: Tensor  # [n] KL, or reverse KL, of the distributions restricted to the columns; [0] without a reference
     picked: Tensor  # [n] the labels' logits, -inf where the label is in no column; [0] without labels
 
     def logps(self) -> Tensor:
@@ -122,7 +122,12 @@ def check_vocab_size(vocab_size: int | None) -> None:
 def block_stats(
     logits: Tensor, labels: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, options: RowOptions
 ) -> BlockStats:
-    """`BlockStats` of logits ``[N, V]`` or ``[B, T, V]`` with local labels; n counts all rows."""
+    """`BlockStats` of logits ``[N, V]`` or ``[B, T, V]`` with local labels; n counts all rows.
+
+    For a JSD, kl is the KL: see `add_jsd`.
+    """
+    if is_jsd(options.mixture):
+        options = options._replace(mixture=0.0)
     _, kl, stats = torch.ops.spo_kernels.token_stats_fwd(logits, labels, ref_logits, mask, IGNORED, False, *options)
     if labels is None:
         picked = kl.new_empty(0)
@@ -145,8 +150,11 @@ def _merge_log_sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack([shift, logsum]), shifted[0] - logsum, shifted[1] - logsum
 
 
-def merge(a: BlockStats, b: BlockStats) -> BlockStats:
-    """Two blocks as one: KL(p || q) = KL of the choice of block + the mean, under p, of the KL within blocks."""
+def merge(a: BlockStats, b: BlockStats, mixture: float) -> BlockStats:
+    """Two blocks as one: KL(p || q) = KL of the choice of block + the mean, under p, of the KL within blocks.
+
+    The reverse KL is KL(q || p).
+    """
     stats, log_a, log_b = _merge_log_sums(a.stats[:2], b.stats[:2])
     picked = torch.maximum(a.picked, b.picked)
     if a.stats.shape[0] == 2:
@@ -154,6 +162,8 @@ def merge(a: BlockStats, b: BlockStats) -> BlockStats:
     ref_stats, ref_log_a, ref_log_b = _merge_log_sums(a.stats[2:], b.stats[2:])
     kl = torch.zeros_like(a.kl)
     for block_kl, log_p, log_q in ((a.kl, log_a, ref_log_a), (b.kl, log_b, ref_log_b)):
+        if mixture == 1:
+            log_p, log_q = log_q, log_p
         share = log_p.exp()
         kl = kl + torch.where(share == 0, 0, share * (block_kl + (log_p - log_q)))
     return BlockStats(torch.cat([stats, ref_stats]), kl, picked)
@@ -207,7 +217,7 @@ def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
         raise RuntimeError(f"labels must be in [0, {vocab_size}) or ignore_index {ignore_index}, got {bad}")
 
 
-def combine(block: BlockStats, columns: Columns, width: int, **same: Tensor | None) -> BlockStats:
+def combine(block: BlockStats, columns: Columns, width: int, mixture: float, **same: Tensor | None) -> BlockStats:
     """The whole vocabulary from this process's columns: one all-gather of at most six numbers a row and process.
 
     Every process merges the blocks in the same order and gets the same bits. Without a group, returns the block.
@@ -216,6 +226,7 @@ def combine(block: BlockStats, columns: Columns, width: int, **same: Tensor | No
 
     Args:
         width: the columns of this process.
+        mixture: see `reference.RowOptions`.
     """
     if columns.group is None:
         return block
@@ -234,7 +245,28 @@ def combine(block: BlockStats, columns: Columns, width: int, **same: Tensor | No
     for values in messages:
         stats, kl, picked = values[header:].split(sizes)
         blocks.append(BlockStats(stats.view_as(block.stats), kl, picked))
-    return functools.reduce(merge, blocks)
+    return functools.reduce(functools.partial(merge, mixture=mixture), blocks)
+
+
+def add_jsd(
+    whole: BlockStats,
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    columns: Columns,
+    options: RowOptions,
+) -> BlockStats:
+    """Statistics of the whole vocabulary with a JSD in the place of the KL: the logits are read again.
+
+    The terms of a JSD need p and q, so blocks of it cannot be merged. With a group this is one all-reduce of two
+    numbers a row.
+    """
+    stats = whole.stats.to(accumulate_dtype(logits.dtype))
+    kls = torch.ops.spo_kernels.mixture_kl(logits, ref_logits, mask, stats, *options).flatten(1).double()
+    if columns.group is not None:
+        columns.sum_(kls)
+    jsd = options.mixture * kls[0] + (1 - options.mixture) * kls[1]
+    return whole._replace(stats=torch.cat([whole.stats, kls[:1]]), kl=jsd)
 
 
 def _all_gather(gathered: Tensor, message: Tensor, group: ProcessGroup) -> None:
@@ -271,7 +303,9 @@ def sharded_token_stats_fwd(
     rows, width = logits.shape[:-1], columns_read(columns, logits.shape[-1])
     local = None if labels is None else local_labels(labels, columns.start, width, ignore_index)
     block = block_stats(logits, local, ref_logits, mask, options)
-    whole = combine(block, columns, width, labels=labels, mask=mask)
+    whole = combine(block, columns, width, options.mixture, labels=labels, mask=mask)
+    if ref_logits is not None and is_jsd(options.mixture):
+        whole = add_jsd(whole, logits, ref_logits, mask, columns, options)
     if labels is not None:  # after the all-gather, so that labels that differ are an error in every process
         check_labels(labels, columns.vocab_size, ignore_index)
     logps, kl = whole.logps(), whole.kl

@@ -172,7 +172,7 @@ from spo_kernels import backends, reference
 backends.cuda.load = lambda: reference  # stands in for kernels that need a GPU
 key = torch._C.DispatchKeySet(torch._C.DispatchKey.{key})
 call = lambda: torch.ops.spo_kernels.token_stats_fwd.default.redispatch(
-    key, torch.zeros(1, 4), torch.tensor([0]), None, None, -100, False, None, None, None
+    key, torch.zeros(1, 4), torch.tensor([0]), None, None, -100, False, None, None, None, 0.0
 )
 call()
 def refuse(path, *args, **kwargs):

@@ -9,7 +9,7 @@ from repository import ROOT
 
 SOURCES = {".py", ".h", ".cpp", ".cu", ".cuh"}
 # Files that call an op do not change with a new one.
-CALLERS = {"spo_kernels/linear/loops.py", "spo_kernels/linear/ops.py"}
+CALLERS = {"spo_kernels/backends/mixtures.py", "spo_kernels/linear/loops.py", "spo_kernels/linear/ops.py"}
 
 
 def listed(beginning: str) -> set[str]:

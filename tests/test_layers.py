@@ -59,6 +59,7 @@ LAYERS = [  # a module may import the modules of its package that stand before i
     "row_ops",
     "sequences",
     "logit_options",
+    "divergences",
     "shards",
     "distributed",
     "losses",
@@ -78,9 +79,11 @@ LOWER = {
     f"spo_kernels.{name}": tuple(f"spo_kernels.{lower}" for lower in LAYERS[:i]) for i, name in enumerate(LAYERS)
 } | {
     "spo_kernels.backends.cpu": ("spo_kernels._control", "spo_kernels.reference"),
-    "spo_kernels.backends.cuda": ("spo_kernels.reference",),
+    "spo_kernels.backends.mixtures": ("spo_kernels.backends", "spo_kernels.reference"),
+    "spo_kernels.backends.cuda": ("spo_kernels.backends.mixtures", "spo_kernels.reference"),
     "spo_kernels.backends.triton_kernels": ("spo_kernels.reference",),
     "spo_kernels.backends.triton": (
+        "spo_kernels.backends.mixtures",
         "spo_kernels.backends.triton_kernels",
         "spo_kernels.precision",
         "spo_kernels.reference",

@@ -12,7 +12,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from heads import Calls, differentiate, entropy_of, kl_of, logps_of, near, peak_bytes
-from options import EVERY, NUMBERS, PADDING, POLICY, REF_PADDING, Options, both_transformed, filled, transformed
+from options import (
+    DIVERGENCES,
+    EVERY,
+    NUMBERS,
+    PADDING,
+    POLICY,
+    REF_PADDING,
+    Options,
+    both_transformed,
+    divergence_of,
+    filled,
+    transformed,
+)
 from oracle import (
     ACTIVE,
     IGNORE,
@@ -72,7 +84,8 @@ class Rows:
         return F.pad(logits, (0, padding), value=math.nan) if "vocab_size" in options else logits
 
     def filled(self, options: Options) -> Options:
-        return filled(options, V, self.temperature, self.ref_temperature)
+        self.options = filled(options, V, self.temperature, self.ref_temperature)
+        return self.options
 
 
 class Function(NamedTuple):
@@ -94,7 +107,7 @@ def valid(x: Any, values: Tensor) -> Tensor:
 
 
 def masked_kl(x: Any, z: Tensor, r: Tensor) -> Tensor:
-    return kl_of(z, r).where(x.mask, 0)
+    return kl_of(z, r, **divergence_of(x.options)).where(x.mask, 0)
 
 
 OF_LOGPS: dict[str, Function] = {
@@ -232,16 +245,21 @@ def test_each_output_of_token_logps_alone_has_its_gradient(outputs: tuple[bool, 
             near(actual, expected)
 
 
+@pytest.mark.parametrize("options", ["all of both", *DIVERGENCES])
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_options_of_kl_loss_with_and_without_rows_left_out(gradients: bool, weighted: bool, mask: bool) -> None:
+def test_options_of_kl_loss_with_and_without_rows_left_out(
+    gradients: bool, weighted: bool, mask: bool, options: Any
+) -> None:
     x = Rows(3, 4)
-    options = x.filled(EVERY["all of both"])
+    options = x.filled(EVERY[options])
     wanted, weight = x.mask if mask else None, x.row_weight if weighted else None
-    logits, ref_logits = (F.pad(raw, (0, 2), value=math.nan) for raw in (x.raw, x.ref_raw))
+    padding = (0, 2 if "vocab_size" in options else 0)
+    logits, ref_logits = (F.pad(raw, padding, value=math.nan) for raw in (x.raw, x.ref_raw))
     got = kl_loss(logits.requires_grad_(gradients), ref_logits, wanted, row_weight=weight, **options)
-    kl = kl_of(*both_transformed(x.raw, x.ref_raw, options)) * (1 if weight is None else weight)
+    kl = kl_of(*both_transformed(x.raw, x.ref_raw, options), **divergence_of(options))
+    kl = kl * (1 if weight is None else weight)
     near(got.detach(), (kl if wanted is None else kl.where(wanted, 0)).sum())
 
 

@@ -1,11 +1,12 @@
-"""Transforms, a smaller vocabulary and gradients of the log-sum-exp, in the row ops of every loaded implementation."""
+"""Transforms, a smaller vocabulary, other divergences and gradients of the log-sum-exp, in the row ops of every loaded
+implementation."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from row_options import KL_LOSS_SPECS, SPECS, Spec, check, check_kl_loss
+from row_options import KL_LOSS_SPECS, MIXTURE_SPECS, SPECS, Spec, check, check_kl_loss
 
 from spo_kernels.backends import Backend
 
@@ -15,7 +16,7 @@ def quick_or_slow(specs: list[Spec]) -> list[Any]:
     return [pytest.param(spec, marks=pytest.mark.slow if spec.v > 10_000 else (), id=str(spec)) for spec in specs]
 
 
-@pytest.mark.parametrize("spec", quick_or_slow(SPECS))
+@pytest.mark.parametrize("spec", quick_or_slow(SPECS + MIXTURE_SPECS))
 def test_token_stats(backend: Backend, spec: Spec) -> None:
     check(backend, spec)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ from spo_kernels import (
     token_logps,
     token_logps_kl,
 )
+from spo_kernels.divergences import DIVERGENCES
 from spo_kernels.linear import tiles
 from spo_kernels.shards import digest
 
@@ -166,12 +167,24 @@ VOCAB_SIZE, REF_COLUMNS = V - 2, V - 1
 REF_OPTIONS = {"ref_temperature": 0.8, "ref_softcap": float("inf"), "ref_logit_scale": -0.4}
 
 
-def every_option(name: str, rows: tuple[int, ...]) -> dict[str, Any]:
+MODULES = ("SPOLoss", "recompute", "recompute_free", "long_pairs")
+
+
+def each_with_divergences(names: Iterable[str]) -> list[tuple[str, str]]:
+    with_reference = [name for name in names if "kl" in name or name in MODULES]
+    return [(name, "kl") for name in names] + [
+        (name, other) for name in with_reference for other in ("reverse_kl", "jsd")
+    ]
+
+
+def every_option(name: str, divergence: str, rows: tuple[int, ...]) -> dict[str, Any]:
     """Every option that a function takes; modules and packed rows take a number as the temperature."""
     temperature = torch.linspace(0.5, 2, rows[0] * rows[1]).view(rows)
-    by_number = name in ("packed", "SPOLoss", "recompute", "recompute_free", "long_pairs")
-    with_reference = "kl" in name or name in ("SPOLoss", "recompute", "recompute_free", "long_pairs")
+    by_number = name == "packed" or name in MODULES
+    with_reference = "kl" in name or name in MODULES
     return {
+        **({} if divergence == "kl" else {"divergence": divergence}),
+        **({"mixture": 0.3} if divergence == "jsd" else {}),
         "temperature": 1.3 if by_number else temperature,
         "softcap": 3.0,
         "logit_scale": 0.6,
@@ -181,15 +194,17 @@ def every_option(name: str, rows: tuple[int, ...]) -> dict[str, Any]:
 
 
 @WORLD
-@pytest.mark.parametrize("name", ROW_FUNCTIONS)
-def test_options_of_functions_of_logits(processes: Processes, name: str, shards: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("name", "divergence"), each_with_divergences(ROW_FUNCTIONS))
+def test_options_of_functions_of_logits(
+    processes: Processes, name: str, divergence: str, shards: tuple[int, ...]
+) -> None:
     """Every option at once, and NaN in the padding."""
     inputs = row_inputs(torch.float64, "noise")
     inputs["labels"] = inputs["labels"].clamp(max=VOCAB_SIZE - 1)
     for key in ("logits", "ref_logits"):
         inputs[key][..., VOCAB_SIZE:] = torch.nan
     inputs["ref_logits"] = inputs["ref_logits"][..., :REF_COLUMNS]
-    options = every_option(name, (2, 6))
+    options = every_option(name, divergence, (2, 6))
     expected, gradient = rows_result(None, shards, name, inputs, options)
     assert expected.isfinite().all()
     assert not gradient[..., VOCAB_SIZE:].any()
@@ -198,14 +213,18 @@ def test_options_of_functions_of_logits(processes: Processes, name: str, shards:
     near(torch.cat([part for _, part in results], -1), gradient)
 
 
-def equal_logits(group: ProcessGroup, shards: tuple[int, ...]) -> Tensor:
+def equal_logits(group: ProcessGroup, shards: tuple[int, ...], divergence: str) -> Tensor:
     logits = own(noise(5, V, seed=3, dtype=torch.float32), group, shards, -1)
-    return token_kl(logits, logits.detach(), process_group=group, vocab_shards=shards).detach()
+    options = {"process_group": group, "vocab_shards": shards, "divergence": divergence}
+    return token_kl(logits, logits.detach(), **options).detach()
 
 
 @WORLD
-def test_equal_logits_have_a_kl_of_exactly_zero(processes: Processes, shards: tuple[int, ...]) -> None:
-    for kl in processes.run(len(shards), equal_logits, shards):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_equal_logits_have_a_divergence_of_exactly_zero(
+    processes: Processes, divergence: str, shards: tuple[int, ...]
+) -> None:
+    for kl in processes.run(len(shards), equal_logits, shards, divergence):
         assert kl.count_nonzero() == 0
 
 
@@ -361,15 +380,17 @@ def test_functions_of_hidden_states(
 
 
 @WORLD
-@pytest.mark.parametrize("name", HEAD_FUNCTIONS)
-def test_options_of_functions_of_hidden_states(processes: Processes, name: str, shards: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("name", "divergence"), each_with_divergences(HEAD_FUNCTIONS))
+def test_options_of_functions_of_hidden_states(
+    processes: Processes, name: str, divergence: str, shards: tuple[int, ...]
+) -> None:
     """Every option at once, and NaN in the padding of weight and bias."""
     inputs = head_inputs(torch.float64)
     inputs["labels"] = inputs["labels"].clamp(max=VOCAB_SIZE - 1)
     for key in ("weight", "bias", "ref_weight", "ref_bias"):
         inputs[key][VOCAB_SIZE:] = torch.nan
     inputs["ref_weight"], inputs["ref_bias"] = inputs["ref_weight"][:REF_COLUMNS], inputs["ref_bias"][:REF_COLUMNS]
-    options = every_option(name, (4, 6))
+    options = every_option(name, divergence, (4, 6))
     expected = head_result(None, shards, name, inputs, options)
     assert expected[0].isfinite().all()
     assert not expected[2][VOCAB_SIZE:].any()

@@ -20,6 +20,11 @@ struct KlStats {
   double kl;
 };
 
+// KL(p || m) and KL(q || m) of a row, where m = mixture p + (1 - mixture) q.
+struct MixtureKl {
+  double of_policy, of_ref;
+};
+
 // Elements of a part. Each part of a row is summed by itself, so a row has the same bits whether one thread sums all of
 // its parts or several threads share them. A multiple of every level's kGroup.
 constexpr std::int64_t kPart = 16384;
@@ -68,6 +73,14 @@ template <class T>
 using GradLogpFn = void (*)(const T* z, T* dz, std::int64_t V, const RowStats& stats, const RowGrad& grad);
 template <class T, class R>
 using GradKlFn = void (*)(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats, const RowGrad& grad);
+// KL(p || m) and KL(q || m), from the statistics of a row. If those are of more columns, V columns' shares of both
+// sums.
+template <class T, class R>
+using MixtureKlFn = MixtureKl (*)(const T* z, const R* r, std::int64_t V, const KlStats& stats, double mixture);
+// Gradient of a row or part, for the reverse KL if mixture is 1, else for the JSD; stats.kl is then KL(p || m).
+template <class T, class R>
+using GradMixtureFn = void (*)(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats, const RowGrad& grad,
+                               double mixture);
 template <class T>
 using ScaleFn = void (*)(T* x, std::int64_t n, double scale);
 template <class T>
@@ -86,6 +99,10 @@ struct RowKernels {
   KlStatsFn<T, R> kl_stats;
   GradLogpFn<T> grad_logp;
   GradKlFn<T, R> grad_kl;
+  KlPartFn<R, T> reverse_kl_part;
+  KlStatsFn<R, T> reverse_kl_stats;
+  MixtureKlFn<T, R> mixture_kl;
+  GradMixtureFn<T, R> grad_mixture;
   ScaleFn<T> scale;
   TransformFn<T> transform;
   TransformFn<R> transform_ref;

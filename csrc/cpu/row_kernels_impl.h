@@ -369,6 +369,116 @@ void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats
   if (grad.label >= 0) from_double(at_label, dz[grad.label]);
 }
 
+// scalar::LogShares of two vectors.
+struct LogShares {
+  F32 mixture, rest;
+  const Exp<6, true> exp;
+
+  explicit LogShares(double mixture)
+      : mixture(static_cast<float>(mixture)), rest(static_cast<float>(1 - mixture)), exp() {}
+
+  SPO_INLINE void operator()(const F32 (&gap)[2], F32 (&of_policy)[2], F32 (&of_ref)[2]) const {
+    F32 far[2];
+    for (int k = 0; k < 2; ++k) far[k] = F32() - max(gap[k], F32() - gap[k]);
+    exp(far);
+    for (int k = 0; k < 2; ++k) {
+      const F32 sum = where_less(gap[k], F32(), fma(mixture, far[k], rest), fma(rest, far[k], mixture));
+      const F32 log_sum = log(sum);
+      of_policy[k] = where_less(gap[k], F32(), gap[k], F32()) - log_sum;
+      of_ref[k] = where_less(F32(), gap[k], F32() - gap[k], F32()) - log_sum;
+    }
+  }
+};
+
+template <class T, class R>
+MixtureKl mixture_kl(const T* z, const R* r, std::int64_t V, const KlStats& stats, double mixture) {
+  if (__builtin_expect(!(in_range(stats.policy) && in_range(stats.ref)), 0))
+    return scalar::mixture_kl(z, r, V, stats, mixture);
+  const F32 sz(static_cast<float>(stats.policy.shift)), sr(static_cast<float>(stats.ref.shift));
+  const F32 logsums(static_cast<float>(stats.policy.logsum - stats.ref.logsum));
+  const LogShares shares_of(mixture);
+  const Exp<5> exp;
+  MixtureKl kl{};
+  for_blocks(z, r, V, kKlBlock / 2, [&](const T* zb, const R* rb, std::int64_t groups) {
+    F32 of_policy[2], of_ref[2];
+    for (std::int64_t v = 0; v < groups * kGroup; v += 2 * F32::size) {
+      F32 e[4], policy[2], ref[2];  // two of the policy, two of the reference
+      load_half(zb + v, rb + v, e[0], e[1], e[2], e[3]);
+      for (int k = 0; k < 2; ++k) e[k] = e[k] - sz;
+      for (int k = 2; k < 4; ++k) e[k] = e[k] - sr;
+      shares_of({(e[0] - e[2]) - logsums, (e[1] - e[3]) - logsums}, policy, ref);
+      exp(e);
+      for (int k = 0; k < 2; ++k) {
+        of_policy[k] = add_weighed(e[k], policy[k], of_policy[k]);
+        of_ref[k] = add_weighed(e[k + 2], ref[k], of_ref[k]);
+      }
+    }
+    kl.of_policy += reduce_add(of_policy[0] + of_policy[1]);
+    kl.of_ref += reduce_add(of_ref[0] + of_ref[1]);
+  });
+  return {kl.of_policy * std::exp(-stats.policy.logsum), kl.of_ref * std::exp(-stats.ref.logsum)};
+}
+
+template <class T, class R>
+void grad_mixture(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats, const RowGrad& grad,
+                  double mixture) {
+  if (__builtin_expect(!(in_range(stats.policy) && in_range(stats.ref)), 0))
+    return scalar::grad_mixture(z, r, dz, V, stats, grad, mixture);
+  const double at_label =
+      grad.label >= 0 ? scalar::grad_mixture_of(z[grad.label], r[grad.label], true, stats, grad, mixture) : 0;
+  const F32 sz(static_cast<float>(stats.policy.shift)), sr(static_cast<float>(stats.ref.shift));
+  const F32 logsums(static_cast<float>(stats.policy.logsum - stats.ref.logsum));
+  const double scale = std::exp(-stats.policy.logsum), others = scale * (grad.g_lse - grad.g_logp);
+  const bool reverse = mixture == 1;
+  // The reverse KL: e^zs by_p + e^rs by_q. For equal logits the two terms are exact opposites.
+  const Exp<6, true> exp;
+  const F32 by_p(static_cast<float>(others + scale * grad.g_kl));
+  const F32 by_q(static_cast<float>(-grad.g_kl * std::exp(-stats.ref.logsum)));
+  // The JSD: e^zs ((log(p / m) - KL(p || m)) slope + rest).
+  const F32 slope(static_cast<float>(scale * grad.g_kl * mixture)), rest(static_cast<float>(others));
+  const F32 mean(static_cast<float>(stats.kl));
+  const LogShares shares_of(mixture);
+
+  const auto half = [&](F32(&x)[2], F32(&y)[2]) {
+    for (int k = 0; k < 2; ++k) x[k] = x[k] - sz, y[k] = y[k] - sr;
+    if (reverse) {
+      exp(x);
+      exp(y);
+      for (int k = 0; k < 2; ++k) x[k] = weigh(x[k], by_p) + weigh(y[k], by_q);
+    } else {
+      F32 policy[2], ref[2];
+      shares_of({(x[0] - y[0]) - logsums, (x[1] - y[1]) - logsums}, policy, ref);
+      exp(x);
+      for (int k = 0; k < 2; ++k) x[k] = weigh(x[k], fma(policy[k] - mean, slope, rest));
+    }
+  };
+  const auto group = [&](const T* in, const R* in_ref, T* out) {
+    for (int part = 0; part < 2; ++part) {
+      const std::int64_t at = part * 2 * F32::size;
+      F32 x[2], y[2];
+      load_half(in + at, in_ref + at, x[0], x[1], y[0], y[1]);
+      half(x, y);
+      if constexpr (std::is_same_v<T, R>) {
+        store2_any(out + at, x[0], x[1]);
+      } else {
+        store2(out + at, x[0], x[1]);
+      }
+    }
+  };
+  const std::int64_t whole = V / kGroup * kGroup;
+  for (std::int64_t v = 0; v < whole; v += kGroup) {
+    prefetch(z + v);
+    prefetch(r + v);
+    group(z + v, r + v, dz + v);
+  }
+  if (whole < V) {
+    Tail<T> tail(z + whole, V - whole);
+    group(tail.data, Tail<R>(r + whole, V - whole).data, tail.data);
+    std::memcpy(dz + whole, tail.data, (V - whole) * sizeof(T));
+  }
+  if (grad.label >= 0) from_double(at_label, dz[grad.label]);
+}
+
 template <class T>
 void scale(T* x, std::int64_t n, double scale) {
   const F32 f(static_cast<float>(scale));
@@ -464,6 +574,10 @@ RowKernels<T, R> kernels() {
           .kl_stats = kl_stats<T, R>,
           .grad_logp = grad_logp<T>,
           .grad_kl = grad_kl<T, R>,
+          .reverse_kl_part = kl_part<R, T>,
+          .reverse_kl_stats = kl_stats<R, T>,
+          .mixture_kl = mixture_kl<T, R>,
+          .grad_mixture = grad_mixture<T, R>,
           .scale = scale<T>,
           .transform = transform<T>,
           .transform_ref = transform<R>,

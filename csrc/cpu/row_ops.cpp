@@ -159,9 +159,6 @@ void dispatch_rows(const Args& a, std::int64_t rows, F f) {
   });
 }
 
-// An infinite KL has no gradient. NaN here makes the gradient of every element with p > 0 NaN.
-double kl_for_grad(double kl) { return factor(std::isinf(kl) ? NAN : kl); }
-
 template <class T>
 double log_prob_of_label(const T* z, std::int64_t label, const RowStats& stats) {
   return label == kLabelElsewhere ? -INFINITY : scalar::log_prob(z[label], stats);
@@ -195,6 +192,42 @@ KlStats kl_stats(const RowKernels<T, R>& k, const T* z, const R* r, std::int64_t
   return k.kl_stats(z, r, V, parts.data());
 }
 
+// The statistics of a row and its divergence. kl_for_grad is what the gradient takes in the place of the KL.
+struct Divergence {
+  KlStats stats;  // .kl is the divergence
+  double kl_for_grad;
+};
+
+// An infinite KL has no gradient. NaN here makes the gradient of every element with p > 0 NaN.
+double kl_for_grad(double kl) { return factor(std::isinf(kl) ? NAN : kl); }
+
+template <class T, class R>
+Divergence divergence(const RowKernels<T, R>& k, const T* z, const R* r, std::int64_t V, double mixture,
+                      std::vector<RowPart>& parts) {
+  if (mixture == 1) {
+    if (k.reverse_kl_part)
+      for (std::int64_t i = 0, v = 0; v < V; ++i, v += kPart)
+        parts[i] = k.reverse_kl_part(r + v, z + v, std::min(V - v, kPart));
+    const KlStats s = k.reverse_kl_stats(r, z, V, parts.data());
+    return {{s.ref, s.policy, s.kl}, 0};
+  }
+  KlStats s = kl_stats(k, z, r, V, parts);
+  if (!is_jsd(mixture)) return {s, kl_for_grad(s.kl)};
+  const MixtureKl kl = k.mixture_kl(z, r, V, s, mixture);
+  s.kl = mixture * kl.of_policy + (1 - mixture) * kl.of_ref;
+  return {s, kl.of_policy};
+}
+
+// stats.kl: Divergence::kl_for_grad.
+template <class T, class R>
+void grad_divergence(const RowKernels<T, R>& k, const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats,
+                     const RowGrad& grad, double mixture) {
+  if (mixture == 0)
+    k.grad_kl(z, r, dz, V, stats, grad);
+  else
+    k.grad_mixture(z, r, dz, V, stats, grad, mixture);
+}
+
 // Zeros after the columns that have a gradient.
 template <class T, class Args>
 void write_padding(const Args& a, std::int64_t i) {
@@ -206,7 +239,8 @@ bool wants_kl(const TokenStatsFwdArgs& a, std::int64_t i) { return a.r.data && (
 
 // z: the row's logits.
 template <class T>
-void write_token_stats(const TokenStatsFwdArgs& a, std::int64_t i, const KlStats& s, const auto* z) {
+void write_token_stats(const TokenStatsFwdArgs& a, std::int64_t i, const KlStats& s, const auto* z,
+                       double mean_of_jsd = 0) {
   auto* stats = static_cast<Acc<T>*>(a.stats);
   stats[i] = static_cast<Acc<T>>(s.policy.shift);
   stats[a.N + i] = static_cast<Acc<T>>(s.policy.logsum);
@@ -218,6 +252,7 @@ void write_token_stats(const TokenStatsFwdArgs& a, std::int64_t i, const KlStats
     stats[2 * a.N + i] = static_cast<Acc<T>>(s.ref.shift);
     stats[3 * a.N + i] = static_cast<Acc<T>>(s.ref.logsum);
     static_cast<Acc<T>*>(a.kl)[i] = static_cast<Acc<T>>(s.kl);
+    if (is_jsd(a.mixture)) stats[4 * a.N + i] = static_cast<Acc<T>>(mean_of_jsd);
   }
 }
 
@@ -234,15 +269,15 @@ void token_stats_fwd(const TokenStatsFwdArgs& a, std::int64_t begin, std::int64_
   std::vector<RowPart> parts(parts_of_row(a.z.dtype, a.V));
   dispatch_rows(a, end - begin, [&]<class T>(const auto& k, auto policy, auto reference) {
     for (std::int64_t i = begin; i < end; ++i) {
-      KlStats s{};
+      Divergence d{};
       const bool with_kl = wants_kl(a, i), read = with_kl || wants_logp(a, i);
       const auto* z = read ? policy.read(i, 0, a.V) : nullptr;
       if (with_kl) {
-        s = kl_stats(k, z, reference.read(i, 0, a.V), a.V, parts);
+        d = divergence(k, z, reference.read(i, 0, a.V), a.V, a.mixture, parts);
       } else if (read) {
-        s.policy = logits_stats(k, z, a.V, parts);
+        d.stats.policy = logits_stats(k, z, a.V, parts);
       }
-      write_token_stats<T>(a, i, s, z);
+      write_token_stats<T>(a, i, d.stats, z, d.kl_for_grad);
     }
   });
 }
@@ -297,14 +332,30 @@ void token_stats_bwd(const TokenStatsBwdArgs& a, std::int64_t begin, std::int64_
       const auto* z = policy.read(i, first, n);
       auto* dz = policy.gradient(a.dz, i, first);
       if (with_kl) {
-        const KlStats of_both{
-            of_policy, {stats[2 * a.N + i], stats[3 * a.N + i]}, kl_for_grad(static_cast<const Acc<T>*>(a.kl)[i])};
-        k.grad_kl(z, reference.read(i, first, n), dz, n, of_both, grad);
+        const double kl = is_jsd(a.mixture) ? stats[4 * a.N + i] : kl_for_grad(static_cast<const Acc<T>*>(a.kl)[i]);
+        const KlStats of_both{of_policy, {stats[2 * a.N + i], stats[3 * a.N + i]}, kl};
+        grad_divergence(k, z, reference.read(i, first, n), dz, n, of_both, grad, a.mixture);
       } else {
         k.grad_logp(z, dz, n, of_policy, grad);
       }
       policy.store(a.dz, i, first, n);
     });
+  });
+}
+
+void mixture_kl(const MixtureKlArgs& a, std::int64_t begin, std::int64_t end) {
+  dispatch_rows(a, end - begin, [&]<class T>(const auto& k, auto policy, auto reference) {
+    const auto* stats = static_cast<const Acc<T>*>(a.stats);
+    auto* kls = static_cast<Acc<T>*>(a.kls);
+    for (std::int64_t i = begin; i < end; ++i) {
+      MixtureKl kl{};
+      if (!a.mask || a.mask[i]) {
+        const KlStats s{{stats[i], stats[a.N + i]}, {stats[2 * a.N + i], stats[3 * a.N + i]}, 0};
+        kl = k.mixture_kl(policy.read(i, 0, a.V), reference.read(i, 0, a.V), a.V, s, a.mixture);
+      }
+      kls[i] = static_cast<Acc<T>>(kl.of_policy);
+      kls[a.N + i] = static_cast<Acc<T>>(kl.of_ref);
+    }
   });
 }
 
@@ -321,10 +372,10 @@ void kl_loss_fwd(const KlLossFwdArgs& a, std::int64_t begin, std::int64_t end) {
       }
       const auto* z = policy.read(i, 0, a.V);
       const auto* r = reference.read(i, 0, a.V);
-      KlStats s = kl_stats(k, z, r, a.V, parts);
-      a.weighted_kl[i] = weight * s.kl;
-      s.kl = kl_for_grad(s.kl);
-      k.grad_kl(z, r, policy.gradient(a.dz, i, 0), a.V, s, {.g_kl = weight, .label = -1});
+      Divergence d = divergence(k, z, r, a.V, a.mixture, parts);
+      a.weighted_kl[i] = weight * d.stats.kl;
+      d.stats.kl = d.kl_for_grad;
+      grad_divergence(k, z, r, policy.gradient(a.dz, i, 0), a.V, d.stats, RowGrad{0, weight, 0, -1}, a.mixture);
       policy.store(a.dz, i, 0, a.V);
     }
   });
@@ -361,7 +412,7 @@ void kl_loss_grad(const KlLossFwdArgs& a, const KlStats* stats, std::int64_t beg
       T* dz = row<T>(a.dz, i) + first;
       if (first == 0) write_padding<T>(a, i);
       if (weight == 0) return zero(dz, n);
-      k.grad_kl(row<T>(a.z, i) + first, row<R>(a.r, i) + first, dz, n, stats[i], {.g_kl = weight, .label = -1});
+      k.grad_kl(row<T>(a.z, i) + first, row<R>(a.r, i) + first, dz, n, stats[i], RowGrad{0, weight, 0, -1});
     });
   });
 }

@@ -21,6 +21,8 @@ void token_stats_of_parts(const TokenStatsFwdArgs& args, const RowPart* parts); 
 
 void token_stats_bwd(const TokenStatsBwdArgs& args, std::int64_t begin, std::int64_t end);  // parts
 
+void mixture_kl(const MixtureKlArgs& args, std::int64_t begin, std::int64_t end);  // rows
+
 void kl_loss_fwd(const KlLossFwdArgs& args, std::int64_t begin, std::int64_t end);                         // rows
 void kl_loss_parts(const KlLossFwdArgs& args, RowPart* parts, std::int64_t begin, std::int64_t end);       // parts
 void kl_loss_of_parts(const KlLossFwdArgs& args, const RowPart* parts, KlStats* stats);                    // all rows

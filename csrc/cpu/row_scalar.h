@@ -64,6 +64,46 @@ static void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats
   }
 }
 
+// log(p / m) and log(q / m) of a token, where gap = log p - log q.
+struct LogShares {
+  double of_policy, of_ref;
+  LogShares(double gap, double mixture) {
+    const double far = std::exp(-std::fabs(gap)), rest = 1 - mixture;
+    const double log_sum = std::log(gap < 0 ? rest + mixture * far : mixture + rest * far);
+    of_policy = (gap < 0 ? gap : 0) - log_sum;
+    of_ref = (gap > 0 ? -gap : 0) - log_sum;
+  }
+};
+
+template <class T, class R>
+static MixtureKl mixture_kl(const T* z, const R* r, std::int64_t V, const KlStats& stats, double mixture) {
+  MixtureKl kl{};
+  for (std::int64_t v = 0; v < V; ++v) {
+    const double log_p = log_prob(z[v], stats.policy), log_q = log_prob(r[v], stats.ref);
+    const double p = std::exp(log_p), q = std::exp(log_q);
+    const LogShares shares(log_p - log_q, mixture);
+    if (p != 0) kl.of_policy += p * shares.of_policy;
+    if (q != 0) kl.of_ref += q * shares.of_ref;
+  }
+  return kl;
+}
+
+template <class T, class R>
+static double grad_mixture_of(T z, R r, bool at_label, const KlStats& stats, const RowGrad& grad, double mixture) {
+  const double log_p = log_prob(z, stats.policy), log_q = log_prob(r, stats.ref), p = std::exp(log_p);
+  const double slope = mixture == 1 ? p - std::exp(log_q)
+                       : p == 0     ? 0
+                                    : mixture * p * (LogShares(log_p - log_q, mixture).of_policy - stats.kl);
+  return grad.g_logp * (at_label - p) + grad.g_lse * p + grad.g_kl * slope;
+}
+
+template <class T, class R>
+static void grad_mixture(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats, const RowGrad& grad,
+                         double mixture) {
+  for (std::int64_t v = 0; v < V; ++v)
+    from_double(grad_mixture_of(z[v], r[v], v == grad.label, stats, grad, mixture), dz[v]);
+}
+
 template <class T>
 static void scale(T* x, std::int64_t n, double scale) {
   for (std::int64_t i = 0; i < n; ++i) from_double(to_double(x[i]) * scale, x[i]);
@@ -87,6 +127,10 @@ static inline RowKernels<double, double> kernels() {
           [](const double* z, const double* r, std::int64_t V, const RowPart*) { return kl_stats(z, r, V); },
           grad_logp<double>,
           grad_kl<double, double>,
+          nullptr,
+          [](const double* r, const double* z, std::int64_t V, const RowPart*) { return kl_stats(r, z, V); },
+          mixture_kl<double, double>,
+          grad_mixture<double, double>,
           scale<double>,
           transform,
           transform,

@@ -29,6 +29,13 @@ SPO_INLINE F32 where_nonzero(F32 w, F32 x) {
   return _mm256_and_ps(_mm256_cmp_ps(w.v, _mm256_setzero_ps(), _CMP_NEQ_UQ), x.v);
 }
 SPO_INLINE F32 shift_to_exponent(F32 z) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(z.v), 23)); }
+// As in simd_avx512.h.
+SPO_INLINE void split_exponent(F32 x, F32& m, F32& e) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i n = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(kSqrtHalfBits)), 23);
+  m = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(n, 23)));
+  e = _mm256_cvtepi32_ps(n);
+}
 
 SPO_INLINE void load2(const float* p, F32& a, F32& b) {
   a = _mm256_loadu_ps(p);

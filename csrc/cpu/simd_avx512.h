@@ -29,6 +29,13 @@ SPO_INLINE __mmask16 nonzero(F32 w) { return _mm512_cmp_ps_mask(w.v, _mm512_setz
 // w x and w x + sum, where 0 x is 0 even if x is infinite or NaN. NaN in w gives NaN.
 SPO_INLINE F32 weigh(F32 w, F32 x) { return _mm512_maskz_mul_ps(nonzero(w), w.v, x.v); }
 SPO_INLINE F32 add_weighed(F32 w, F32 x, F32 sum) { return _mm512_mask3_fmadd_ps(w.v, x.v, sum.v, nonzero(w)); }
+// x = m 2^e, with m from sqrt(1/2) to sqrt(2), for a positive normal x.
+SPO_INLINE void split_exponent(F32 x, F32& m, F32& e) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i n = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(kSqrtHalfBits)), 23);
+  m = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(n, 23)));
+  e = _mm512_cvtepi32_ps(n);
+}
 
 SPO_INLINE void load2(const float* p, F32& a, F32& b) {
   a = _mm512_loadu_ps(p);

@@ -28,6 +28,13 @@ SPO_INLINE F32 max(F32 a, F32 b) { return a.v > b.v ? a.v : b.v; }
 SPO_INLINE F32 min(F32 a, F32 b) { return a.v < b.v ? a.v : b.v; }
 SPO_INLINE F32 where_nonzero(F32 w, F32 x) { return F32(x.bits() & reinterpret_cast<F32::words>(w.v != 0.f)); }
 SPO_INLINE F32 shift_to_exponent(F32 z) { return F32(z.bits() << 23); }
+// As in simd_avx512.h.
+SPO_INLINE void split_exponent(F32 x, F32& m, F32& e) {
+  typedef std::int32_t integers __attribute__((vector_size(16)));
+  const integers n = (reinterpret_cast<integers>(x.v) - kSqrtHalfBits) >> 23;
+  m = F32(x.bits() - (reinterpret_cast<F32::words>(n) << 23));
+  e = __builtin_convertvector(n, F32::floats);
+}
 
 SPO_INLINE F32::words splat(std::uint32_t x) { return F32::words{x, x, x, x}; }
 SPO_INLINE F32::words load_halves(const void* p) {

@@ -48,7 +48,7 @@ SPO_DEVICE bool is_finite(float x) { return fabsf(x) <= -kLowest<float>; }
 
 // Gradient's operator() without a label, for a gap that is finite even if p = 0.
 SPO_DEVICE float kl_gradient(const Gradient<float>& grad, float z, float r) {
-  const float zs = z - grad.policy.shift, p = grad.probability(zs);
+  const float zs = z - grad.policy.shift, p = probability(zs, grad.policy.logsum);
   return grad.g_kl * p * (((zs - (r - grad.ref.shift)) - grad.mean) + grad.rounding);
 }
 

@@ -175,6 +175,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   }
 }
 
+// The probability of an element whose logit less the row's shift is zs.
+SPO_DEVICE float probability(float zs, float logsum) {
+  // log2(e) is kLog2e + kLog2eLow: with kLog2e alone, p would be off by 1e-8 |zs| p.
+  return exp2_approx(fmaf(zs, kLog2e, fmaf(zs, kLog2eLow, -logsum * kLog2e)));
+}
+SPO_DEVICE double probability(double zs, double logsum) { return exp(zs - logsum); }
+
 // The gradient of an element of one row.
 template <class A>
 struct Gradient {
@@ -191,21 +198,46 @@ struct Gradient {
     rounding = (of_logsums - logsums) + ((mean - of_logsums) - kl);
   }
 
-  SPO_DEVICE float probability(float zs) const {
-    // log2(e) is kLog2e + kLog2eLow: with kLog2e alone, p would be off by 1e-8 |zs| p.
-    return exp2_approx(fmaf(zs, kLog2e, fmaf(zs, kLog2eLow, -policy.logsum * kLog2e)));
-  }
-  SPO_DEVICE double probability(double zs) const { return exp(zs - policy.logsum); }
-
   template <bool with_kl>
   SPO_DEVICE A operator()(A z, A r, bool at_label) const {
-    const A zs = z - policy.shift, p = probability(zs);
+    const A zs = z - policy.shift, p = probability(zs, policy.logsum);
     // The label has a formula of its own, with 1 - p: g_logp - g_logp p would lose digits where p is near 1.
     const A grad = at_label ? fma(g_lse, p, g_logp * (1 - p)) : g_minus_p * (0 - p);
     if constexpr (!with_kl) return grad;
     // The gap of a token with p near 1 is near the mean, so their difference is exact. `rounding` is added after it.
     const A gap = p == 0 ? 0 : ((zs - (r - ref.shift)) - mean) + rounding;
     return fma(g_kl * p, gap, grad);
+  }
+};
+
+// log(p / m) and log(q / m) of an element, where gap = log p - log q and m = mixture p + (1 - mixture) q.
+template <class A>
+struct LogShares {
+  A of_policy, of_ref;
+  SPO_DEVICE LogShares(A gap, A mixture) {
+    const A far = weight(-fabs(gap)), rest = 1 - mixture;
+    const A log_sum = log_of(gap < 0 ? rest + mixture * far : mixture + rest * far);
+    of_policy = (gap < 0 ? gap : A(0)) - log_sum;
+    of_ref = (gap > 0 ? -gap : A(0)) - log_sum;
+  }
+};
+
+// Gradient for the reverse KL if mixture is 1, else for the JSD; mean is then KL(p || m).
+template <class A>
+struct MixtureGradient : Gradient<A> {
+  A mixture, mean;
+
+  SPO_DEVICE MixtureGradient(const RowStats<A>& policy, const RowStats<A>& ref, A mean, A g_logp, A g_kl, A g_lse,
+                             A mixture)
+      : Gradient<A>(policy, ref, 0, g_logp, g_kl, g_lse), mixture(mixture), mean(mean) {}
+
+  template <bool with_kl>
+  SPO_DEVICE A operator()(A z, A r, bool at_label) const {
+    const A grad = Gradient<A>::template operator()<false>(z, r, at_label);
+    const A zs = z - this->policy.shift, rs = r - this->ref.shift, p = probability(zs, this->policy.logsum);
+    if (mixture == 1) return fma(this->g_kl, p - probability(rs, this->ref.logsum), grad);
+    const LogShares<A> shares((zs - rs) - (this->policy.logsum - this->ref.logsum), mixture);
+    return p == 0 ? grad : fma(this->g_kl * mixture * p, shares.of_policy - mean, grad);
   }
 };
 
@@ -228,9 +260,9 @@ struct PacketLogits<Z, R, false> {
 
 // The gradient of elements [begin, end) of a row. label is -1 for a row without one. `out` may be z: both then have the
 // same alignment, so a thread reads only elements that it writes.
-template <int threads_per_row, bool with_kl, class T, class R, int E>
-SPO_DEVICE void write_gradient(Stored<T>* out, const RowReader<T, E>& z, const RowReader<R, E>& r,
-                               const Gradient<Acc<T>>& grad, std::int64_t label, std::int64_t begin, std::int64_t end) {
+template <int threads_per_row, bool with_kl, class T, class R, int E, class Grad>
+SPO_DEVICE void write_gradient(Stored<T>* out, const RowReader<T, E>& z, const RowReader<R, E>& r, const Grad& grad,
+                               std::int64_t label, std::int64_t begin, std::int64_t end) {
   using A = Acc<T>;
   // The label's element is written twice, by the same thread. To write it once, inside its packet, every element would
   // need a comparison. The label's logits are read before the first write, which may be in place.
@@ -266,11 +298,15 @@ SPO_DEVICE void write_gradient(Stored<T>* out, const RowReader<T, E>& z, const R
   if (owns_label) from_acc(dx(u_label, r_label, true), out[label]);
 }
 
-template <class T, class R, bool with_kl, int threads_per_row>
+// What the gradient takes from the reference.
+enum class RefTerm { none, kl, mixture };
+
+template <class T, class R, RefTerm term, int threads_per_row>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     token_stats_bwd_kernel(TokenStatsBwdArgs a, unsigned splits, std::int64_t split_elements) {
   using A = Acc<T>;
   constexpr int E = kPacket<T>;
+  constexpr bool with_kl = term != RefTerm::none;
   const auto [row, begin, end] = Share<threads_per_row>(group_index<threads_per_row>(), a.V, splits, split_elements);
   if (row >= a.N) return;
   auto* out = row_of<Stored<T>>(a.dz, row);
@@ -293,14 +329,89 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const RowReader<T, E> z(a.z, a.of_z, row, a.V);
   if constexpr (with_kl) {
     if (kl) {
-      const Gradient<A> grad(policy, {stats[2 * a.N + row], stats[3 * a.N + row]},
-                             kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp, g_kl, g_lse);
+      const RowStats<A> ref(stats[2 * a.N + row], stats[3 * a.N + row]);
       const RowReader<R, E> r(a.r, a.of_r, row, a.V);
-      return write_gradient<threads_per_row, true>(out, z, r, grad, label, begin, end);
+      if constexpr (term == RefTerm::kl) {
+        const Gradient<A> grad(policy, ref, kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp, g_kl, g_lse);
+        return write_gradient<threads_per_row, true>(out, z, r, grad, label, begin, end);
+      } else {
+        const A mixture = static_cast<A>(a.mixture), mean = is_jsd(a.mixture) ? stats[4 * a.N + row] : A{0};
+        const MixtureGradient<A> grad(policy, ref, mean, g_logp, g_kl, g_lse, mixture);
+        return write_gradient<threads_per_row, true>(out, z, r, grad, label, begin, end);
+      }
     }
   }
   const Gradient<A> grad(policy, {0, 0}, 0, g_logp, 0, g_lse);
   write_gradient<threads_per_row, false>(out, z, z, grad, label, begin, end);
+}
+
+// KL(p || m) and KL(q || m) of a row, or of some of its elements.
+template <class A>
+struct MixtureSum {
+  A of_policy, of_ref;
+
+  SPO_DEVICE void merge(const MixtureSum& other) {
+    of_policy += other.of_policy;
+    of_ref += other.of_ref;
+  }
+};
+template <class A>
+SPO_DEVICE MixtureSum<A> shuffle_xor(const MixtureSum<A>& s, int lanes) {
+  return {__shfl_xor_sync(0xffffffffu, s.of_policy, lanes), __shfl_xor_sync(0xffffffffu, s.of_ref, lanes)};
+}
+
+template <int threads_per_row, bool aligned, class T, class R, int E>
+SPO_DEVICE MixtureSum<Acc<T>> sum_mixture(const RowReader<T, E>& z, const RowReader<R, E>& r,
+                                          const RowStats<Acc<T>>& policy, const RowStats<Acc<T>>& ref, Acc<T> mixture) {
+  using A = Acc<T>;
+  MixtureSum<A> sum{0, 0};
+  for_packets<threads_per_row, E>(0, z.V, [&]<int packets, bool full>(std::int64_t first) {
+#pragma unroll 1
+    for (int c = 0; c < packets; ++c, first += std::int64_t{threads_per_row} * E) {
+      A x[E], y[E];
+      if constexpr (full) {
+        z.template full<aligned, Cache::stream>(first, x);
+        r.template full<aligned, Cache::stream>(first, y);
+      } else {
+        z.edge(first, x);
+        r.edge(first, y);
+      }
+#pragma unroll
+      for (int k = 0; k < E; ++k) {
+        const A zs = x[k] - policy.shift, rs = y[k] - ref.shift;
+        const A p = probability(zs, policy.logsum), q = probability(rs, ref.logsum);
+        const LogShares<A> shares((zs - rs) - (policy.logsum - ref.logsum), mixture);
+        if (p != 0) sum.of_policy = fma(p, shares.of_policy, sum.of_policy);
+        if (q != 0) sum.of_ref = fma(q, shares.of_ref, sum.of_ref);
+      }
+    }
+  });
+  return sum;
+}
+
+template <class T, class R, int threads_per_row>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) mixture_kl_kernel(MixtureKlArgs a) {
+  using A = Acc<T>;
+  constexpr int E = kPacket<T>;
+  const std::int64_t row = group_index<threads_per_row>();
+  if (row >= a.N) return;
+  auto* kls = static_cast<A*>(a.kls);
+  const bool first = threadIdx.x % threads_per_row == 0;
+  if (a.mask && !a.mask[row]) {
+    if (first) kls[row] = kls[a.N + row] = 0;
+    return;
+  }
+  const auto* stats = static_cast<const A*>(a.stats);
+  const RowStats<A> policy(stats[row], stats[a.N + row]), ref(stats[2 * a.N + row], stats[3 * a.N + row]);
+  const RowReader<T, E> z(a.z, a.of_z, row, a.V);
+  const RowReader<R, E> r(a.r, a.of_r, row, a.V);
+  const A mixture = static_cast<A>(a.mixture);
+  const auto sum = merge_threads<threads_per_row>(
+      z.aligned_at(0) && r.aligned_at(0) ? sum_mixture<threads_per_row, true>(z, r, policy, ref, mixture)
+                                         : sum_mixture<threads_per_row, false>(z, r, policy, ref, mixture));
+  if (!first) return;
+  kls[row] = sum.of_policy;
+  kls[a.N + row] = sum.of_ref;
 }
 
 // A row's KL and then its gradient, while the row is in the cache.

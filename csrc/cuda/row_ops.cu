@@ -39,6 +39,11 @@ cudaError_t launch_token_stats_bwd(const TokenStatsBwdArgs& args, const LaunchCo
   return with_type(args.z.dtype, [&]<class Ops>() { return Ops::launch_token_stats_bwd(args, context); });
 }
 
+cudaError_t launch_mixture_kl(const MixtureKlArgs& args, const LaunchContext& context) {
+  if (args.N == 0) return cudaSuccess;
+  return with_type(args.z.dtype, [&]<class Ops>() { return Ops::launch_mixture_kl(args, context); });
+}
+
 bool kl_loss_in_clusters(const KlLossFwdArgs& args) {
   return with_type(args.z.dtype, [&]<class Ops>() { return Ops::kl_loss_in_clusters(args); });
 }

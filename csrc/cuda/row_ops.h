@@ -21,6 +21,7 @@ struct LaunchContext {
 
 cudaError_t launch_token_stats_fwd(const TokenStatsFwdArgs& args, const LaunchContext& context);
 cudaError_t launch_token_stats_bwd(const TokenStatsBwdArgs& args, const LaunchContext& context);
+cudaError_t launch_mixture_kl(const MixtureKlArgs& args, const LaunchContext& context);
 // Whether launch_kl_loss_fwd runs in clusters for z, r and dz laid out like these. Clusters keep the GPU busy even with
 // few rows.
 bool kl_loss_in_clusters(const KlLossFwdArgs& args);

@@ -14,6 +14,7 @@ struct TypedOps {
                                       bool deterministic);
   static cudaError_t launch_token_stats_fwd(const TokenStatsFwdArgs& a, const LaunchContext& context);
   static cudaError_t launch_token_stats_bwd(const TokenStatsBwdArgs& a, const LaunchContext& context);
+  static cudaError_t launch_mixture_kl(const MixtureKlArgs& a, const LaunchContext& context);
   static bool kl_loss_in_clusters(const KlLossFwdArgs& a);
   static cudaError_t launch_kl_loss_fwd(const KlLossFwdArgs& a, void* loss, const LaunchContext& context);
   static cudaError_t launch_scale(const Rows& rows, std::int64_t N, std::int64_t V, const void* scale,
@@ -95,19 +96,33 @@ cudaError_t TypedOps<T>::launch_token_stats_fwd(const TokenStatsFwdArgs& a, cons
 
 template <class T>
 cudaError_t TypedOps<T>::launch_token_stats_bwd(const TokenStatsBwdArgs& a, const LaunchContext& context) {
-  const auto run = [&]<class Z, class R, bool with_kl>() {
-    const ElementwiseConfig config = elementwise_config(a.N, a.V, kBatch<with_kl, R> * kPacket<T>);
+  const auto run = [&]<class Z, class R, RefTerm term>() {
+    const ElementwiseConfig config = elementwise_config(a.N, a.V, kBatch<term != RefTerm::none, R> * kPacket<T>);
     unsigned grid;
     if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
     return with_threads(config.threads_per_row, [&]<int threads>() {
-      return launch_kernel(token_stats_bwd_kernel<Z, R, with_kl, threads>, grid, kThreads, context.stream, a,
+      return launch_kernel(token_stats_bwd_kernel<Z, R, term, threads>, grid, kThreads, context.stream, a,
                            config.splits, config.split_elements);
     });
   };
   if (!a.r.data || !a.dkl)
-    return with_policy_type<T>(a.of_z, [&]<class Z>() { return run.template operator()<Z, Z, false>(); });
-  return with_types<T>(a.r.dtype, a.of_z, a.of_r,
-                       [&]<class Z, class R>() { return run.template operator()<Z, R, true>(); });
+    return with_policy_type<T>(a.of_z, [&]<class Z>() { return run.template operator()<Z, Z, RefTerm::none>(); });
+  return with_types<T>(a.r.dtype, a.of_z, a.of_r, [&]<class Z, class R>() {
+    return a.mixture == 0 ? run.template operator()<Z, R, RefTerm::kl>()
+                          : run.template operator()<Z, R, RefTerm::mixture>();
+  });
+}
+
+template <class T>
+cudaError_t TypedOps<T>::launch_mixture_kl(const MixtureKlArgs& a, const LaunchContext& context) {
+  const ReduceConfig config = reduce_config(a.N, a.V, context.multiprocessors, true);
+  unsigned grid;
+  if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
+  return with_types<T>(a.r.dtype, a.of_z, a.of_r, [&]<class Z, class R>() {
+    return with_threads(config.threads_per_row, [&]<int threads>() {
+      return launch_kernel(mixture_kl_kernel<Z, R, threads>, grid, kThreads, context.stream, a);
+    });
+  });
 }
 
 template <class T>

@@ -51,11 +51,11 @@ struct Division {
         parts(cpu::parts_of_row(dtype, V)) {}
 
   // Whether threads share the parts of rows in a forward, because there are too few rows to occupy all threads evenly.
-  // A row with a transform is read as a whole.
+  // A row with a transform, or with a divergence other than the KL, is read as a whole.
   template <class Args>
   bool shares_parts(const Args& args) const {
     const int64_t threads = torch::stable::get_num_threads();
-    return parts > 1 && threads > 1 && rows < 4 * threads && !args.of_z.a && !args.of_r.a;
+    return parts > 1 && threads > 1 && rows < 4 * threads && !args.of_z.a && !args.of_r.a && args.mixture == 0;
   }
   template <class F>
   void for_row_ranges(const F& work) const {
@@ -71,8 +71,9 @@ std::tuple<Tensor, Tensor, Tensor> token_stats_fwd(const Tensor& logits, const O
                                                    const OptionalTensor& ref_logits, const OptionalTensor& mask,
                                                    int64_t ignore_index, bool /*inplace_backward*/,
                                                    const OptionalInt& vocab_size, const OptionalTensor& transform,
-                                                   const OptionalTensor& ref_transform) {
-  TokenStatsFwdCall call(logits, labels, ref_logits, mask, ignore_index, {vocab_size, transform, ref_transform});
+                                                   const OptionalTensor& ref_transform, double mixture) {
+  TokenStatsFwdCall call(logits, labels, ref_logits, mask, ignore_index,
+                         {vocab_size, transform, ref_transform, mixture});
   check_labels(call.args);
   const Division division(logits, call.args.z.dtype, call.N, call.V, ref_logits ? 2 : 1);
   if (division.shares_parts(call.args)) {
@@ -100,10 +101,10 @@ Tensor token_stats_bwd(const OptionalTensor& dlogps, const OptionalTensor& dkl, 
                        const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
                        const OptionalTensor& mask, const Tensor& kl, const Tensor& stats, int64_t ignore_index,
                        const OptionalInt& vocab_size, const OptionalTensor& transform,
-                       const OptionalTensor& ref_transform) {
+                       const OptionalTensor& ref_transform, double mixture) {
   Tensor dlogits = empty_contiguous_like(logits);
   token_stats_bwd_into(dlogits, dlogps, dkl, dlse, logits, labels, ref_logits, mask, kl, stats, ignore_index,
-                       {vocab_size, transform, ref_transform});
+                       {vocab_size, transform, ref_transform, mixture});
   return dlogits;
 }
 
@@ -111,9 +112,18 @@ void token_stats_bwd_(const OptionalTensor& dlogps, const OptionalTensor& dkl, c
                       const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& ref_logits,
                       const OptionalTensor& mask, const Tensor& kl, const Tensor& stats, int64_t ignore_index,
                       const OptionalInt& vocab_size, const OptionalTensor& transform,
-                      const OptionalTensor& ref_transform) {
+                      const OptionalTensor& ref_transform, double mixture) {
   token_stats_bwd_into(logits, dlogps, dkl, dlse, logits, labels, ref_logits, mask, kl, stats, ignore_index,
-                       {vocab_size, transform, ref_transform});
+                       {vocab_size, transform, ref_transform, mixture});
+}
+
+Tensor mixture_kl(const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& mask, const Tensor& stats,
+                  const OptionalInt& vocab_size, const OptionalTensor& transform, const OptionalTensor& ref_transform,
+                  double mixture) {
+  const MixtureKlCall call(logits, ref_logits, mask, stats, {vocab_size, transform, ref_transform, mixture});
+  const Division division(logits, call.args.z.dtype, call.N, call.V, 2);
+  division.for_row_ranges([&](int64_t b, int64_t e) { cpu::mixture_kl(call.args, b, e); });
+  return call.kls;
 }
 
 Tensor kl_loss_into(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_logits,
@@ -143,16 +153,16 @@ Tensor kl_loss_into(const Tensor& dlogits, const Tensor& logits, const Tensor& r
 
 std::tuple<Tensor, Tensor> kl_loss_fwd(const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& row_weight,
                                        const OptionalInt& vocab_size, const OptionalTensor& transform,
-                                       const OptionalTensor& ref_transform) {
+                                       const OptionalTensor& ref_transform, double mixture) {
   Tensor dlogits = empty_contiguous_like(logits);
-  Tensor loss = kl_loss_into(dlogits, logits, ref_logits, row_weight, {vocab_size, transform, ref_transform});
+  Tensor loss = kl_loss_into(dlogits, logits, ref_logits, row_weight, {vocab_size, transform, ref_transform, mixture});
   return {loss, dlogits};
 }
 
 Tensor kl_loss_fwd_(const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& row_weight,
-                    const OptionalInt& vocab_size, const OptionalTensor& transform,
-                    const OptionalTensor& ref_transform) {
-  return kl_loss_into(logits, logits, ref_logits, row_weight, {vocab_size, transform, ref_transform});
+                    const OptionalInt& vocab_size, const OptionalTensor& transform, const OptionalTensor& ref_transform,
+                    double mixture) {
+  return kl_loss_into(logits, logits, ref_logits, row_weight, {vocab_size, transform, ref_transform, mixture});
 }
 
 void scale_(const Tensor& tensor, const Tensor& scale) {
@@ -171,6 +181,7 @@ STABLE_TORCH_LIBRARY_IMPL(spo_kernels, CPU, m) {
   m.impl("token_stats_fwd", TORCH_BOX(&spo::token_stats_fwd));
   m.impl("token_stats_bwd", TORCH_BOX(&spo::token_stats_bwd));
   m.impl("token_stats_bwd_", TORCH_BOX(&spo::token_stats_bwd_));
+  m.impl("mixture_kl", TORCH_BOX(&spo::mixture_kl));
   m.impl("kl_loss_fwd", TORCH_BOX(&spo::kl_loss_fwd));
   m.impl("kl_loss_fwd_", TORCH_BOX(&spo::kl_loss_fwd_));
   m.impl("scale_", TORCH_BOX(&spo::scale_));

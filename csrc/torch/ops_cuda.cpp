@@ -62,12 +62,15 @@ void check(cudaError_t error, const char* op) {
 #endif
 }
 
+// spo_kernels/backends/mixtures.py makes the other divergences of several ops.
+void check_is_kl(double mixture) { STD_TORCH_CHECK(mixture == 0, "mixture must be 0 for this op, got ", mixture); }
+
 // Whether kl_loss_fwd would leave most of the GPU idle on rows like these, while token_stats_fwd would split them.
 bool kl_loss_splits_rows(const Tensor& logits, const Tensor& ref_logits, bool deterministic,
                          const std::optional<int64_t>& vocab_size, const OptionalTensor& transform,
-                         const OptionalTensor& ref_transform) {
+                         const OptionalTensor& ref_transform, double mixture) {
   const OnDevice device(logits);
-  const KlLossFwdCall call(logits, logits, ref_logits, std::nullopt, {vocab_size, transform, ref_transform});
+  const KlLossFwdCall call(logits, logits, ref_logits, std::nullopt, {vocab_size, transform, ref_transform, mixture});
   if (cuda::kl_loss_in_clusters(call.args)) return false;
   return cuda::workspace_bytes(call.args.z, true, call.args.N, call.args.V, device.context.multiprocessors,
                                deterministic) > 0;
@@ -77,10 +80,12 @@ std::tuple<Tensor, Tensor, Tensor> token_stats_fwd(const Tensor& logits, const O
                                                    const OptionalTensor& ref_logits, const OptionalTensor& mask,
                                                    int64_t ignore_index, bool deterministic,
                                                    const std::optional<int64_t>& vocab_size,
-                                                   const OptionalTensor& transform,
-                                                   const OptionalTensor& ref_transform) {
+                                                   const OptionalTensor& transform, const OptionalTensor& ref_transform,
+                                                   double mixture) {
+  check_is_kl(mixture);
   OnDevice device(logits);
-  TokenStatsFwdCall call(logits, labels, ref_logits, mask, ignore_index, {vocab_size, transform, ref_transform});
+  TokenStatsFwdCall call(logits, labels, ref_logits, mask, ignore_index,
+                         {vocab_size, transform, ref_transform, mixture});
   device.context.deterministic = deterministic;
   const int64_t bytes = cuda::workspace_bytes(call.args.z, call.args.r.data != nullptr, call.N, call.V,
                                               device.context.multiprocessors, deterministic);
@@ -94,18 +99,28 @@ void token_stats_bwd(const Tensor& dlogits, const OptionalTensor& dlogps, const 
                      const OptionalTensor& dlse, const Tensor& logits, const OptionalTensor& labels,
                      const OptionalTensor& ref_logits, const OptionalTensor& mask, const Tensor& kl,
                      const Tensor& stats, int64_t ignore_index, const std::optional<int64_t>& vocab_size,
-                     const OptionalTensor& transform, const OptionalTensor& ref_transform) {
+                     const OptionalTensor& transform, const OptionalTensor& ref_transform, double mixture) {
   const OnDevice device(logits);
   const TokenStatsBwdCall call(dlogits, dlogps, dkl, dlse, logits, labels, ref_logits, mask, kl, stats, ignore_index,
-                               {vocab_size, transform, ref_transform});
+                               {vocab_size, transform, ref_transform, mixture});
   check(cuda::launch_token_stats_bwd(call.args, device.context), "token_stats_bwd");
+}
+
+Tensor mixture_kl(const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& mask, const Tensor& stats,
+                  const std::optional<int64_t>& vocab_size, const OptionalTensor& transform,
+                  const OptionalTensor& ref_transform, double mixture) {
+  const OnDevice device(logits);
+  const MixtureKlCall call(logits, ref_logits, mask, stats, {vocab_size, transform, ref_transform, mixture});
+  check(cuda::launch_mixture_kl(call.args, device.context), "mixture_kl");
+  return call.kls;
 }
 
 Tensor kl_loss_fwd(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_logits,
                    const OptionalTensor& row_weight, const std::optional<int64_t>& vocab_size,
-                   const OptionalTensor& transform, const OptionalTensor& ref_transform) {
+                   const OptionalTensor& transform, const OptionalTensor& ref_transform, double mixture) {
+  check_is_kl(mixture);
   const OnDevice device(logits);
-  KlLossFwdCall call(dlogits, logits, ref_logits, row_weight, {vocab_size, transform, ref_transform});
+  KlLossFwdCall call(dlogits, logits, ref_logits, row_weight, {vocab_size, transform, ref_transform, mixture});
   Tensor weighted_kl = empty(logits, {call.args.N}, ScalarType::Double);
   call.args.weighted_kl = static_cast<double*>(weighted_kl.mutable_data_ptr());
   Tensor loss = empty(logits, {}, call.acc);
@@ -130,6 +145,7 @@ STABLE_TORCH_LIBRARY_IMPL(spo_kernels_cuda, CUDA, m) {
   m.impl("kl_loss_splits_rows", TORCH_BOX(&spo::kl_loss_splits_rows));
   m.impl("token_stats_fwd", TORCH_BOX(&spo::token_stats_fwd));
   m.impl("token_stats_bwd", TORCH_BOX(&spo::token_stats_bwd));
+  m.impl("mixture_kl", TORCH_BOX(&spo::mixture_kl));
   m.impl("kl_loss_fwd", TORCH_BOX(&spo::kl_loss_fwd));
   m.impl("scale_", TORCH_BOX(&spo::scale_));
 }

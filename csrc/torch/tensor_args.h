@@ -114,6 +114,7 @@ inline std::string shape_text(const Tensor& t) {
 struct RowOptions {
   const OptionalInt& vocab_size;
   const OptionalTensor &transform, &ref_transform;
+  double mixture;
 };
 
 inline Rows ref_rows(const OptionalTensor& ref_logits, const Tensor& logits, const RowOptions& options) {
@@ -188,6 +189,7 @@ inline Transform transform_of(const OptionalTensor& t) {
 // The part of a *Call that all ops over logits share. r.data is null without ref_logits.
 struct RowInputs {
   int64_t N, V;
+  double mixture;
   Rows z, r;
   ScalarType acc;
   OptionalTensor transform, ref_transform;
@@ -195,11 +197,17 @@ struct RowInputs {
   RowInputs(const Tensor& logits, const OptionalTensor& ref_logits, const RowOptions& options)
       : N(row_count(logits)),
         V(columns_read(logits, ref_logits, options)),
+        mixture(options.mixture),
         z(rows_of(logits, "logits", false)),
         r(ref_rows(ref_logits, logits, options)),
         acc(acc_type(z.dtype)),
         transform(transform_values(options.transform, logits, acc, N, "transform")),
-        ref_transform(transform_values(options.ref_transform, logits, acc, N, "ref_transform")) {}
+        ref_transform(transform_values(options.ref_transform, logits, acc, N, "ref_transform")) {
+    STD_TORCH_CHECK(mixture >= 0 && mixture <= 1, "mixture must be in [0, 1], got ", mixture);
+  }
+
+  // How many statistics a row has.
+  int64_t stats_count() const { return r.data ? 4 + is_jsd(mixture) : 2; }
 };
 
 struct TokenStatsFwdCall : RowInputs {
@@ -213,7 +221,7 @@ struct TokenStatsFwdCall : RowInputs {
         labels(row_values(labels, logits, ScalarType::Long, N, "labels")),
         mask(row_values(mask, logits, ScalarType::Bool, N, "mask")) {
     const std::vector<int64_t> rows = row_shape(logits), none{0};
-    std::vector<int64_t> stats_shape{ref_logits ? 4 : 2};
+    std::vector<int64_t> stats_shape{stats_count()};
     stats_shape.insert(stats_shape.end(), rows.begin(), rows.end());
     logps = empty(logits, labels ? rows : none, acc);
     kl = empty(logits, ref_logits ? rows : none, acc);
@@ -227,6 +235,7 @@ struct TokenStatsFwdCall : RowInputs {
             .N = N,
             .V = V,
             .ignore_index = ignore_index,
+            .mixture = mixture,
             .logps = logps.mutable_data_ptr(),
             .kl = kl.mutable_data_ptr(),
             .stats = stats.mutable_data_ptr()};
@@ -249,7 +258,7 @@ struct TokenStatsBwdCall : RowInputs {
         labels(row_values(labels, logits, ScalarType::Long, N, "labels")),
         mask(row_values(mask, logits, ScalarType::Bool, N, "mask")),
         kl(row_values(kl, logits, acc, r.data ? N : 0, "kl")),
-        stats(row_values(stats, logits, acc, (r.data ? 4 : 2) * N, "stats")) {
+        stats(row_values(stats, logits, acc, stats_count() * N, "stats")) {
     STD_TORCH_CHECK(!dlogps || labels, "dlogps needs labels");
     STD_TORCH_CHECK(!dkl || ref_logits, "dkl needs ref_logits");
     args = {.z = z,
@@ -263,6 +272,7 @@ struct TokenStatsBwdCall : RowInputs {
             .V = V,
             .padding = dlogits.size(-1) - V,
             .ignore_index = ignore_index,
+            .mixture = mixture,
             .dlogps = data_or_null<void>(this->dlogps),
             .dkl = data_or_null<void>(this->dkl),
             .dlse = data_or_null<void>(this->dlse),
@@ -288,7 +298,35 @@ struct KlLossFwdCall : RowInputs {
             .N = N,
             .V = V,
             .padding = dlogits.size(-1) - V,
+            .mixture = mixture,
             .weighted_kl = nullptr};
+  }
+};
+
+struct MixtureKlCall : RowInputs {
+  OptionalTensor mask;
+  Tensor stats, kls;
+  MixtureKlArgs args;
+
+  MixtureKlCall(const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& mask, const Tensor& stats,
+                const RowOptions& options)
+      : RowInputs(logits, ref_logits, options),
+        mask(row_values(mask, logits, ScalarType::Bool, N, "mask")),
+        stats(row_values(stats, logits, acc, (stats.size(0) == 5 ? 5 : 4) * N, "stats")) {
+    STD_TORCH_CHECK(is_jsd(mixture), "mixture must be in (0, 1), got ", mixture);
+    std::vector<int64_t> shape = row_shape(logits);
+    shape.insert(shape.begin(), 2);
+    kls = empty(logits, shape, acc);
+    args = {.z = z,
+            .r = r,
+            .of_z = transform_of(transform),
+            .of_r = transform_of(ref_transform),
+            .mask = data_or_null<bool>(this->mask),
+            .N = N,
+            .V = V,
+            .mixture = mixture,
+            .stats = this->stats.const_data_ptr(),
+            .kls = kls.mutable_data_ptr()};
   }
 };
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spo_kernels import SoftImportance, kl_loss, sequence_logps
+from spo_kernels import SoftImportance, sequence_logps
 from spo_train.checkpoint import TrainingState
 from spo_train.config import AlignConfig
 from spo_train.errors import NonFiniteLossError
@@ -24,6 +24,7 @@ from spo_train.methods import METHODS, PairLogps
 from spo_train.metrics import PartTimer
 from spo_train.pair_data import BatchOrder, PairDataset
 from spo_train.protocol import IGNORE_INDEX, Sequences, TrainableModel
+from spo_train.regularizers import load_regularizer
 
 # Settings a resumed run may change: nothing before the resumed step depends on them.
 MAY_CHANGE = frozenset({"steps"})
@@ -92,6 +93,7 @@ class Aligner:
         self.policy, self.reference, self.pairs, self.config = policy, reference, pairs, config
         self.name, self.steps, self.step = f"align {config.method}", config.steps, 0
         self.method, self.beta = METHODS[config.method], config.effective_beta
+        self._regularizer = load_regularizer(config.regularizer, self.beta)
         self.device = next(policy.parameters()).device
         self.importance = SoftImportance(config.gamma, config.normalizer) if config.weight == "soft" else None
         self.max_length = min(policy.max_length, reference.max_length)
@@ -126,11 +128,11 @@ class Aligner:
         """Do one optimizer step.
 
         Returns:
-            Metrics: `step` (counting this one), `loss`, `preference_loss`, `kl` (nats a sequence; None without
-            KL samples), `accuracy` (share of pairs with a positive margin), `margin` (mean over pairs of L_w - L_l, for
-            DPO less the reference's, nats), `logp_chosen`, `logp_rejected` (mean L_w and L_l, nats), `lr`,
-            `grad_norm` (before clipping), `tokens_per_second` (response tokens with a gradient), `seconds` and parts of
-            it: `seconds_preference`, `seconds_sampling` (reference logits included), `seconds_kl`.
+            Metrics: `step` (counting this one), `loss`, `preference_loss`, `kl` (the regularizer, nats a sequence; None
+            without KL samples), `accuracy` (share of pairs with a positive margin), `margin` (mean over pairs of
+            L_w - L_l, for DPO less the reference's, nats), `logp_chosen`, `logp_rejected` (mean L_w and L_l, nats),
+            `lr`, `grad_norm` (before clipping), `tokens_per_second` (response tokens with a gradient), `seconds` and
+            parts of it: `seconds_preference`, `seconds_sampling` (reference logits included), `seconds_kl`.
 
         Raises:
             NonFiniteLossError: loss or gradient is NaN or infinite. The weights and AdamW's moments are unchanged.
@@ -166,7 +168,10 @@ class Aligner:
         return PairsTerm(loss, pairs, tokens)
 
     def _kl_backward(self, timer: PartTimer) -> tuple[Tensor | None, int]:
-        """Add the gradient of beta KL. Return beta KL, or None without that term, and the number of response tokens."""
+        """Add the gradient of beta times the regularizer.
+
+        Return that term, or None without it, and the number of response tokens.
+        """
         if not (self.method.samples_kl and self.beta > 0):
             return None, 0
         batch = self._kl_batch
@@ -174,12 +179,8 @@ class Aligner:
             with timer("sampling"):
                 batch = self._kl_batch = self._draw_kl_batch()
         with timer("kl"):
-            weighted_kl = kl_loss(
-                self.policy(batch.samples.tokens[:, :-1]),
-                batch.ref_logits,
-                row_weight=batch.row_weight,
-                overwrite_logits=True,
-            )
+            logits = self.policy(batch.samples.tokens[:, :-1])
+            weighted_kl = self._regularizer(logits, batch.ref_logits, batch.row_weight)
             weighted_kl.backward()
         return weighted_kl, batch.tokens
 

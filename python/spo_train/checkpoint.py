@@ -120,6 +120,8 @@ class TrainingState:
         for own in fields(self.config):
             if own.metadata["earlier_name"] in theirs:
                 theirs[own.name] = theirs[own.metadata["earlier_name"]]
+            if own.metadata["added_later"]:
+                theirs.setdefault(own.name, own.default)
         differing = [
             f"{name} was {theirs.get(name)!r}, is {ours[name]!r}"
             for name in ours

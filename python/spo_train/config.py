@@ -10,6 +10,8 @@ from typing import Any
 DEFAULT_BETA = {"spo": 0.03, "dpo": 0.1}
 WEIGHTS = ("uniform", "soft")
 NORMALIZERS = ("batch", "ema")
+REGULARIZERS = ("kl", "reverse-kl", "jsd")
+NAME_OR_FUNCTION = f"{', '.join(REGULARIZERS)} or module:function"
 
 # Ranges of numbers with their tests. A number must also be finite.
 RANGES: dict[str, Callable[[float], bool]] = {
@@ -29,20 +31,22 @@ def setting(
     *,
     default_text: str | None = None,
     earlier_name: str | None = None,
+    added_later: bool = False,
 ) -> Any:
     """Return a dataclass field that the command line shows and `Settings` checks.
 
     Args:
         default: the field's default; None if another setting or the model decides.
-        must_be: one of `RANGES`, or the strings to choose from.
+        must_be: one of `RANGES`, the strings to choose from, or `NAME_OR_FUNCTION`.
         help: the text of `--help`.
         default_text: how `--help` shows the default, if not by its value.
         earlier_name: the setting's name in earlier versions, whose options and checkpoints still work.
+        added_later: earlier checkpoints lack the setting; they were made with its default.
     """
     text = str(default) if default_text is None else default_text
-    return field(
-        default=default, metadata={"help": help, "must_be": must_be, "default": text, "earlier_name": earlier_name}
-    )
+    metadata: dict[str, Any] = {"help": help, "must_be": must_be, "default": text}
+    metadata |= {"earlier_name": earlier_name, "added_later": added_later}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,9 @@ class Settings:
             if isinstance(must_be, tuple):
                 if value not in must_be:
                     raise ValueError(f"{own.name} must be one of {', '.join(must_be)}, got {value!r}")
+            elif must_be == NAME_OR_FUNCTION:
+                if value not in REGULARIZERS and ":" not in value:
+                    raise ValueError(f"{own.name} must be {must_be}, got {value!r}")
             elif value is not None and not (RANGES[must_be](value) and math.isfinite(value)):
                 raise ValueError(f"{own.name} must be {must_be} and finite, got {value}")
 
@@ -88,7 +95,7 @@ class AlignConfig(Settings):
     beta: float | None = setting(
         None,
         "at least 0",
-        "SPO: factor of KL(pi || pi_ref), nats a sequence, in the objective (eq. 5). DPO: its beta (eq. 4).",
+        "SPO: factor of the regularizer, nats a sequence, in the objective (eq. 5). DPO: its beta (eq. 4).",
         default_text=", ".join(f"{beta} for {method}" for method, beta in DEFAULT_BETA.items()),
     )
     weight: str = setting(
@@ -101,6 +108,14 @@ class AlignConfig(Settings):
         "batch",
         NORMALIZERS,
         "Normalizer of the soft weight: mean of gamma log(pi(y_w) + pi(y_l)) over the batch, or a running average.",
+    )
+    regularizer: str = setting(
+        "kl",
+        NAME_OR_FUNCTION,
+        "SPO's regularizer, in the place of KL(pi || pi_ref): reverse-kl is KL(pi_ref || pi), jsd the Jensen-Shannon"
+        " divergence. A function takes logits, the reference's logits [S, T, V] and a mask [S, T] of response tokens,"
+        " and returns [S].",
+        added_later=True,
     )
     kl_samples: int = setting(32, "positive", "Sequences drawn from the model for the KL estimate of SPO (Appendix B).")
     kl_every: int = setting(8, "positive", "Steps between two draws of KL sequences (k in Appendix B).")

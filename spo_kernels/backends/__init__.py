@@ -67,6 +67,15 @@ class Backend(Protocol):
         options: RowOptions = PLAIN,
     ) -> Tensor: ...
 
+    def mixture_kl(
+        self,
+        logits: Tensor,
+        ref_logits: Tensor,
+        mask: Tensor | None,
+        stats: Tensor,
+        options: RowOptions = PLAIN,
+    ) -> Tensor: ...
+
     def kl_loss_fwd(
         self,
         logits: Tensor,
@@ -215,6 +224,7 @@ def _register(device_type: str) -> None:
         "token_stats_fwd": token_stats_fwd,
         "token_stats_bwd": lambda **arguments: backend().token_stats_bwd(**arguments, inplace=False),
         "token_stats_bwd_": token_stats_bwd_,
+        "mixture_kl": lambda **arguments: backend().mixture_kl(**arguments),
         "kl_loss_fwd": lambda **arguments: backend().kl_loss_fwd(**arguments, inplace=False),
         "kl_loss_fwd_": lambda **arguments: backend().kl_loss_fwd(**arguments, inplace=True)[0],
         "scale_": lambda **arguments: backend().scale_(**arguments),

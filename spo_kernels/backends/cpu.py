@@ -70,6 +70,13 @@ def token_stats_bwd(
         return logits
 
 
+def mixture_kl(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, stats: Tensor, options: RowOptions = PLAIN
+) -> Tensor:
+    with torch.no_grad():
+        return torch.ops.spo_kernels.mixture_kl(logits, ref_logits, mask, stats, *options)
+
+
 def kl_loss_fwd(
     logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool, options: RowOptions = PLAIN
 ) -> tuple[Tensor, Tensor]:

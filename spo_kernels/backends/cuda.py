@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo_kernels.backends import mixtures
 from spo_kernels.reference import PLAIN, RowOptions
 
 _ROWS = "Tensor? labels, Tensor? ref_logits, Tensor? mask"
-_OPTIONS = "int? vocab_size, Tensor? transform, Tensor? ref_transform"
+_OPTIONS = "int? vocab_size, Tensor? transform, Tensor? ref_transform, float mixture"
 
 SCHEMAS = {
     # Whether rows are so few that several blocks share one. Such a row's rounding depends on how many rows there are.
@@ -26,6 +27,7 @@ SCHEMAS = {
     # dlogits may be logits.
     "token_stats_bwd": f"(Tensor(a!) dlogits, Tensor? dlogps, Tensor? dkl, Tensor? dlse, Tensor logits, {_ROWS}, "
     f"Tensor kl, Tensor stats, int ignore_index, {_OPTIONS}) -> ()",
+    "mixture_kl": f"(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor stats, {_OPTIONS}) -> Tensor",
     "kl_loss_fwd": f"(Tensor(a!) dlogits, Tensor logits, Tensor ref_logits, Tensor? row_weight, {_OPTIONS}) -> Tensor",
     "scale_": "(Tensor(a!) tensor, Tensor scale) -> ()",
 }
@@ -51,6 +53,8 @@ class CompiledOps:
         ignore_index: int,
         options: RowOptions = PLAIN,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if ref_logits is not None and options.mixture:
+            return mixtures.token_stats_fwd(self, logits, labels, ref_logits, mask, ignore_index, options)
         _require_device(logits, options, labels=labels, ref_logits=ref_logits, mask=mask)
         deterministic = torch.are_deterministic_algorithms_enabled()
         return self._ops.token_stats_fwd(logits, labels, ref_logits, mask, ignore_index, deterministic, *options)
@@ -80,6 +84,18 @@ class CompiledOps:
         return dlogits
 
     @torch.no_grad()
+    def mixture_kl(
+        self,
+        logits: Tensor,
+        ref_logits: Tensor,
+        mask: Tensor | None,
+        stats: Tensor,
+        options: RowOptions = PLAIN,
+    ) -> Tensor:
+        _require_device(logits, options, ref_logits=ref_logits, mask=mask, stats=stats)
+        return self._ops.mixture_kl(logits, ref_logits, mask, stats, *options)
+
+    @torch.no_grad()
     def kl_loss_fwd(
         self,
         logits: Tensor,
@@ -90,17 +106,11 @@ class CompiledOps:
     ) -> tuple[Tensor, Tensor]:
         _require_device(logits, options, ref_logits=ref_logits, row_weight=row_weight)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        if not self._ops.kl_loss_splits_rows(logits, ref_logits, deterministic, *options):
-            dlogits = _gradient_of(logits, inplace)
-            return self._ops.kl_loss_fwd(dlogits, logits, ref_logits, row_weight, *options), dlogits
         # Few long rows: in one sweep most of the GPU would idle.
-        mask = None if row_weight is None else row_weight != 0
-        _, kl, stats = self.token_stats_fwd(logits, None, ref_logits, mask, 0, options)
-        weight = torch.ones_like(kl) if row_weight is None else row_weight
-        dlogits = self.token_stats_bwd(
-            None, weight, logits, None, ref_logits, mask, kl, stats, 0, inplace, options=options
-        )
-        return (weight.double() * kl).sum().to(kl.dtype), dlogits
+        if options.mixture or self._ops.kl_loss_splits_rows(logits, ref_logits, deterministic, *options):
+            return mixtures.kl_loss_fwd(self, logits, ref_logits, row_weight, inplace, options)
+        dlogits = _gradient_of(logits, inplace)
+        return self._ops.kl_loss_fwd(dlogits, logits, ref_logits, row_weight, *options), dlogits
 
     def scale_(self, tensor: Tensor, scale: Tensor) -> None:
         _require_device(tensor, PLAIN, scale=scale)

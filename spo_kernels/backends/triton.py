@@ -5,12 +5,14 @@ Under ``TRITON_INTERPRET=1`` (set before this module is imported) the kernels ru
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from spo_kernels.backends import mixtures
 from spo_kernels.backends import triton_kernels as kernels
 from spo_kernels.precision import accumulate_dtype
 from spo_kernels.reference import LABEL_ELSEWHERE, PLAIN, RowOptions
@@ -170,6 +172,8 @@ def token_stats_fwd(
     options: RowOptions = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`spo_kernels.reference.token_stats_fwd`; statistics of rows that are ignored and masked are 0."""
+    if ref_logits is not None and options.mixture:
+        return mixtures.token_stats_fwd(sys.modules[__name__], logits, labels, ref_logits, mask, ignore_index, options)
     rows = _rows(logits, "logits")
     ref_rows = rows if ref_logits is None else _rows(ref_logits, "ref_logits")
     checked = _options(logits, ref_logits, options)
@@ -258,6 +262,7 @@ def token_stats_bwd(
                 *ref_rows[1:],
                 ignore_index,
                 **checked.transforms,
+                MIXTURE=options.mixture if ref_logits is not None else 0.0,
                 BLOCK=config.block,
                 num_warps=config.threads // _WARP,
                 **_NO_CONTRACTION,
@@ -265,10 +270,46 @@ def token_stats_bwd(
     return dlogits
 
 
+def mixture_kl(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, stats: Tensor, options: RowOptions = PLAIN
+) -> Tensor:
+    """`spo_kernels.reference.mixture_kl`."""
+    rows = _rows(logits, "logits")
+    ref_rows = _rows(ref_logits, "ref_logits")
+    checked = _options(logits, ref_logits, options)
+    kls = torch.empty_like(stats[:2], memory_format=torch.contiguous_format)
+    if kls.numel():
+        itemsize = min(logits.element_size(), ref_logits.element_size())
+        # The exponentials and the logarithm take registers, as a tanh does.
+        config = row_config(checked.V, itemsize, 2, _aligned(checked.V, logits, ref_logits), softcap=True)
+        with torch.cuda.device_of(logits):
+            kernels.mixture_kl_kernel[(kls[0].numel(),)](
+                logits,
+                ref_logits,
+                _per_row(mask),
+                _per_row(stats),
+                kls,
+                kls[0].numel(),
+                checked.V,
+                *rows,
+                *ref_rows[1:],
+                **checked.transforms,
+                STEPS=config.steps,
+                LANES=config.lanes,
+                VECTOR=config.vector,
+                MIXTURE=options.mixture,
+                num_warps=config.threads // _WARP,
+                **_NO_CONTRACTION,
+            )
+    return kls
+
+
 def kl_loss_fwd(
     logits: Tensor, ref_logits: Tensor, row_weight: Tensor | None, inplace: bool, options: RowOptions = PLAIN
 ) -> tuple[Tensor, Tensor]:
     """`spo_kernels.reference.kl_loss_fwd`; the row losses are summed by torch, in an order that does not vary."""
+    if options.mixture:
+        return mixtures.kl_loss_fwd(sys.modules[__name__], logits, ref_logits, row_weight, inplace, options)
     rows = _rows(logits, "logits")
     ref_rows = _rows(ref_logits, "ref_logits")
     checked = _options(logits, ref_logits, options)

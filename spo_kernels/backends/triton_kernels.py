@@ -4,7 +4,7 @@
 
 N rows, V vocabulary. Logits are ``[B, T, V]`` with a unit last stride: row i starts at
 ``(i // T) * stride_b + (i % T) * stride_t``. Everything per row (labels, mask, statistics, upstream gradients) is
-contiguous; ``stats`` is ``[2 or 4, N]``, and its dtype is the one everything is accumulated in.
+contiguous; ``stats`` is ``[2, 4 or 5, N]``, and its dtype is the one everything is accumulated in.
 
 The forward reads a row in tiles of ``[STEPS, LANES, VECTOR]`` and keeps a running maximum and sums per lane. A lane
 belongs to one thread. A vector is what a thread loads at once: a single element where rows are not aligned. The maximum
@@ -13,7 +13,7 @@ before the end of the row.
 
 V columns are read, `width` columns of the gradient are written. A transform ``[FACTORS, transform_rows]`` has the
 factors of `spo_kernels.reference.RowOptions`, in the dtype of statistics. It is applied when an element is loaded.
-Without a transform, FACTORS is 0.
+Without a transform, FACTORS is 0. MIXTURE is that of `RowOptions` too.
 """
 
 # Triton gives kernel parameters their types; comments name them.
@@ -254,6 +254,83 @@ def _kl_grad(z, r, p, logsum, ref_logsum, kl):
     return p * tl.where(p == 0, -kl, ((z - r) - kl) + (ref_logsum - logsum))
 
 
+@triton.jit
+def _log_shares(gap, MIXTURE: tl.constexpr):
+    """``(log p - log m, log q - log m)`` for gap = log p - log q, with m = MIXTURE p + (1 - MIXTURE) q."""
+    share = tl.full([], MIXTURE, gap.dtype)
+    rest = tl.full([], 1 - MIXTURE, gap.dtype)
+    far = _exp(-tl.abs(gap))
+    log_sum = tl.log(tl.where(gap < 0, rest + share * far, share + rest * far))
+    return tl.where(gap < 0, gap, 0.0) - log_sum, tl.where(gap > 0, -gap, 0.0) - log_sum
+
+
+@triton.jit
+def _divergence_grad(z, r, p, logsum, ref_logsum, kl, MIXTURE: tl.constexpr):
+    """Gradient of the divergence. kl: of the KL itself; for a JSD, KL(p || m); unused for the reverse KL."""
+    if MIXTURE == 0:
+        return _kl_grad(z, r, p, logsum, ref_logsum, kl)
+    elif MIXTURE == 1:
+        return p - _probability(r, ref_logsum)
+    else:
+        of_policy = _log_shares((z - r) + (ref_logsum - logsum), MIXTURE)[0]
+        return tl.full([], MIXTURE, p.dtype) * p * tl.where(p == 0, 0.0, of_policy - kl)
+
+
+@_row_kernel
+def mixture_kl_kernel(
+    logits,  # [B, T, V]
+    ref_logits,  # [B, T, V]
+    mask,  # [N] bool, or None: every row
+    stats,  # [4 or 5, N]
+    kls,  # out [2, N]: KL(p || m), KL(q || m)
+    N,
+    V,
+    T,
+    stride_b,
+    stride_t,
+    ref_stride_b,
+    ref_stride_t,
+    transform,  # [1 or 2, transform_rows], or None
+    transform_rows,  # 1 or N, or None
+    ref_transform,  # [1 or 2, ref_transform_rows], or None
+    ref_transform_rows,  # 1 or N, or None
+    FACTORS: tl.constexpr,
+    REF_FACTORS: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MIXTURE: tl.constexpr,
+):
+    """Grid: one program per row. Masked rows are not read, and their outputs are 0."""
+    row = tl.program_id(0)
+    dtype: tl.constexpr = stats.dtype.element_ty
+    of_policy = tl.zeros([LANES], dtype)
+    of_ref = tl.zeros([LANES], dtype)
+    wanted = True if mask is None else tl.load(mask + row)
+    if wanted:
+        logits += _row_offset(row, T, stride_b, stride_t)
+        ref_logits += _row_offset(row, T, ref_stride_b, ref_stride_t)
+        factors = _factors(transform, row, transform_rows, dtype, FACTORS)
+        ref_factors = _factors(ref_transform, row, ref_transform_rows, dtype, REF_FACTORS)
+        ref_stats = stats + N + N  # in two steps: 2 * N may not fit in 32 bits
+        shift = tl.load(stats + row)
+        logsum = tl.load(stats + N + row)
+        ref_shift = tl.load(ref_stats + row)
+        ref_logsum = tl.load(ref_stats + N + row)
+        for start in range(0, V, STEPS * LANES * VECTOR):
+            z = _load_tile(logits, start, V, factors, dtype, FACTORS, STEPS, LANES, VECTOR, "evict_first")
+            r = _load_tile(ref_logits, start, V, ref_factors, dtype, REF_FACTORS, STEPS, LANES, VECTOR, "evict_first")
+            z -= shift
+            r -= ref_shift
+            p = _probability(z, logsum)
+            q = _probability(r, ref_logsum)
+            policy_share, ref_share = _log_shares((z - r) + (ref_logsum - logsum), MIXTURE)
+            of_policy += _lane_sum(p * tl.where(p == 0, 0.0, policy_share))
+            of_ref += _lane_sum(q * tl.where(q == 0, 0.0, ref_share))
+    tl.store(kls + row, tl.sum(of_policy, 0))
+    tl.store(kls + N + row, tl.sum(of_ref, 0))
+
+
 @_row_kernel
 def token_stats_fwd_kernel(
     logits,  # [B, T, V]
@@ -350,7 +427,7 @@ def token_stats_bwd_kernel(
     ref_logits,  # [B, T, V]; None if dkl is None
     mask,  # [N] bool, or None: every row
     kl,  # [N]
-    stats,  # [2 or 4, N]
+    stats,  # [2, 4 or 5, N]
     N,
     V,
     width,  # columns of dlogits, or None: V
@@ -368,6 +445,7 @@ def token_stats_bwd_kernel(
     ref_transform_rows,  # 1 or N, or None
     FACTORS: tl.constexpr,
     REF_FACTORS: tl.constexpr,
+    MIXTURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: one program per BLOCK of a row of dlogits. Each element is read, then written, by the same program."""
@@ -413,7 +491,9 @@ def token_stats_bwd_kernel(
             r -= tl.load(ref_stats + row)
             ref_logsum = tl.load(ref_stats + N + row)
             g_kl = tl.load(dkl + row).to(dtype)
-            grad += g_kl * _kl_grad(z, r, p, logsum, ref_logsum, tl.load(kl + row))
+            if (MIXTURE > 0) and (MIXTURE < 1):
+                kl = ref_stats + N + N
+            grad += g_kl * _divergence_grad(z, r, p, logsum, ref_logsum, tl.load(kl + row), MIXTURE)
         if FACTORS > 0:
             grad *= slope
         if width is not None:

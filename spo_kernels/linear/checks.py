@@ -24,11 +24,17 @@ def checked_options(
     reference: RefLogitOptions,
     chunk_size: int | None,
     columns: Columns,
+    mixture: float = 0.0,
 ) -> HeadOptions:
-    """The checked options of a head's function. hidden: ``[..., H]``, the argument of which the head was made."""
+    """The checked options of a head's function.
+
+    Args:
+        hidden: ``[..., H]``, the argument of which the head was made.
+        mixture: checked already.
+    """
     transforms = checked_transforms(policy, reference, hidden, "hidden", head.hidden.dtype)
     check_chunk_size(chunk_size)
-    return HeadOptions(chunk_size, columns, *transforms)
+    return HeadOptions(chunk_size, columns, *transforms, mixture)
 
 
 def checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> Head:

@@ -26,8 +26,9 @@ DTensors are taken where all are replicated, or where the head is sharded along 
 its mesh; see `spo_kernels.distributed.takes_dtensors`. For a head that FSDP shards, use `gather_head`.
 
 Options. Those that begin with ref_ belong to the functions with a reference's head:
-    temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size: as in
-        `spo_kernels.functional`. Rows of the weight after vocab_size are padding.
+    temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size, divergence, mixture:
+        as in `spo_kernels.functional`. Rows of the weight after vocab_size are padding. A JSD needs no matrix product
+        more: its tiles hold whole rows, as those of `linear_kl_loss` do.
     chunk_size: rows of a tile, at most, >= 1. None: rows and columns are chosen by size in bytes.
     process_group: the group that holds the vocabulary, or None: this process has all of it.
     vocab_shards: columns of each process, in the order of ranks; None: all have as many as this one.
@@ -46,6 +47,7 @@ from torch import Tensor
 
 from spo_kernels.checks import IGNORE_INDEX, check_rows, checked_row_weight
 from spo_kernels.distributed import takes_dtensors
+from spo_kernels.divergences import checked_mixture
 from spo_kernels.linear.checks import checked_head, checked_options, checked_ref_head
 from spo_kernels.linear.ops import linear_kl_loss_fwd, linear_token_stats_fwd
 from spo_kernels.linear.records import Head, HeadOptions, Needs
@@ -218,6 +220,8 @@ def linear_token_kl(
     ref_softcap: float | None = None,
     ref_logit_scale: float | None = None,
     vocab_size: int | None = None,
+    divergence: str = "kl",
+    mixture: float | None = None,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
 ) -> Tensor:
@@ -233,7 +237,7 @@ def linear_token_kl(
         mask: ``[...]`` bool; rows of False are dropped before the matrix products.
         bias, ref_bias: ``[V]`` or None.
         chunk_size, temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size,
-            process_group, vocab_shards: see the module.
+            divergence, mixture, process_group, vocab_shards: see the module.
 
     Returns:
         ``hidden.shape[:-1]``; 0 where masked.
@@ -244,7 +248,8 @@ def linear_token_kl(
     ref_head = checked_ref_head(ref_hidden, ref_weight, ref_bias, hidden, head, read)
     policy = LogitOptions(temperature, softcap, logit_scale)
     reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
-    options = checked_options(head, hidden, policy, reference, chunk_size, columns)
+    share = checked_mixture(divergence, mixture)
+    options = checked_options(head, hidden, policy, reference, chunk_size, columns, share)
     if mask is not None:
         check_rows(mask, "mask", torch.bool, hidden, "hidden")
     return kl_of(head, ref_head, mask, options).view(hidden.shape[:-1])
@@ -276,6 +281,8 @@ def linear_kl_loss(
     ref_softcap: float | None = None,
     ref_logit_scale: float | None = None,
     vocab_size: int | None = None,
+    divergence: str = "kl",
+    mixture: float | None = None,
     process_group: ProcessGroup | None = None,
     vocab_shards: Sequence[int] | None = None,
 ) -> Tensor:
@@ -293,7 +300,7 @@ def linear_kl_loss(
         row_weight: ``[...]`` floating, no gradient flows to it; 1 when None. For a mean over S sequences of token sums
             pass ``1 / S`` in every row. Rows of weight 0 are dropped before the matrix products.
         chunk_size, temperature, softcap, logit_scale, ref_temperature, ref_softcap, ref_logit_scale, vocab_size,
-            process_group, vocab_shards: see the module.
+            divergence, mixture, process_group, vocab_shards: see the module.
 
     Returns:
         0-d, float32 (float64 for float64 hidden states).
@@ -304,7 +311,8 @@ def linear_kl_loss(
     ref_head = checked_ref_head(ref_hidden, ref_weight, ref_bias, hidden, head, read)
     policy = LogitOptions(temperature, softcap, logit_scale)
     reference = RefLogitOptions(ref_temperature, ref_softcap, ref_logit_scale)
-    options = checked_options(head, hidden, policy, reference, chunk_size, columns)
+    share = checked_mixture(divergence, mixture)
+    options = checked_options(head, hidden, policy, reference, chunk_size, columns, share)
     weights = checked_row_weight(mask, row_weight, hidden, "hidden")
     return kl_loss_of(head, ref_head, None if weights is None else weights.reshape(-1), options)
 

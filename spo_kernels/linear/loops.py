@@ -30,7 +30,7 @@ from spo_kernels.linear.tiles import (
 )
 from spo_kernels.logit_options import transform_rows
 from spo_kernels.precision import accumulate_dtype
-from spo_kernels.reference import RowOptions
+from spo_kernels.reference import RowOptions, is_jsd
 
 
 class RowStats(NamedTuple):
@@ -38,7 +38,7 @@ class RowStats(NamedTuple):
 
     logps: Tensor  # [n]; [0] without labels
     kl: Tensor  # [n]; [0] without a reference
-    stats: Tensor  # [2 or 4, n]
+    stats: Tensor  # [2, 4 or 5, n]
 
 
 class RowGradients(NamedTuple):
@@ -52,7 +52,8 @@ class RowGradients(NamedTuple):
 def _row_options(rows: Rows, buffer: LogitsBuffer, reference: RefLogits | None) -> RowOptions:
     """How the row ops take a tile with these rows."""
     ref_transform = None if reference is None else reference.transform
-    return RowOptions(None, transform_rows(buffer.transform, rows), transform_rows(ref_transform, rows))
+    transforms = transform_rows(buffer.transform, rows), transform_rows(ref_transform, rows)
+    return RowOptions(None, *transforms, buffer.mixture if isinstance(reference, LogitsBuffer) else 0.0)
 
 
 def _row_stats(rows: Rows, buffer: LogitsBuffer, reference: RefLogits | None, labels: Tensor | None) -> RowStats:
@@ -70,14 +71,21 @@ def _row_stats(rows: Rows, buffer: LogitsBuffer, reference: RefLogits | None, la
             inputs = (logits, local, ref_logits, None, shards.IGNORED, False)
             return RowStats(*torch.ops.spo_kernels.token_stats_fwd(*inputs, *options))
         stats = shards.block_stats(logits, local, ref_logits, None, options)
-        merged = stats if merged is None else shards.merge(merged, stats)
+        merged = stats if merged is None else shards.merge(merged, stats, options.mixture)
     assert merged is not None  # a head has a column
-    return _whole_vocabulary_stats(merged, buffer)
+    return _whole_vocabulary_stats(merged, buffer, logits, ref_logits, options)
 
 
-def _whole_vocabulary_stats(block: shards.BlockStats, buffer: LogitsBuffer) -> RowStats:
-    """Statistics over the whole vocabulary, from a block that covers all columns of this process."""
-    whole = shards.combine(block, buffer.columns, buffer.width)
+def _whole_vocabulary_stats(
+    block: shards.BlockStats, buffer: LogitsBuffer, logits: Tensor, ref_logits: Tensor | None, options: RowOptions
+) -> RowStats:
+    """Statistics over the whole vocabulary, from a block that covers all columns of this process.
+
+    The logits, of those columns, are read for a JSD.
+    """
+    whole = shards.combine(block, buffer.columns, buffer.width, options.mixture)
+    if ref_logits is not None and is_jsd(options.mixture):
+        whole = shards.add_jsd(whole, logits, ref_logits, None, buffer.columns, options)
     return RowStats(*(x.to(buffer.accumulate) for x in (whole.logps(), whole.kl, whole.stats)))
 
 
@@ -136,8 +144,10 @@ def token_stats_fwd(
     dtype = accumulate_dtype(head.hidden.dtype)
     logps = head.hidden.new_zeros(0 if labels is None else rows, dtype=dtype)
     kl = head.hidden.new_zeros(0 if ref_head is None else rows, dtype=dtype)
-    stats = head.hidden.new_zeros(2 if ref_head is None else 4, rows, dtype=dtype)
-    shape = tile_shape(head, options, rows, forward=True)
+    # A JSD needs statistics of a tile's rows before its second sweep, so its tiles hold whole rows.
+    jsd = isinstance(ref_head, Head) and is_jsd(options.mixture)
+    stats = head.hidden.new_zeros(2 if ref_head is None else 4 + jsd, rows, dtype=dtype)
+    shape = wide_tile_shape(head, options, tiles=2) if jsd else tile_shape(head, options, rows, forward=True)
     buffer = LogitsBuffer(head, options, shape, options.transform)
     reference = ref_logits_buffer(head, ref_head, options, shape)
     for selected in row_tiles(kept, rows, shape.rows):
@@ -265,7 +275,8 @@ def _kl_loss_of_tile(
     options = _row_options(rows, buffer, reference)
     loss: Tensor
     if buffer.columns.group is not None:  # the gradient has to wait for the other columns' statistics
-        saved = _whole_vocabulary_stats(shards.block_stats(logits, None, ref_logits, None, options), buffer)
+        block = shards.block_stats(logits, None, ref_logits, None, options)
+        saved = _whole_vocabulary_stats(block, buffer, logits, ref_logits, options)
         _to_gradient_(logits, None, ref_logits, RowGradients(None, row_weight, None), saved, options)
         loss = saved.kl.double() @ row_weight.double()
     else:
@@ -388,7 +399,8 @@ def _add_gradients_of_tile(
     local = buffer.local_labels(labels[rows], 0, buffer.width)
     assert local is not None
     options = _row_options(rows, buffer, None)
-    saved = _whole_vocabulary_stats(shards.block_stats(logits, local, None, None, options), buffer)
+    block = shards.block_stats(logits, local, None, None, options)
+    saved = _whole_vocabulary_stats(block, buffer, logits, None, options)
     _to_gradient_(logits, local, None, RowGradients(gradient_of_logps(saved.logps), None, None), saved, options)
     gradients.add(buffer, hidden, logits, 0, buffer.width)
     gradients.end_rows()

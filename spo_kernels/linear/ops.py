@@ -29,6 +29,7 @@ from spo_kernels.op_library import (
     refuse_second_backward,
 )
 from spo_kernels.precision import accumulate_dtype
+from spo_kernels.reference import is_jsd
 
 _INSTEAD = "compute the logits and call the function that takes them"
 
@@ -89,13 +90,14 @@ def linear_token_stats_fwd(
 
 @linear_token_stats_fwd.fake
 def _empty_stats(
-    head: Head, labels: Tensor | None, ref_head: Head | None, uniform: bool
+    head: Head, labels: Tensor | None, ref_head: Head | None, uniform: bool, options: HeadOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, dtype = head.hidden.shape[0], accumulate_dtype(head.hidden.dtype)
     with_kl = uniform or ref_head is not None
     logps = head.hidden.new_empty(0 if labels is None else rows, dtype=dtype)
     kl = head.hidden.new_empty(rows if with_kl else 0, dtype=dtype)
-    return logps, kl, head.hidden.new_empty((4 if with_kl else 2, rows), dtype=dtype)
+    stats = 2 if not with_kl else 4 + (ref_head is not None and is_jsd(options.mixture))
+    return logps, kl, head.hidden.new_empty((stats, rows), dtype=dtype)
 
 
 @linear_token_stats_fwd.flops
@@ -149,7 +151,7 @@ def _save_token_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     options: HeadOptions = given["options"]
     ctx.call = _calls_of(given["labels"])
     ctx.ignore_index, ctx.uniform = given["ignore_index"], given["uniform"]
-    ctx.chunk_size, ctx.columns = options.chunk_size, options.columns
+    ctx.chunk_size, ctx.columns, ctx.mixture = options.chunk_size, options.columns, options.mixture
     ctx.dtype = given["head"].hidden.dtype
     logps, kl, stats = output
     not_asked = [logps] if given["labels"] is None else []
@@ -171,7 +173,9 @@ def _token_stats_backward(
         return None, None, None
     if not is_transforming():  # there a second derivative asks for the gradient of `linear_token_stats_bwd`
         refuse_double_backward(ctx.call, _INSTEAD)
-    hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, mask, kl, stats, *transforms = ctx.saved_tensors
+    hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, mask, kl, stats, transform, ref_transform = (
+        ctx.saved_tensors
+    )
     wanted = ctx.needs_input_grad[:3]  # of hidden, weight and bias
     gradients = linear_token_stats_bwd(
         dlogps,
@@ -186,7 +190,7 @@ def _token_stats_backward(
         ctx.ignore_index,
         ctx.uniform,
         Needs(wanted[0], wanted[1], wanted[2], ctx.dtype),
-        HeadOptions(ctx.chunk_size, ctx.columns, *transforms),
+        HeadOptions(ctx.chunk_size, ctx.columns, transform, ref_transform, ctx.mixture),
     )
     dhidden, dweight, dbias = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
     return dhidden, dweight, dbias
@@ -234,7 +238,7 @@ def _token_stats_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None,
     saved = ctx.saved_tensors
     if not torch._C._are_functorch_transforms_active():  # they are dual tensors
         saved = [None if tensor is None else forward_ad.unpack_dual(tensor).primal for tensor in saved]
-    hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, mask, kl, stats, *transforms = saved
+    hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, mask, kl, stats, transform, ref_transform = saved
     logps, kl_tangent, lse = linear_token_stats_jvp(
         *tangents[:3],
         Head(hidden, weight, bias),
@@ -245,7 +249,7 @@ def _token_stats_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None,
         stats,
         ctx.ignore_index,
         ctx.uniform,
-        HeadOptions(ctx.chunk_size, ctx.columns, *transforms),
+        HeadOptions(ctx.chunk_size, ctx.columns, transform, ref_transform, ctx.mixture),
     )
     # The shift is a constant, so the log-sum-exp's tangent is that of logsum.
     zeros = [torch.zeros_like(lse) for _ in range(stats.shape[0] - 1)]

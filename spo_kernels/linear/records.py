@@ -30,6 +30,7 @@ class HeadOptions(NamedTuple):
     columns: Columns  # of weight and bias, in the whole vocabulary
     transform: Tensor | None  # of the policy's logits, see `reference.RowOptions`
     ref_transform: Tensor | None  # of the reference's
+    mixture: float = 0.0  # which divergence from the reference, see `reference.RowOptions`
 
 
 class PairWeights(NamedTuple):

@@ -142,6 +142,7 @@ class LogitsBuffer:
 
     def __init__(self, head: Head, options: HeadOptions, shape: TileShape, transform: Tensor | None) -> None:
         self.transform = transform
+        self.mixture = options.mixture
         self._head = head
         self._shape = shape
         self._memory: Tensor | None = None

@@ -10,7 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from heads import Inputs, differentiate, entropy_of, kl_arguments, kl_of, logps_of, near
-from options import EVERY, NUMBERS, PADDING, POLICY, REF_PADDING, Options, both_transformed, filled, transformed
+from options import (
+    DIVERGENCES,
+    EVERY,
+    NUMBERS,
+    PADDING,
+    POLICY,
+    REF_PADDING,
+    Options,
+    both_transformed,
+    divergence_of,
+    filled,
+    transformed,
+)
 from oracle import IGNORE, assert_close, poisoned_memory
 from torch import Tensor
 
@@ -35,7 +47,7 @@ def valid(x: Inputs, values: Tensor) -> Tensor:
 
 
 def masked_kl(x: Inputs, z: Tensor, r: Tensor) -> Tensor:
-    return kl_of(z, r).where(x.mask, 0)
+    return kl_of(z, r, **divergence_of(x.options)).where(x.mask, 0)
 
 
 def logps(x: Inputs, policy: tuple[Tensor, ...], **options: Any) -> Any:
@@ -109,7 +121,7 @@ def check(function: Function, x: Inputs, options: Options) -> None:
     NaN for the functions: rows that are both ignored and masked, and rows of the weights after the vocabulary.
     """
     temperature = torch.linspace(0.5, 2, x.labels.numel()).view(x.labels.shape)
-    options = filled(options, V, temperature, temperature.flip(-1))
+    options = x.options = filled(options, V, temperature, temperature.flip(-1))
     exact = (x.policy, x.reference)
 
     def formula(*policy: Tensor) -> Tensor:
@@ -146,9 +158,12 @@ def test_options_of_functions(name: str, options: str, chunk_size: int | None, s
     check(function, Inputs(3, 7), {**EVERY[options], "chunk_size": chunk_size})
 
 
-@pytest.mark.parametrize("name", ["entropy and lse", "linear_token_kl", "linear_kl_loss"])
-def test_options_in_one_tile(name: str) -> None:
-    check({**OF_LOGPS, **OF_KL}[name], Inputs(3, 7), EVERY["all of both" if "kl" in name else "all"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("entropy and lse", "all"), *((name, options) for name in OF_KL for options in ("all of both", *DIVERGENCES))],
+)
+def test_options_in_one_tile(name: str, options: str) -> None:
+    check({**OF_LOGPS, **OF_KL}[name], Inputs(3, 7), EVERY[options])
 
 
 @pytest.mark.parametrize("route", MODULES)

@@ -63,8 +63,17 @@ def entropy_of(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def kl_of(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    return F.kl_div(ref_logits.log_softmax(-1), logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+def kl_of(logits: Tensor, ref_logits: Tensor, divergence: str = "kl", mixture: float = 0.5) -> Tensor:
+    """The KL, or what the options of the same names make of it."""
+    log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1)
+
+    if divergence != "jsd":
+        return kl(log_p, log_q) if divergence == "kl" else kl(log_q, log_p)
+    log_m = (mixture * log_p.exp() + (1 - mixture) * log_q.exp()).log()
+    return mixture * kl(log_p, log_m) + (1 - mixture) * kl(log_q, log_m)
 
 
 class Inputs:
@@ -83,6 +92,7 @@ class Inputs:
         self.mask = torch.ones(rows, dtype=torch.bool)
         self.mask.view(-1)[1::3] = False
         self.upstream = torch.linspace(-1, 2, self.labels.numel(), dtype=torch.float64).view(rows)
+        self.options: Options = {}  # what a test calls with, for formulas that depend on them
 
     @property
     def policy(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,7 +35,13 @@ REFERENCE: dict[str, Options] = {
         "ref_logit_scale": -0.8,
     },
 }
-EVERY = {**POLICY, **REFERENCE}
+DIVERGENCES: dict[str, Options] = {
+    "reverse_kl": {"divergence": "reverse_kl"},
+    "jsd": {"divergence": "jsd"},
+    "reverse_kl, all of both": {**REFERENCE["all of both"], "divergence": "reverse_kl"},
+    "jsd, all of both": {**REFERENCE["all of both"], "divergence": "jsd", "mixture": 0.2},
+}
+EVERY = {**POLICY, **REFERENCE, **DIVERGENCES}
 # Modules take numbers.
 NUMBERS: dict[str, Options] = {
     **{name: options for name, options in EVERY.items() if "rows" not in str(options) and "0-d" not in name},
@@ -48,6 +54,11 @@ def transformed(raw: Tensor, temperature: Any = 1.0, softcap: float | None = Non
     z = logit_scale * raw
     z = z if softcap is None or softcap == math.inf else softcap * torch.tanh(z / softcap)
     return z / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
+
+
+def divergence_of(options: Options) -> Options:
+    """The options that `heads.kl_of` takes."""
+    return {name: options[name] for name in ("divergence", "mixture") if name in options}
 
 
 def both_transformed(raw: Tensor, ref_raw: Tensor, options: Options) -> tuple[Tensor, Tensor]:

@@ -82,9 +82,10 @@ class Case:
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same numbers, which are rounded already, in a wider dtype."""
-        transforms = [None if x is None else x.to(dtype) for x in self.options[1:]]
-        wide = self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
-        return replace(wide, options=RowOptions(self.options.vocab_size, *transforms))
+        transforms = {name: getattr(self.options, name) for name in ("transform", "ref_transform")}
+        wide = {name: None if x is None else x.to(dtype) for name, x in transforms.items()}
+        rows = self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+        return replace(rows, options=self.options._replace(**wide))
 
 
 def run(backend: Backend, case: Case, *, inplace: bool = False, deterministic: bool = True) -> Result:
@@ -168,6 +169,11 @@ class SoftmaxRounding(NamedTuple):
     def logsum_error(self) -> Tensor:
         return self.sum_error + ulp(self.logsum, torch.float32)
 
+    @property
+    def normalized_error(self) -> Tensor:
+        """Of p, relative, with the errors of the logits and of the log-sum-exp."""
+        return self.p_error + self.z_error + (self.logsum_error + self.lse_error)[..., None]
+
     @classmethod
     def of(cls, transformed: TransformRounding) -> SoftmaxRounding:
         logits = transformed.z
@@ -205,6 +211,9 @@ def rounding(case: Case) -> Result | None:
       roundings of s, t, ``s - t`` and of the parenthesis, the errors of the logsums and of kl); the rounding of the
       product.
     - ``g_lse p``: the error of p, and the rounding of the product. ``g_logp - g_lse``: its rounding.
+    - The reverse KL: as the KL, with policy and reference exchanged. ``g (p - q)``: the errors of p and q, and the
+      roundings of the difference and of the product.
+    - The JSD: see `_jsd_rounding`.
     - Errors of transformed logits (`TransformRounding`) move each result by its derivative: ``log p_v`` by the error of
       z_v and the mean under p of all errors; kl by ``p (log p - log q - kl)`` and ``q - p`` times the errors of policy
       and reference. Equal numbers have equal errors, so these are sums, not roots of sums of squares.
@@ -215,11 +224,10 @@ def rounding(case: Case) -> Result | None:
     if case.logits.dtype == torch.float64:
         return None
     wide = case.to(torch.float64)
-    vocab_size, transform, ref_transform = wide.options
+    vocab_size, transform, ref_transform, mixture = wide.options
     transformed = TransformRounding.of(wide.logits, vocab_size, transform)
     policy = SoftmaxRounding.of(transformed)
-    p, possible = policy.p, policy.p > 0
-    p_error = policy.p_error + policy.z_error + (policy.logsum_error + policy.lse_error)[..., None]
+    p, p_error = policy.p, policy.normalized_error
     logps = kl = None
     dz, error = torch.zeros_like(p), torch.zeros_like(p)  # error: of dz
     g_logp = g_lse = torch.zeros_like(p[..., :1])
@@ -238,24 +246,85 @@ def rounding(case: Case) -> Result | None:
         error += g_lse.abs() * p * p_error + half_ulp(g_lse * p) + half_ulp(g_logp - g_lse) * p
     if wide.ref_logits is not None:
         ref = SoftmaxRounding.of(TransformRounding.of(wide.ref_logits, vocab_size, ref_transform))
-        gap = torch.where(possible, policy.s - ref.s, 0)
-        ratio = torch.where(possible, policy.log_p - ref.log_p, 0)
-        off_mean = torch.where(possible, ratio - (p * ratio).sum(-1, keepdim=True), 0)
-        gap_error = torch.where(possible, half_ulp(policy.s) + half_ulp(ref.s) + half_ulp(gap), 0)
-        logsums_error = policy.logsum_error + ref.logsum_error
-        kl = (_norm(p * off_mean * policy.p_error).square() + _norm(p * gap_error).square()).sqrt()
-        kl += logsums_error + half_ulp((p * gap).sum(-1)) + half_ulp(ref.logsum - policy.logsum)
-        kl += (p * off_mean.abs() * policy.z_error + (ref.p - p).abs() * ref.z_error).sum(-1)
+        of_divergence = _kl_rounding if mixture == 0 else _reverse_kl_rounding if mixture == 1 else _jsd_rounding
+        kl, slope, slope_error = of_divergence(policy, ref, mixture)
         if wide.dkl is not None:
             g = (wide.dkl if wide.mask is None else wide.dkl.where(wide.mask, 0))[..., None]
-            lse_errors = policy.lse_error + ref.lse_error
-            ratio_error = gap_error + policy.z_error + ref.z_error + half_ulp(off_mean)
-            ratio_error += (logsums_error + lse_errors + kl)[..., None]
-            dz += g * p * off_mean
-            error += g.abs() * p * (off_mean.abs() * p_error + ratio_error) + half_ulp(g * p * off_mean)
+            dz += g * slope
+            error += g.abs() * slope_error + half_ulp(g * slope)
     dlogits = transformed.slope.abs() * error + dz.abs() * transformed.slope_error
     dlogits = torch.nn.functional.pad(dlogits, (0, wide.logits.shape[-1] - p.shape[-1]))
     return Result(logps, kl, dlogits).map(lambda x: x.nan_to_num(0, 0, 0))  # 0 where the truth is not finite
+
+
+# Each returns the error of a divergence, its gradient with respect to z, and the error of that.
+DivergenceRounding = tuple[Tensor, Tensor, Tensor]
+
+
+def _kl_rounding(policy: SoftmaxRounding, ref: SoftmaxRounding, mixture: float) -> DivergenceRounding:
+    p, possible = policy.p, policy.p > 0
+    gap = torch.where(possible, policy.s - ref.s, 0)
+    ratio = torch.where(possible, policy.log_p - ref.log_p, 0)
+    off_mean = torch.where(possible, ratio - (p * ratio).sum(-1, keepdim=True), 0)
+    gap_error = torch.where(possible, half_ulp(policy.s) + half_ulp(ref.s) + half_ulp(gap), 0)
+    logsums_error = policy.logsum_error + ref.logsum_error
+    kl = (_norm(p * off_mean * policy.p_error).square() + _norm(p * gap_error).square()).sqrt()
+    kl += logsums_error + half_ulp((p * gap).sum(-1)) + half_ulp(ref.logsum - policy.logsum)
+    kl += (p * off_mean.abs() * policy.z_error + (ref.p - p).abs() * ref.z_error).sum(-1)
+    lse_errors = policy.lse_error + ref.lse_error
+    ratio_error = gap_error + policy.z_error + ref.z_error + half_ulp(off_mean)
+    ratio_error += (logsums_error + lse_errors + kl)[..., None]
+    return kl, p * off_mean, p * (off_mean.abs() * policy.normalized_error + ratio_error)
+
+
+def _reverse_kl_rounding(policy: SoftmaxRounding, ref: SoftmaxRounding, mixture: float) -> DivergenceRounding:
+    kl, _, _ = _kl_rounding(ref, policy, 0.0)
+    slope = policy.p - ref.p
+    return kl, slope, policy.p * policy.normalized_error + ref.p * ref.normalized_error + half_ulp(slope)
+
+
+def _jsd_rounding(policy: SoftmaxRounding, ref: SoftmaxRounding, mixture: float) -> DivergenceRounding:
+    """Of ``w A + (1 - w) B`` with ``A = E_p[a]``, ``a = log p - log m``, ``B = E_q[b]``, ``b = log q - log m``.
+
+    a and b come from ``gap = log p - log q``: ``a = min(gap, 0) - L``, ``b = min(-gap, 0) - L``, and L is the logarithm
+    of a sum of two terms, of which one has the factor ``exp(-|gap|)``.
+
+    - gap: the roundings of s, t, ``s - t`` and gap, the errors of logits and logsums. It moves a by ``(1 - w) q / m``
+      and b by ``w p / m`` times its error.
+    - L: the error ``eps (1 + |gap|)`` of the exponential times the share of its term, the roundings of the sum and of
+      its two terms, and an ulp of the logarithm.
+    - A: in each element ``p a`` times the error of p, and p times the error of a.
+    - ``w p (a - A)``: the error of p times ``a - A``, p times the errors of a and A, and the roundings of the
+      difference and of the product with w.
+    """
+    p, q, rest = policy.p, ref.p, 1 - mixture
+    m = mixture * p + rest * q
+    either = m > 0
+    gap = policy.log_p - ref.log_p
+    to_policy, to_ref = (torch.where(either, x / m, 0) for x in (rest * q, mixture * p))
+    gap_error = half_ulp(policy.s) + half_ulp(ref.s) + half_ulp(policy.s - ref.s) + half_ulp(gap)
+    gap_error += policy.z_error + ref.z_error
+    logsums = policy.logsum_error + ref.logsum_error + half_ulp(policy.logsum - ref.logsum)
+    gap_error = (gap_error + (logsums + policy.lse_error + ref.lse_error)[..., None]).nan_to_num(0, 0, 0)
+    eps = torch.finfo(torch.float32).eps
+    log_error = eps * (1 + gap.abs()).nan_to_num(0, 0, 0) * torch.where(gap < 0, to_ref, to_policy) + 1.5 * eps
+
+    def side(of: SoftmaxRounding, moved_by: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        share = torch.where(of.p > 0, of.log_p - m.log(), 0)
+        error = moved_by * gap_error + log_error + ulp(share, torch.float32)
+        mean = (of.p * share).sum(-1)
+        independent = _norm(of.p * share.abs() * of.p_error).square() + _norm(of.p * error).square()
+        mean_error = independent.sqrt() + (of.p * share.abs() * of.z_error).sum(-1) + half_ulp(mean)
+        mean_error += mean.abs() * (of.logsum_error + of.lse_error)
+        return share, error, mean, mean_error + (of.p * moved_by).sum(-1) * logsums
+
+    a, a_error, of_policy, policy_error = side(policy, to_policy)
+    _, _, of_ref, ref_error = side(ref, to_ref)
+    jsd = mixture * policy_error + rest * ref_error + half_ulp(mixture * of_policy) + half_ulp(rest * of_ref)
+    off_mean = torch.where(p > 0, a - of_policy[..., None], 0)
+    error = off_mean.abs() * policy.normalized_error + a_error + policy_error[..., None] + half_ulp(off_mean)
+    slope = mixture * p * off_mean
+    return jsd, slope, mixture * p * error + 2 * half_ulp(slope)
 
 
 def loss_rounding(rounded: Result | None, true: Result, weight: Tensor) -> Tensor | None:
@@ -293,7 +362,7 @@ def assert_stats_within_budget(stats: Tensor, case: Case) -> None:
 
     A backend's shift may lie below the maximum. Its logsum is then larger, and has a larger rounding error.
     """
-    vocab_size, transform, ref_transform = case.options
+    vocab_size, transform, ref_transform, _ = case.options
     tensors = ((case.logits, transform, stats[:2]), (case.ref_logits, ref_transform, stats[2:]))
     for logits, of_logits, (shift, logsum) in [tensor for tensor in tensors if tensor[0] is not None]:
         transformed = TransformRounding.of(logits, vocab_size, of_logits)

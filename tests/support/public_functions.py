@@ -86,6 +86,16 @@ def kl_of(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, (log_p.exp() * (log_p - ref_logits.log_softmax(-1))).sum(-1), 0)
 
 
+def reverse_kl_of(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
+    return kl_of(ref_logits, logits, mask)
+
+
+def jsd_of(logits: Tensor, ref_logits: Tensor, mask: Tensor, mixture: float = 0.5) -> Tensor:
+    log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    log_m = (mixture * log_p.exp() + (1 - mixture) * log_q.exp()).log()
+    return mixture * kl_of(log_p, log_m, mask) + (1 - mixture) * kl_of(log_q, log_m, mask)
+
+
 def with_entropy_and_lse(logits: Tensor, labels: Tensor) -> Tensor:
     log_p = logits.log_softmax(-1)
     both = -(log_p.exp() * log_p).sum(-1), logits.logsumexp(-1)
@@ -354,6 +364,22 @@ FUNCTIONS = [
         (OF_CONSTANTS,),
     ),
     PublicFunction(
+        'token_kl, divergence="reverse_kl"',
+        lambda z, y, r, m, *_: flat(kernels.token_kl(z, r, m, divergence="reverse_kl")),
+        lambda z, y, r, m, *_: flat(reverse_kl_of(z, r, m)),
+        of_rows,
+        NO_ROWS,
+        (OF_CONSTANTS,),
+    ),
+    PublicFunction(
+        'token_kl, divergence="jsd"',
+        lambda z, y, r, m, *_: flat(kernels.token_kl(z, r, m, divergence="jsd", mixture=0.3)),
+        lambda z, y, r, m, *_: flat(jsd_of(z, r, m, 0.3)),
+        of_rows,
+        NO_ROWS,
+        (OF_CONSTANTS,),
+    ),
+    PublicFunction(
         "token_logps_kl",
         lambda z, y, r, m, w, t: flat(*kernels.token_logps_kl(z, y, r, m, temperature=t, ref_temperature=2.0)),
         lambda z, y, r, m, w, t: flat(logps_of(transformed(z, t), y), kl_of(transformed(z, t), r / 2, m)),
@@ -421,6 +447,15 @@ FUNCTIONS = [
         "linear_token_kl",
         lambda h, w, b, y, rh, rw, rb, m, *_: flat(kernels.linear_token_kl(h, w, rh, rw, m, b, rb)),
         lambda *x: flat(kl_of(linear(x), linear(x[4:]), x[7])),
+        of_head,
+        NO_ROWS,
+        of_a_head("linear_token_kl", constants=True),
+        flops=ROWS * (4 * H + 2 * REF_H),
+    ),
+    PublicFunction(
+        'linear_token_kl, divergence="jsd"',
+        lambda h, w, b, y, rh, rw, rb, m, *_: flat(kernels.linear_token_kl(h, w, rh, rw, m, b, rb, divergence="jsd")),
+        lambda *x: flat(jsd_of(linear(x), linear(x[4:]), x[7])),
         of_head,
         NO_ROWS,
         of_a_head("linear_token_kl", constants=True),

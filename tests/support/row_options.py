@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import permutations
+from itertools import permutations, product
 from typing import NamedTuple
 
 import torch
@@ -66,11 +66,14 @@ class Spec(NamedTuple):
     padding: tuple[int, int] | None = None  # columns after V in policy and reference; None for no vocab_size
     upstream: str = "all"  # which of dlogps, dkl and dlse: "all", "given" for the first two, "lse" for the third
     rows: str = "noise"
+    mixture: float = 0.0
 
     def __str__(self) -> str:
         dtypes = "-".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys((self.dtype, self.ref_dtype)))
         padding = "" if self.padding is None else f"-padding {self.padding[0]}, {self.padding[1]}"
-        return f"{self.transform}-{self.n}x{self.v}-{dtypes}-{self.mode}{padding}-{self.upstream}-{self.rows}"
+        return f"{self.transform}-{self.n}x{self.v}-{dtypes}-{self.mode}{padding}-{self.upstream}-{self.rows}" + (
+            f"-mixture {self.mixture:g}" if self.mixture else ""
+        )
 
 
 def _specs() -> list[Spec]:
@@ -96,6 +99,26 @@ def _specs() -> list[Spec]:
 
 
 SPECS = _specs()
+
+# The reverse KL, and JSDs of which one is far from the KL.
+MIXTURES = (1.0, 0.5, 0.1)
+
+
+def _mixture_specs() -> list[Spec]:
+    found = []
+    for dtype, mixture in product(DTYPES, MIXTURES):
+        of_mixture = Spec("none", 12, 1000, dtype, dtype, mixture=mixture)
+        found += [of_mixture, of_mixture._replace(mode="kl", v=1), of_mixture._replace(mode="kl", v=33)]
+        found.append(of_mixture._replace(transform="softcap of a factor each", v=33, padding=(24, 7)))
+        found.append(of_mixture._replace(v=50257, n=5, padding=(47, 0)))
+        for rows in ("late_maximum", "minus_inf", "offset"):
+            found.append(of_mixture._replace(v=4097, padding=(1, 2), rows=rows))
+    for (dtype, ref_dtype), mixture in product(permutations((torch.float32, *HALF_DTYPES), 2), MIXTURES[:2]):
+        found.append(Spec("none", 12, 1000, dtype, ref_dtype, padding=(3, 600), mixture=mixture))
+    return found
+
+
+MIXTURE_SPECS = _mixture_specs()
 
 
 def _padded(logits: Tensor, columns: int) -> Tensor:
@@ -134,7 +157,7 @@ def make(spec: Spec) -> Case:
     policy, reference = TRANSFORMS[spec.transform](n)
     transforms = [None if x is None else x.to(wide) for x in (policy, reference)]
     padding = spec.padding or (0, 0)
-    options = RowOptions(None if spec.padding is None else spec.v, *transforms)
+    options = RowOptions(None if spec.padding is None else spec.v, *transforms, spec.mixture)
     made = replace(
         case,
         logits=_padded(logits, padding[0]),
@@ -186,6 +209,12 @@ KL_LOSS_SPECS = [
     for transform in ("none", "factor", "softcap of a factor each", "reference alone")
     for n, v, padding in ((12, 33, None), (12, 1000, (24, 8)), (5, 50256, (48, 0)))
     for dtype, ref_dtype in (*((dtype, dtype) for dtype in DTYPES), (torch.bfloat16, torch.float32))
+]
+KL_LOSS_SPECS += [
+    Spec(transform, 12, 1000, dtype, dtype, "kl", padding, mixture=mixture)
+    for (transform, padding), dtype, mixture in product(
+        (("none", None), ("softcap of a factor each", (24, 8))), DTYPES, MIXTURES
+    )
 ]
 
 

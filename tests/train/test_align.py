@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,36 @@ def plain_logps(model: Llama, batch: Sequences) -> torch.Tensor:
     return torch.where(labels == IGNORE_INDEX, 0, picked).sum(1)
 
 
-def plain_kl(policy: Llama, reference: Llama, samples: Sequences) -> torch.Tensor:
+def chi_square(logits: torch.Tensor, ref_logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A regularizer of a user: the chi-square divergence of each sequence."""
+    p, q = logits.softmax(-1), ref_logits.softmax(-1)
+    return ((p - q).square() / q).sum(-1).where(mask, 0).sum(-1)
+
+
+def wrong_shape(logits: torch.Tensor, ref_logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return chi_square(logits, ref_logits, mask).mean()
+
+
+def plain_divergence(log_p: torch.Tensor, log_q: torch.Tensor, regularizer: str) -> torch.Tensor:
+    p, q = log_p.exp(), log_q.exp()
+    log_m = ((p + q) / 2).log()
+    if regularizer == "reverse-kl":
+        return (q * (log_q - log_p)).sum()
+    if regularizer == "jsd":
+        return (p * (log_p - log_m) + q * (log_q - log_m)).sum() / 2
+    if regularizer == "kl":
+        return (p * (log_p - log_q)).sum()
+    return ((p - q).square() / q).sum()
+
+
+def plain_kl(policy: Llama, reference: Llama, samples: Sequences, regularizer: str = "kl") -> torch.Tensor:
     p = F.log_softmax(policy(samples.tokens[:, :-1]), -1)
     q = F.log_softmax(reference(samples.tokens[:, :-1]), -1)
     total = torch.zeros((), dtype=p.dtype)
     for row in range(len(samples)):
         # Rows that predict the response: from the prompt's last token to the one before the response's last.
         rows = slice(int(samples.prompt_lens[row]) - 1, int(samples.lengths[row]) - 1)
-        total = total + (p[row, rows].exp() * (p[row, rows] - q[row, rows])).sum()
+        total = total + plain_divergence(p[row, rows], q[row, rows], regularizer)
     return total / len(samples)
 
 
@@ -78,7 +101,8 @@ def plain_objective(aligner: Aligner, step: int) -> torch.Tensor:
         preference = -mu * F.logsigmoid(config.alpha * (chosen - rejected)) / config.alpha
     else:
         preference = -mu * (chosen - rejected) / 2
-    return preference.mean() + config.effective_beta * plain_kl(policy, reference, aligner._kl_batch.samples)
+    samples = aligner._kl_batch.samples
+    return preference.mean() + config.effective_beta * plain_kl(policy, reference, samples, config.regularizer)
 
 
 @pytest.mark.parametrize(
@@ -87,13 +111,17 @@ def plain_objective(aligner: Aligner, step: int) -> torch.Tensor:
         SPO,
         SPO | {"weight": "uniform"},
         SPO | {"alpha": 0.0},
+        SPO | {"regularizer": "reverse-kl"},
+        SPO | {"regularizer": "jsd"},
+        SPO | {"regularizer": "own:chi_square"},
         DPO,
     ],
-    ids=["spo", "spo-uniform", "spo-alpha0", "dpo"],
+    ids=["spo", "spo-uniform", "spo-alpha0", "spo-reverse-kl", "spo-jsd", "spo-function", "dpo"],
 )
 def test_gradient_is_that_of_the_plain_formula(
     make_aligner: Callable[..., Aligner], monkeypatch: pytest.MonkeyPatch, settings: dict
 ) -> None:
+    monkeypatch.setitem(sys.modules, "own", sys.modules[__name__])
     aligner = make_aligner(torch.float64, **settings | {"clip": 1e9})
     got = capture_gradient(aligner, monkeypatch)
     expected = torch.autograd.grad(plain_objective(aligner, 0), list(aligner.policy.parameters()))
@@ -384,11 +412,23 @@ def test_full_disk_while_writing_a_checkpoint(
         ({"kl_every": 0}, "kl_every must be positive"),
         ({"beta2": 1.0}, "beta2 must be in"),
         ({"weight": "hard"}, "weight must be one of uniform, soft"),
+        ({"regularizer": "tv"}, "regularizer must be kl, reverse-kl, jsd or module:function, got 'tv'"),
     ],
 )
 def test_bad_settings_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AlignConfig(**settings)
+
+
+def test_a_regularizer_that_cannot_be_used_is_named(
+    make_aligner: Callable[..., Aligner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "own", sys.modules[__name__])
+    message = 'regularizer must be "kl", "reverse-kl", "jsd" or an importable "module:function", got \'own:nothing\''
+    with pytest.raises(ValueError, match=message):
+        make_aligner(**SPO | {"regularizer": "own:nothing"})
+    with pytest.raises(ValueError, match=r"regularizer own:wrong_shape must return a Tensor \[6\], got \[\]"):
+        make_aligner(**SPO | {"regularizer": "own:wrong_shape"}).update()
 
 
 def test_beta_defaults_to_the_methods() -> None:
