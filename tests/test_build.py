@@ -151,7 +151,7 @@ def test_error_messages_are_complete_with_a_static_libstdcxx(tmp_path: Path) -> 
         "print(spo_kernels.__file__)\n"
         "logits = torch.randn(2, 5)\n"
         "try:\n"
-        "    inputs = logits, logits[:, 0].int(), None, None, -100, False, None, None, None\n"
+        "    inputs = logits, logits[:, 0].int(), None, None, -100, False, None, None, None, 0.0\n"
         "    torch.ops.spo_kernels.token_stats_fwd(*inputs)\n"
         "except RuntimeError as error:\n"
         "    print(error)\n"

@@ -318,7 +318,7 @@ def test_an_error_in_the_library_reaches_python(device: str, tmp_path: Path) -> 
         "import torch, spo_kernels\n"
         f"logits = torch.randn(2, 5, device='{device}')\n"
         "try:\n"
-        "    inputs = logits, logits[:, 0].int(), None, None, -100, False, None, None, None\n"
+        "    inputs = logits, logits[:, 0].int(), None, None, -100, False, None, None, None, 0.0\n"
         "    torch.ops.spo_kernels.token_stats_fwd(*inputs)\n"
         "except RuntimeError as error:\n"
         "    print(error)\n"
