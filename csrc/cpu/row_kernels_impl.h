@@ -369,7 +369,7 @@ void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats
   if (grad.label >= 0) from_double(at_label, dz[grad.label]);
 }
 
-// scalar::LogShares of two vectors.
+// scalar::LogShares of vectors.
 struct LogShares {
   F32 mixture, rest;
   const Exp<6, true> exp;
@@ -377,11 +377,12 @@ struct LogShares {
   explicit LogShares(double mixture)
       : mixture(static_cast<float>(mixture)), rest(static_cast<float>(1 - mixture)), exp() {}
 
-  SPO_INLINE void operator()(const F32 (&gap)[2], F32 (&of_policy)[2], F32 (&of_ref)[2]) const {
-    F32 far[2];
-    for (int k = 0; k < 2; ++k) far[k] = F32() - max(gap[k], F32() - gap[k]);
+  template <int n>
+  SPO_INLINE void operator()(const F32 (&gap)[n], F32 (&of_policy)[n], F32 (&of_ref)[n]) const {
+    F32 far[n];
+    for (int k = 0; k < n; ++k) far[k] = F32() - max(gap[k], F32() - gap[k]);
     exp(far);
-    for (int k = 0; k < 2; ++k) {
+    for (int k = 0; k < n; ++k) {
       const F32 sum = where_less(gap[k], F32(), fma(mixture, far[k], rest), fma(rest, far[k], mixture));
       const F32 log_sum = log(sum);
       of_policy[k] = where_less(gap[k], F32(), gap[k], F32()) - log_sum;
@@ -400,21 +401,26 @@ MixtureKl mixture_kl(const T* z, const R* r, std::int64_t V, const KlStats& stat
   const Exp<5> exp;
   MixtureKl kl{};
   for_blocks(z, r, V, kKlBlock / 2, [&](const T* zb, const R* rb, std::int64_t groups) {
-    F32 of_policy[2], of_ref[2];
-    for (std::int64_t v = 0; v < groups * kGroup; v += 2 * F32::size) {
-      F32 e[4], policy[2], ref[2];  // two of the policy, two of the reference
-      load_half(zb + v, rb + v, e[0], e[1], e[2], e[3]);
-      for (int k = 0; k < 2; ++k) e[k] = e[k] - sz;
-      for (int k = 2; k < 4; ++k) e[k] = e[k] - sr;
-      shares_of({(e[0] - e[2]) - logsums, (e[1] - e[3]) - logsums}, policy, ref);
-      exp(e);
-      for (int k = 0; k < 2; ++k) {
-        of_policy[k] = add_weighed(e[k], policy[k], of_policy[k]);
-        of_ref[k] = add_weighed(e[k + 2], ref[k], of_ref[k]);
+    F32 of_policy[4], of_ref[4];
+    for (std::int64_t v = 0; v < groups * kGroup; v += kGroup) {
+      F32 x[4], y[4], gap[4], policy[4], ref[4];
+      load_half(zb + v, rb + v, x[0], x[1], y[0], y[1]);
+      load_half(zb + v + 2 * F32::size, rb + v + 2 * F32::size, x[2], x[3], y[2], y[3]);
+      for (int k = 0; k < 4; ++k) {
+        x[k] = x[k] - sz;
+        y[k] = y[k] - sr;
+        gap[k] = (x[k] - y[k]) - logsums;
+      }
+      shares_of(gap, policy, ref);
+      exp(x);
+      exp(y);
+      for (int k = 0; k < 4; ++k) {
+        of_policy[k] = add_weighed(x[k], policy[k], of_policy[k]);
+        of_ref[k] = add_weighed(y[k], ref[k], of_ref[k]);
       }
     }
-    kl.of_policy += reduce_add(of_policy[0] + of_policy[1]);
-    kl.of_ref += reduce_add(of_ref[0] + of_ref[1]);
+    kl.of_policy += reduce_add((of_policy[0] + of_policy[1]) + (of_policy[2] + of_policy[3]));
+    kl.of_ref += reduce_add((of_ref[0] + of_ref[1]) + (of_ref[2] + of_ref[3]));
   });
   return {kl.of_policy * std::exp(-stats.policy.logsum), kl.of_ref * std::exp(-stats.ref.logsum)};
 }
@@ -439,30 +445,30 @@ void grad_mixture(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& 
   const F32 mean(static_cast<float>(stats.kl));
   const LogShares shares_of(mixture);
 
-  const auto half = [&](F32(&x)[2], F32(&y)[2]) {
-    for (int k = 0; k < 2; ++k) x[k] = x[k] - sz, y[k] = y[k] - sr;
+  const auto gradients = [&](F32(&x)[4], F32(&y)[4]) __attribute__((always_inline)) {
+    for (int k = 0; k < 4; ++k) x[k] = x[k] - sz, y[k] = y[k] - sr;
     if (reverse) {
       exp(x);
       exp(y);
-      for (int k = 0; k < 2; ++k) x[k] = weigh(x[k], by_p) + weigh(y[k], by_q);
+      for (int k = 0; k < 4; ++k) x[k] = weigh(x[k], by_p) + weigh(y[k], by_q);
     } else {
-      F32 policy[2], ref[2];
-      shares_of({(x[0] - y[0]) - logsums, (x[1] - y[1]) - logsums}, policy, ref);
+      F32 policy[4], ref[4];
+      for (int k = 0; k < 4; ++k) y[k] = (x[k] - y[k]) - logsums;
+      shares_of(y, policy, ref);
       exp(x);
-      for (int k = 0; k < 2; ++k) x[k] = weigh(x[k], fma(policy[k] - mean, slope, rest));
+      for (int k = 0; k < 4; ++k) x[k] = weigh(x[k], fma(policy[k] - mean, slope, rest));
     }
   };
   const auto group = [&](const T* in, const R* in_ref, T* out) {
-    for (int part = 0; part < 2; ++part) {
-      const std::int64_t at = part * 2 * F32::size;
-      F32 x[2], y[2];
-      load_half(in + at, in_ref + at, x[0], x[1], y[0], y[1]);
-      half(x, y);
-      if constexpr (std::is_same_v<T, R>) {
-        store2_any(out + at, x[0], x[1]);
-      } else {
-        store2(out + at, x[0], x[1]);
-      }
+    F32 x[4], y[4];
+    load_half(in, in_ref, x[0], x[1], y[0], y[1]);
+    load_half(in + 2 * F32::size, in_ref + 2 * F32::size, x[2], x[3], y[2], y[3]);
+    gradients(x, y);
+    if constexpr (std::is_same_v<T, R>) {
+      store_group(out, x);
+    } else {
+      store2(out, x[0], x[1]);
+      store2(out + 2 * F32::size, x[2], x[3]);
     }
   };
   const std::int64_t whole = V / kGroup * kGroup;

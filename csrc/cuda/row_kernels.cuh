@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
         const Gradient<A> grad(policy, ref, kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp, g_kl, g_lse);
         return write_gradient<threads_per_row, true>(out, z, r, grad, label, begin, end);
       } else {
-        const A mixture = static_cast<A>(a.mixture), mean = is_jsd(a.mixture) ? stats[4 * a.N + row] : A{0};
+        const A mixture = static_cast<A>(a.mixture), mean = a.mixture < 1 ? stats[4 * a.N + row] : A{0};
         const MixtureGradient<A> grad(policy, ref, mean, g_logp, g_kl, g_lse, mixture);
         return write_gradient<threads_per_row, true>(out, z, r, grad, label, begin, end);
       }
