@@ -40,7 +40,7 @@ class Case(NamedTuple):
     """One compilation.
 
     ``absent`` names the arguments that are None, ``ones`` the arguments that are the constant 1. With ``factors``, the
-    launch has all row options, and transforms of so many factors.
+    launch has all row options, and transforms of so many factors. ``mixture`` is that of `RowOptions`.
     """
 
     kernel: str
@@ -52,6 +52,7 @@ class Case(NamedTuple):
     absent: tuple[str, ...] = ()
     ones: tuple[str, ...] = ()
     factors: int = 0
+    mixture: float = 0.0
 
 
 # A plain online softmax, which takes a second exponential for each element's maximum. The test of loops must refuse it.
@@ -77,6 +78,23 @@ def cases(
         yield Case("scale_kernel", "bf16", None, blocks, block.threads)
 
 
+def mixtures(V: int, factors: int) -> Iterator[Case]:
+    """The launches for a reverse KL and a JSD of rows of V elements."""
+    block = launch.block_config(V, factors == 2)
+    for dtype in ("bf16", "fp64"):
+        row = launch.row_config(V, ITEMSIZE[dtype], 2, True, True)
+        tiles = {"STEPS": row.steps, "LANES": row.lanes, "VECTOR": row.vector}
+        jsd = Case("mixture_kl_kernel", dtype, dtype, tiles, row.threads, factors=factors, mixture=0.5)
+        yield jsd
+        for mixture in (1.0, 0.5):
+            yield jsd._replace(
+                kernel="token_stats_bwd_kernel",
+                constants={"BLOCK": block.block},
+                threads=block.threads,
+                mixture=mixture,
+            )
+
+
 def variants(V: int) -> Iterator[Case]:
     """Launches with arguments left out, and with sizes of 1, which Triton compiles as constants."""
     block = launch.block_config(V)
@@ -94,7 +112,7 @@ def variants(V: int) -> Iterator[Case]:
 def source(case: Case) -> ASTSource:
     """The kernel with the argument types of a launch; aligned: pointers, V and strides are multiples of 16."""
     wide = "fp64" if case.dtype == "fp64" else "fp32"
-    types = dict.fromkeys(("logps", "dlogps", "stats", "losses", "row_weight", "scale", "kl", "dkl"), f"*{wide}")
+    types = dict.fromkeys(("logps", "dlogps", "stats", "losses", "row_weight", "scale", "kl", "dkl", "kls"), f"*{wide}")
     types |= dict.fromkeys(("dlse", "transform", "ref_transform"), f"*{wide}")
     types |= dict.fromkeys(("logits", "dlogits", "tensor"), f"*{case.dtype}")
     types |= {"ref_logits": f"*{case.ref_dtype}", "mask": "*i1", "labels": "*i64"}
@@ -104,7 +122,9 @@ def source(case: Case) -> ASTSource:
     factors = {"FACTORS": case.factors, "REF_FACTORS": case.factors if case.ref_dtype else 0}
 
     kernel = getattr(kernels, case.kernel)
-    constants: dict[str, int | None] = dict(case.constants)
+    constants: dict[str, int | float | None] = dict(case.constants)
+    if "MIXTURE" in kernel.arg_names:
+        constants["MIXTURE"] = case.mixture
     constants |= {name: value for name, value in factors.items() if name in kernel.arg_names}
     constants |= {argument: 1 for argument in case.ones if argument in kernel.arg_names}
     constants |= {argument: None for argument in absent if argument in kernel.arg_names}
@@ -147,7 +167,9 @@ def cases_for(target: str) -> list[Case]:
     for factors in (0, 2):
         todo += cases(LARGEST, HARDEST, (True,), factors)
         todo += cases(LARGEST, HARDEST[1:2], (False,), factors)
+    todo += mixtures(LARGEST, 0)
     if target == THOROUGH:
+        todo += mixtures(LARGEST, 2)
         todo += cases(LARGEST, HARDEST[1:2], (True,), 1)
         # One dtype is enough for smaller configurations: they have fewer threads, and each thread does the same.
         todo += [case for V in SMALLER for case in cases(V, HARDEST[1:2], (True,))]

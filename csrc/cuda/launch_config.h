@@ -54,9 +54,10 @@ struct ElementwiseConfig {
   std::int64_t blocks;
 };
 
-// per_thread: elements that a thread takes if a block takes the row, a multiple of a packet.
-inline ElementwiseConfig elementwise_config(std::int64_t N, std::int64_t V, int per_thread) {
-  if (V <= kWarpRow) {
+// per_thread: elements that a thread takes if a block takes the row, a multiple of a packet. Without `warps` a block
+// takes short rows too.
+inline ElementwiseConfig elementwise_config(std::int64_t N, std::int64_t V, int per_thread, bool warps = true) {
+  if (warps && V <= kWarpRow) {
     constexpr int kRows = kThreads / kWarp;
     return {kWarp, 1, V, (N + kRows - 1) / kRows};
   }

@@ -360,14 +360,14 @@ SPO_DEVICE MixtureSum<A> shuffle_xor(const MixtureSum<A>& s, int lanes) {
   return {__shfl_xor_sync(0xffffffffu, s.of_policy, lanes), __shfl_xor_sync(0xffffffffu, s.of_ref, lanes)};
 }
 
-template <int threads_per_row, bool aligned, class T, class R, int E>
+template <bool aligned, class T, class R, int E>
 SPO_DEVICE MixtureSum<Acc<T>> sum_mixture(const RowReader<T, E>& z, const RowReader<R, E>& r,
                                           const RowStats<Acc<T>>& policy, const RowStats<Acc<T>>& ref, Acc<T> mixture) {
   using A = Acc<T>;
   MixtureSum<A> sum{0, 0};
-  for_packets<threads_per_row, E>(0, z.V, [&]<int packets, bool full>(std::int64_t first) {
+  for_packets<kThreads, E>(0, z.V, [&]<int packets, bool full>(std::int64_t first) {
 #pragma unroll 1
-    for (int c = 0; c < packets; ++c, first += std::int64_t{threads_per_row} * E) {
+    for (int c = 0; c < packets; ++c, first += std::int64_t{kThreads} * E) {
       A x[E], y[E];
       if constexpr (full) {
         z.template full<aligned, Cache::stream>(first, x);
@@ -389,16 +389,15 @@ SPO_DEVICE MixtureSum<Acc<T>> sum_mixture(const RowReader<T, E>& z, const RowRea
   return sum;
 }
 
-template <class T, class R, int threads_per_row>
+// A block a row.
+template <class T, class R>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) mixture_kl_kernel(MixtureKlArgs a) {
   using A = Acc<T>;
   constexpr int E = kPacket<T>;
-  const std::int64_t row = group_index<threads_per_row>();
-  if (row >= a.N) return;
+  const std::int64_t row = blockIdx.x;
   auto* kls = static_cast<A*>(a.kls);
-  const bool first = threadIdx.x % threads_per_row == 0;
   if (a.mask && !a.mask[row]) {
-    if (first) kls[row] = kls[a.N + row] = 0;
+    if (threadIdx.x == 0) kls[row] = kls[a.N + row] = 0;
     return;
   }
   const auto* stats = static_cast<const A*>(a.stats);
@@ -406,10 +405,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) mixture_kl_kernel(Mixtur
   const RowReader<T, E> z(a.z, a.of_z, row, a.V);
   const RowReader<R, E> r(a.r, a.of_r, row, a.V);
   const A mixture = static_cast<A>(a.mixture);
-  const auto sum = merge_threads<threads_per_row>(
-      z.aligned_at(0) && r.aligned_at(0) ? sum_mixture<threads_per_row, true>(z, r, policy, ref, mixture)
-                                         : sum_mixture<threads_per_row, false>(z, r, policy, ref, mixture));
-  if (!first) return;
+  const auto sum =
+      merge_threads<kThreads>(z.aligned_at(0) && r.aligned_at(0) ? sum_mixture<true>(z, r, policy, ref, mixture)
+                                                                 : sum_mixture<false>(z, r, policy, ref, mixture));
+  if (threadIdx.x != 0) return;
   kls[row] = sum.of_policy;
   kls[a.N + row] = sum.of_ref;
 }

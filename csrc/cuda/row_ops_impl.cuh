@@ -47,6 +47,20 @@ cudaError_t with_types(DType r, const Transform& of_z, const Transform& of_r, F 
   return with_ref_type<T>(r, [&]<class R>() { return f.template operator()<T, R>(); });
 }
 
+// with_types for the kernels of divergences other than the KL. Only logits of one type without a transform have a
+// kernel of their own: fewer kernels compile in less time.
+template <class T, class F>
+cudaError_t with_few_types(DType r, const Transform& of_z, const Transform& of_r, F f) {
+  using Ref = std::conditional_t<std::is_same_v<T, double>, double, AnyType>;
+  if (of_z.a || of_r.a) return f.template operator()<Transformed<T>, Transformed<Ref>>();
+  return with_ref_type<T>(r, [&]<class R>() {
+    if constexpr (std::is_same_v<R, T>)
+      return f.template operator()<T, T>();
+    else
+      return f.template operator()<Transformed<T>, Transformed<R>>();
+  });
+}
+
 // Calls f.template operator()<T>() with the type of the policy's logits.
 template <class T, class F>
 cudaError_t with_policy_type(const Transform& of_z, F f) {
@@ -107,21 +121,24 @@ cudaError_t TypedOps<T>::launch_token_stats_bwd(const TokenStatsBwdArgs& a, cons
   };
   if (!a.r.data || !a.dkl)
     return with_policy_type<T>(a.of_z, [&]<class Z>() { return run.template operator()<Z, Z, RefTerm::none>(); });
-  return with_types<T>(a.r.dtype, a.of_z, a.of_r, [&]<class Z, class R>() {
-    return a.mixture == 0 ? run.template operator()<Z, R, RefTerm::kl>()
-                          : run.template operator()<Z, R, RefTerm::mixture>();
+  if (a.mixture == 0)
+    return with_types<T>(a.r.dtype, a.of_z, a.of_r,
+                         [&]<class Z, class R>() { return run.template operator()<Z, R, RefTerm::kl>(); });
+  return with_few_types<T>(a.r.dtype, a.of_z, a.of_r, [&]<class Z, class R>() {
+    const ElementwiseConfig config = elementwise_config(a.N, a.V, kBatch<true, R> * kPacket<T>, false);
+    unsigned grid;
+    if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
+    return launch_kernel(token_stats_bwd_kernel<Z, R, RefTerm::mixture, kThreads>, grid, kThreads, context.stream, a,
+                         config.splits, config.split_elements);
   });
 }
 
 template <class T>
 cudaError_t TypedOps<T>::launch_mixture_kl(const MixtureKlArgs& a, const LaunchContext& context) {
-  const ReduceConfig config = reduce_config(a.N, a.V, context.multiprocessors, true);
   unsigned grid;
-  if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
-  return with_types<T>(a.r.dtype, a.of_z, a.of_r, [&]<class Z, class R>() {
-    return with_threads(config.threads_per_row, [&]<int threads>() {
-      return launch_kernel(mixture_kl_kernel<Z, R, threads>, grid, kThreads, context.stream, a);
-    });
+  if (const cudaError_t error = grid_of(a.N, grid)) return error;
+  return with_few_types<T>(a.r.dtype, a.of_z, a.of_r, [&]<class Z, class R>() {
+    return launch_kernel(mixture_kl_kernel<Z, R>, grid, kThreads, context.stream, a);
   });
 }
 

@@ -56,7 +56,8 @@ def compiled(out: Path) -> list[dict[str, Any]]:
 def test_kernels_compile_without_spills(compiled: list[dict[str, Any]], target: str) -> None:
     results = [result for result in compiled if result["target"] == target]
     kernels = {result["kernel"] for result in results}
-    assert kernels == {"token_stats_fwd_kernel", "token_stats_bwd_kernel", "kl_loss_fwd_kernel", "scale_kernel"}
+    of_rows = {"token_stats_fwd_kernel", "token_stats_bwd_kernel", "kl_loss_fwd_kernel", "mixture_kl_kernel"}
+    assert kernels == of_rows | {"scale_kernel"}
     assert {result["factors"] for result in results} >= {0, 2}
     spilling = [result for result in results if result["spills"]]
     assert not spilling
@@ -77,14 +78,14 @@ def test_quotients_are_rounded_once(compiled: list[dict[str, Any]]) -> None:
 def shares(compiled: list[dict[str, Any]], gpu: str, *, planted: bool) -> dict[tuple[str, bool, bool], float]:
     """The share of the memory's time that each loop over bfloat16 vectors needs, by kernel, reference and stores.
 
-    Without transforms: beside the tanh of a softcap an element takes three special functions, 1.3 to 2.9 times the
-    memory's time.
+    Without transforms and other divergences. Beside the tanh of a softcap an element takes three special functions, 1.3
+    to 2.9 times the memory's time.
     """
     target = f"cuda:{GPUS[gpu].arch.removeprefix('sm_')}"
     found: dict[tuple[str, bool, bool], float] = {}
     for result in compiled:
         is_planted = result["constants"].get("STEPS") == 1
-        if result["factors"]:
+        if result["factors"] or result["mixture"]:
             continue
         if result["target"] == target and result["dtype"] == "bf16" and is_planted == planted:
             for fields in result["loops"]:
