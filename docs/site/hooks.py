@@ -1,0 +1,53 @@
+"""What the site needs beyond the settings of mkdocs.yml: the layout of the repository, and docstrings as Markdown."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "benchmarks/**/*.md")
+ASSETS = "docs/site/**/*"
+AS_THEY_ARE = {".md", ".png", ".css", ".js", ".woff2"}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Replaces the files of docs/ by the repository's pages, under their paths, with the files that they link to.
+
+    A link between files then works on the site and in the repository alike. The site shows source files as plain text.
+    """
+    root = Path(config.config_file_path).parent
+    for file in [*files]:
+        if file.src_dir == config.docs_dir:
+            files.remove(file)
+    pages = {path for pattern in PAGES for path in root.glob(pattern)}
+    linked = {page.parent / link for page in pages for link in re.findall(r"\]\(([\w./-]+)", page.read_text())}
+    assets = {path for path in root.glob(ASSETS) if path.suffix in AS_THEY_ARE}
+    for path in sorted({path.resolve() for path in pages | linked | assets if path.is_file()}):
+        file = File.generated(config, path.relative_to(root).as_posix(), abs_src_path=str(path))
+        if path.suffix not in AS_THEY_ARE:
+            file.dest_uri += ".txt"
+        files.append(file)
+    return files
+
+
+class Docstrings(griffe.Extension):
+    """Writes what docstrings do beside Google's style as its parser, and Markdown, read it."""
+
+    def on_object(self, *, obj: griffe.Object, **_: object) -> None:
+        if obj.docstring:
+            obj.docstring.value = as_markdown(obj.docstring.value)
+
+
+def as_markdown(text: str) -> str:
+    # A list of parameters that share a description may take two lines.
+    text = re.sub(r"^( +\w+(?:, \w+)*,)\n +(\w+(?:, \w+)*: )", r"\1 \2", text, flags=re.MULTILINE)
+    # "alpha: > 0" is a range, not a quotation.
+    text = re.sub(r"^( +\w+(?:, \w+)*: )>", r"\1\\>", text, flags=re.MULTILINE)
+    # "Options. ...:" and indented lines "name, name: description", as in a section "Args:".
+    options = re.compile(r"^(Options\..*\n)((?: {4}.*\n)+)", re.MULTILINE)
+    item = re.compile(r"^ {4}(\w+(?:, \w+)*): ", re.MULTILINE)
+    return options.sub(lambda found: found[1] + "\n" + item.sub(r"- `\1`: ", found[2]), text)
