@@ -41,6 +41,13 @@ class Docstrings(griffe.Extension):
         if obj.docstring:
             obj.docstring.value = as_markdown(obj.docstring.value)
 
+    def on_class_members(self, *, cls: griffe.Class, **_: object) -> None:
+        """Fields of a record are described by comments beside them: those become the section "Attributes"."""
+        comments = {name: member.source.partition("  # ")[2] for name, member in cls.attributes.items()}
+        lines = [f"    {name}: {comment}" for name, comment in comments.items() if comment]
+        if cls.docstring and lines and "\nAttributes:\n" not in cls.docstring.value:
+            cls.docstring.value += "\n\nAttributes:\n" + "\n".join(lines)
+
 
 def as_markdown(text: str) -> str:
     # A list of parameters that share a description may take two lines.
