@@ -34,12 +34,33 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def referenced() -> dict[str, str]:
+    """Dotted paths of what the API reference shows, by the names that docstrings call them."""
+    paths = {}
+    for page in (Path(__file__).parents[1] / "api").glob("*.md"):
+        for shown in page.read_text().split("\n::: ")[1:]:
+            path = shown.split(maxsplit=1)[0]
+            members = re.findall(r"\w+", "".join(re.findall(r"members: \[(.*)\]", shown)))
+            paths |= {name: f"{path}.{name}" for name in members} if members else {path.rpartition(".")[2]: path}
+            paths[path] = path
+    return paths | {path: path for path in paths.values()}
+
+
 class Docstrings(griffe.Extension):
-    """Writes what docstrings do beside Google's style as its parser, and Markdown, read it."""
+    """Writes what docstrings do beside Google's style as its parser, and Markdown, read it; links names."""
+
+    paths = referenced()
 
     def on_object(self, *, obj: griffe.Object, **_: object) -> None:
         if obj.docstring:
-            obj.docstring.value = as_markdown(obj.docstring.value)
+            text = as_markdown(obj.docstring.value)
+            if isinstance(obj, griffe.Function):  # else the parser takes what stands before a colon for the type
+                text = text.replace("Returns:\n    ", f"Returns:\n    {obj.returns}: ")
+            obj.docstring.value = re.sub(r"(?<![`\w])`([\w.]+)`(?!`)", lambda found: self.linked(found[1], obj), text)
+
+    def linked(self, name: str, obj: griffe.Object) -> str:
+        path = self.paths.get(name)
+        return f"`{name}`" if path is None or path == obj.path else f"[`{name}`][{path}]"
 
     def on_class_members(self, *, cls: griffe.Class, **_: object) -> None:
         """Fields of a record are described by comments beside them: those become the section "Attributes"."""
