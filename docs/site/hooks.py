@@ -43,7 +43,8 @@ def referenced() -> dict[str, str]:
             members = re.findall(r"\w+", "".join(re.findall(r"members: \[(.*)\]", shown)))
             paths |= {name: f"{path}.{name}" for name in members} if members else {path.rpartition(".")[2]: path}
             paths[path] = path
-    return paths | {path: path for path in paths.values()}
+    by_package = {f"spo_kernels.{name}": path for name, path in paths.items() if "." not in name}
+    return by_package | paths | {path: path for path in paths.values()}
 
 
 class Docstrings(griffe.Extension):
