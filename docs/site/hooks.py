@@ -65,7 +65,8 @@ class Docstrings(griffe.Extension):
 
     def on_class_members(self, *, cls: griffe.Class, **_: object) -> None:
         """Fields of a record are described by comments beside them: those become the section "Attributes"."""
-        comments = {name: member.source.partition("  # ")[2] for name, member in cls.attributes.items()}
+        fields = {name: field for name, field in cls.attributes.items() if field.annotation and not field.value}
+        comments = {name: field.source.partition("  # ")[2] for name, field in fields.items()}
         lines = [f"    {name}: {comment}" for name, comment in comments.items() if comment]
         if cls.docstring and lines and "\nAttributes:\n" not in cls.docstring.value:
             cls.docstring.value += "\n\nAttributes:\n" + "\n".join(lines)
