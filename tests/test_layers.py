@@ -49,6 +49,7 @@ def is_within(name: str, package: str) -> bool:
 
 
 KERNELS = modules("spo_kernels")
+ADAPTED = {"llamafactory", "nemo_rl", "transformers"}  # projects that adapters import
 LAYERS = [  # a module may import the modules of its package that stand before it
     "precision",
     "checks",
@@ -89,6 +90,11 @@ LOWER = {
     "spo_kernels.env": ("spo_kernels",),
     "spo_kernels.selfcheck": ("spo_kernels.backends", "spo_kernels.precision", "spo_kernels.reference"),
 }
+# Adapters import each other and public names.
+PUBLIC = tuple(f"spo_kernels.{name}" for name in spo_kernels.__all__)
+LOWER |= {
+    name: ("spo_kernels.integrations", *PUBLIC) for name in KERNELS if is_within(name, "spo_kernels.integrations")
+}
 
 
 def test_every_module_has_a_layer() -> None:
@@ -115,6 +121,8 @@ def test_the_library_needs_torch_and_numpy_only(module: str) -> None:
     allowed = {"spo_kernels", "torch", "numpy", *sys.stdlib_module_names}
     if module.startswith("spo_kernels.backends.triton"):
         allowed.add("triton")
+    if is_within(module, "spo_kernels.integrations"):
+        allowed |= ADAPTED
     others = [name for name in imports(module, KERNELS[module]) if name.split(".")[0] not in allowed]
     assert not others, f"{module} imports {others}"
 
@@ -145,6 +153,12 @@ def test_the_trainer_does_not_know_its_toy_domain(module: str) -> None:
         assert not [name for name in used if is_within(name, "spo_train.toy")]
     if module in ("spo_train.align", "spo_train.alignment", "spo_train.evaluate", "spo_train.run"):
         assert not [name for name in used if is_within(name, "spo_train.models")]
+
+
+def test_what_lies_below_imports_no_adapter() -> None:
+    for module, path in KERNELS.items():
+        if not is_within(module, "spo_kernels.integrations"):
+            assert not [name for name in imports(module, path) if is_within(name, "spo_kernels.integrations")], module
 
 
 def test_public_names_exist() -> None:
