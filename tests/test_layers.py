@@ -49,7 +49,6 @@ def is_within(name: str, package: str) -> bool:
 
 
 KERNELS = modules("spo_kernels")
-ADAPTED = {"llamafactory", "nemo_rl", "transformers"}  # projects that adapters import
 LAYERS = [  # a module may import the modules of its package that stand before it
     "precision",
     "checks",
@@ -73,6 +72,9 @@ LAYERS = [  # a module may import the modules of its package that stand before i
     "functional",
     "modules",
 ]
+# What `spo_kernels.integrations` holds uses public names, and what stands before it here.
+INTEGRATIONS = ["head", "rows", "sampling", "buffer", "step", "core"]
+INTEGRATIONS += ["pair_loss", "llamafactory", "nemo_rl", "openrlhf", "torchtune"]
 # `backends` registers backends for the row ops, so it is above them. A single backend imports the oracle and the dtypes
 # at most.
 LOWER = {
@@ -87,13 +89,16 @@ LOWER = {
         "spo_kernels.reference",
     ),
     "spo_kernels.backends": ("spo_kernels.backends", "spo_kernels.reference", "spo_kernels.row_ops"),
+    "spo_kernels.integrations": (),
+    **{
+        f"spo_kernels.integrations.{name}": (
+            *(f"spo_kernels.{public}" for public in spo_kernels.__all__),
+            *(f"spo_kernels.integrations.{lower}" for lower in INTEGRATIONS[:i]),
+        )
+        for i, name in enumerate(INTEGRATIONS)
+    },
     "spo_kernels.env": ("spo_kernels",),
     "spo_kernels.selfcheck": ("spo_kernels.backends", "spo_kernels.precision", "spo_kernels.reference"),
-}
-# Adapters import each other and public names.
-PUBLIC = tuple(f"spo_kernels.{name}" for name in spo_kernels.__all__)
-LOWER |= {
-    name: ("spo_kernels.integrations", *PUBLIC) for name in KERNELS if is_within(name, "spo_kernels.integrations")
 }
 
 
@@ -121,8 +126,11 @@ def test_the_library_needs_torch_and_numpy_only(module: str) -> None:
     allowed = {"spo_kernels", "torch", "numpy", *sys.stdlib_module_names}
     if module.startswith("spo_kernels.backends.triton"):
         allowed.add("triton")
-    if is_within(module, "spo_kernels.integrations"):
-        allowed |= ADAPTED
+    if module == "spo_kernels.integrations.trl":
+        allowed |= {"accelerate", "datasets", "packaging", "peft", "transformers", "trl"}
+    for name, projects in {"llamafactory": {"llamafactory"}, "nemo_rl": {"nemo_rl"}}.items():
+        if module == f"spo_kernels.integrations.{name}":
+            allowed |= projects
     others = [name for name in imports(module, KERNELS[module]) if name.split(".")[0] not in allowed]
     assert not others, f"{module} imports {others}"
 
@@ -153,12 +161,6 @@ def test_the_trainer_does_not_know_its_toy_domain(module: str) -> None:
         assert not [name for name in used if is_within(name, "spo_train.toy")]
     if module in ("spo_train.align", "spo_train.alignment", "spo_train.evaluate", "spo_train.run"):
         assert not [name for name in used if is_within(name, "spo_train.models")]
-
-
-def test_what_lies_below_imports_no_adapter() -> None:
-    for module, path in KERNELS.items():
-        if not is_within(module, "spo_kernels.integrations"):
-            assert not [name for name in imports(module, path) if is_within(name, "spo_kernels.integrations")], module
 
 
 def test_public_names_exist() -> None:
