@@ -74,7 +74,7 @@ LAYERS = [  # a module may import the modules of its package that stand before i
 ]
 # What `spo_kernels.integrations` holds uses public names, and what stands before it here.
 INTEGRATIONS = ["head", "rows", "sampling", "buffer", "step", "core"]
-INTEGRATIONS += ["pair_loss", "llamafactory", "nemo_rl", "openrlhf", "torchtune"]
+INTEGRATIONS += ["hf", "pair_loss", "llamafactory", "nemo_rl", "openrlhf", "torchtune"]
 # `backends` registers backends for the row ops, so it is above them. A single backend imports the oracle and the dtypes
 # at most.
 LOWER = {
@@ -128,7 +128,7 @@ def test_the_library_needs_torch_and_numpy_only(module: str) -> None:
         allowed.add("triton")
     if module == "spo_kernels.integrations.trl":
         allowed |= {"accelerate", "datasets", "packaging", "peft", "transformers", "trl"}
-    for name, projects in {"llamafactory": {"llamafactory"}, "nemo_rl": {"nemo_rl"}}.items():
+    for name, projects in {"hf": {"transformers"}, "llamafactory": {"llamafactory"}, "nemo_rl": {"nemo_rl"}}.items():
         if module == f"spo_kernels.integrations.{name}":
             allowed |= projects
     others = [name for name in imports(module, KERNELS[module]) if name.split(".")[0] not in allowed]
