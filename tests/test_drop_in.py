@@ -18,6 +18,7 @@ from pair_batch import ALPHA, Batch, Triple, counts
 from torch import Tensor
 
 import spo_kernels
+from spo_kernels.integrations.nemo_rl import SPOLossFn
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 ROWS: dict[str, Callable[[], None]] = {}
@@ -136,7 +137,7 @@ def trl_without_a_loss_to_replace() -> None:
     torch.testing.assert_close(trainer._compute_loss(), losses.mean())
 
 
-@row("LLaMA-Factory 0.9.6.dev0, ff6d4d1")
+@row("LLaMA-Factory 0.9.5, 0.9.6.dev0 ff6d4d1")
 def llama_factory() -> None:
     def step(batch: Batch, get_batch_logps: Any, compute_preference_loss: Any, nll: float = 0.0, **options: Any) -> Any:
         logps, valid_length = get_batch_logps(logits=batch.logits.float(), labels=batch.labels, **options)
@@ -167,7 +168,7 @@ def llama_factory() -> None:
     torch.testing.assert_close(loss, batch.spo()[0] - 0.5 * chosen_mean.mean())
 
 
-@row("OpenRLHF 0.11.0")
+@row("OpenRLHF 0.11.0, 0.11.2")
 def openrlhf() -> None:
     def step(batch: Batch, loss_fn: Any) -> Triple:
         preference_loss, chosen_reward, reject_reward = loss_fn(*batch.policy(), *batch.references)
@@ -191,15 +192,17 @@ def openrlhf() -> None:
 def torchtune() -> None:
     batch = Batch()
 
-    def step(get_batch_log_probs: Any, loss_fn: Any) -> Triple:
-        chosen, rejected = batch.split(get_batch_log_probs(batch.logits, batch.labels))
+    def step(get_batch_log_probs: Any, loss_fn: Any, **full_recipe: Any) -> Triple:
+        chosen, rejected = batch.split(get_batch_log_probs(batch.logits, batch.labels, **full_recipe))
         loss, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected, *batch.references)
         return loss.mean(), chosen_rewards, rejected_rewards
 
     batch.check(step(spo_kernels.get_batch_logps, spo_kernels.spo_loss))
+    with pytest.raises(TypeError, match="return_average_logprobs"):
+        step(spo_kernels.get_batch_logps, spo_kernels.spo_loss, return_average_logprobs=False)
 
 
-@row("NeMo-RL 0.6.0")
+@row("NeMo-RL 0.6.0, 0.7.0, 7ea279a")
 def nemo_rl() -> None:
     """Pairs are interleaved, masked a sample at a time, and the sum is divided by the count over all ranks."""
     batch = Batch()
@@ -212,13 +215,7 @@ def nemo_rl() -> None:
     with pytest.raises(ValueError, match=r"policy_chosen_logps must be \[P\], got \[6, 6\]"):
         step(spo_kernels.spo_loss)
 
-    def loss_fn(next_token_logprobs: Tensor, data: Any, global_valid_seqs: Tensor, global_valid_toks: Tensor) -> Any:
-        logps = (next_token_logprobs * data["token_mask"][:, 1:]).sum(-1)
-        losses, *_ = spo_kernels.spo_loss(logps[::2], logps[1::2], weight=data["sample_mask"][::2])
-        loss = losses.sum() / (global_valid_seqs / 2)
-        return loss, {"loss": loss.item()}
-
-    loss, metrics = step(loss_fn)
+    loss, metrics = step(SPOLossFn(center=False))
     chosen, rejected = batch.policy()
     expected = (-F.logsigmoid(ALPHA * (chosen - rejected)) / ALPHA)[[0, 2]].mean()
     torch.testing.assert_close(loss, expected)
@@ -253,7 +250,7 @@ def liger() -> None:
     torch.testing.assert_close(loss, (-F.logsigmoid(ALPHA * (picked[:2] - picked[2:])) / ALPHA).mean())
 
 
-@row("transformers 5.24.0, `Trainer(compute_loss_func=)`")
+@row("transformers 5.24.0, `Trainer`")
 def transformers_trainer() -> None:
     """Two micro-batches: the Trainer takes the loss of a compute_loss_func as divided by their number already."""
     batches = [Batch(pairs=2), Batch(pairs=3)]

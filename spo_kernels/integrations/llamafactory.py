@@ -98,6 +98,7 @@ def patch(
     try:
         from llamafactory.train import trainer_utils
         from llamafactory.train.dpo import trainer as dpo_trainer
+        from llamafactory.train.dpo import workflow
     except ImportError as error:
         raise ImportError(f"patch needs LLaMA-Factory: pip install llamafactory ({error})") from error
 
@@ -110,5 +111,8 @@ def patch(
 
     unpatched = next(base for base in dpo_trainer.CustomDPOTrainer.__mro__ if not issubclass(base, SPOMixin))
     options = {"spo_loss": PairLoss(alpha, weight, center=center), "log_reference_rewards": log_reference_rewards}
-    dpo_trainer.CustomDPOTrainer = type(unpatched.__name__, (SPOMixin, unpatched), options)
+    patched = type(unpatched.__name__, (SPOMixin, unpatched), options)
+    for module in (dpo_trainer, workflow):  # the workflow has taken the trainer's name up to 0.9.3
+        if hasattr(module, "CustomDPOTrainer"):
+            module.CustomDPOTrainer = patched
     dpo_trainer.get_batch_logps = get_batch_logps

@@ -293,6 +293,7 @@ def llamafactory_modules(monkeypatch: pytest.MonkeyPatch, batch: Batch) -> Any:
             return losses.mean(), chosen_rewards, rejected_rewards
 
     trainer_module = module_of(monkeypatch, "llamafactory.train.dpo.trainer", CustomDPOTrainer=CustomDPOTrainer)
+    module_of(monkeypatch, "llamafactory.train.dpo.workflow", CustomDPOTrainer=CustomDPOTrainer)
     module_of(monkeypatch, "llamafactory.train.trainer_utils", get_batch_logps=get_batch_logps)
     return trainer_module
 
@@ -318,6 +319,7 @@ def test_llamafactory_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = module.CustomDPOTrainer(finetuning())
     batch.check(trainer.get_batch_loss_metrics(None, batch))
     assert trainer.reference_calls == 1
+    assert sys.modules["llamafactory.train.dpo.workflow"].CustomDPOTrainer is module.CustomDPOTrainer
     assert module.CustomDPOTrainer.__bases__ == (llamafactory.SPOMixin, unpatched), "a second patch replaces the first"
 
     chosen_mean = batch.policy()[0] / counts(batch.labels)[: batch.pairs]
