@@ -73,7 +73,19 @@ LAYERS = [  # a module may import the modules of its package that stand before i
     "modules",
 ]
 # What `spo_kernels.integrations` holds uses public names, and what stands before it here.
-INTEGRATIONS = ["head", "rows", "sampling", "buffer", "step", "core"]
+INTEGRATIONS = [
+    "head",
+    "rows",
+    "sampling",
+    "buffer",
+    "step",
+    "core",
+    "trl.config",
+    "trl.sampler",
+    "trl.checks",
+    "trl.trainer",
+    "trl",
+]
 INTEGRATIONS += ["hf", "pair_loss", "llamafactory", "nemo_rl", "openrlhf", "torchtune"]
 # `backends` registers backends for the row ops, so it is above them. A single backend imports the oracle and the dtypes
 # at most.
@@ -126,7 +138,7 @@ def test_the_library_needs_torch_and_numpy_only(module: str) -> None:
     allowed = {"spo_kernels", "torch", "numpy", *sys.stdlib_module_names}
     if module.startswith("spo_kernels.backends.triton"):
         allowed.add("triton")
-    if module == "spo_kernels.integrations.trl":
+    if module.startswith("spo_kernels.integrations.trl"):
         allowed |= {"accelerate", "datasets", "packaging", "peft", "transformers", "trl"}
     for name, projects in {"hf": {"transformers"}, "llamafactory": {"llamafactory"}, "nemo_rl": {"nemo_rl"}}.items():
         if module == f"spo_kernels.integrations.{name}":

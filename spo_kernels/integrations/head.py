@@ -17,7 +17,7 @@ from spo_kernels import gather_head, head_options
 
 __all__ = ["attach_head", "attached_options", "gather_head", "head_options", "unwrapped"]
 
-_MARK = "_spo_head_options"
+_MARK = "_spo_head_options"  # attribute of a model with a head: its options
 
 
 def _hidden_states(model: Any, *args: Any, **inputs: Any) -> Tensor:
@@ -63,7 +63,7 @@ def attach_head(
         ValueError: the model has no output embeddings with a weight.
     """
     model = unwrapped(model)
-    if hasattr(model.forward, _MARK):
+    if hasattr(model, _MARK):
         return
     embeddings = head(model)
     if not isinstance(getattr(embeddings, "weight", None), Tensor):
@@ -99,7 +99,7 @@ def attach_head(
         output = original(self, *args, **inputs)
         return spo_logits(output if isinstance(output, Tensor) else output.logits)
 
-    setattr(forward, _MARK, known)
+    setattr(model, _MARK, known)
     model.forward = types.MethodType(forward, model)
 
 
@@ -109,7 +109,7 @@ def attached_options(model: nn.Module) -> dict[str, Any] | ValueError:
     Raises:
         ValueError: the model has no attached head.
     """
-    known = getattr(unwrapped(model).forward, _MARK, None)
+    known = getattr(unwrapped(model), _MARK, None)
     if known is None:
         raise ValueError(f"model must have a head attached by attach_head, got {type(model).__name__} without")
     return known
