@@ -19,6 +19,7 @@ It needs transformers, 5.6 or later. One process or DDP; `spo_kernels.integratio
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,9 +231,14 @@ class SPOTrainerMixin(_Trainer):
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             state = Path(folder) / _state_file(self.args.process_index)
-            if not state.exists():
-                raise ValueError(f"resume_from_checkpoint must be a checkpoint of SPOTrainerMixin, got no {state}")
-            self.spo.load_state_dict(torch.load(state, map_location=self.args.device, weights_only=True))
+            if state.exists():
+                self.spo.load_state_dict(torch.load(state, map_location=self.args.device, weights_only=True))
+            else:
+                warnings.warn(
+                    f"{state} does not exist: samples and running average start anew, so the run continues, but not "
+                    "with the same numbers",
+                    stacklevel=2,
+                )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -252,7 +258,7 @@ class SPOTrainerMixin(_Trainer):
             kind, result = "train", self.spo(model, pairs)
         else:
             if self._evaluation_kl is None and self.spo.buffer is not None:
-                self._evaluation_kl = self.spo.evaluation_kl(model, self.spo.buffer.batch_size)
+                self._evaluation_kl = self.spo.evaluation_kl(model, 2 * self.args.eval_batch_size)
             kind, result = "eval", self.spo.evaluate(model, pairs, self._evaluation_kl)
         sums = self._sums.get(kind)
         self._sums[kind] = result.metrics if sums is None else sums + result.metrics
@@ -302,7 +308,8 @@ class _SaveState(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        torch.save(self.trainer.spo.state_dict(), folder / _state_file(args.process_index))
+        if not args.save_only_model:
+            torch.save(self.trainer.spo.state_dict(), folder / _state_file(args.process_index))
 
 
 def _state_file(rank: int) -> str:
