@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +54,14 @@ def make_rows(count: int = 64, *, seed: int = 0, words: int = WORDS, tokens: int
         }
         for _ in range(count)
     ]
+
+
+def load_rows(file: Path | None) -> list[dict[str, str]]:
+    """Pairs of a JSONL file of prompt, chosen and rejected; None: those of `make_rows`."""
+    if file is None:
+        return make_rows()
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
 
 
 def load(name: str | None) -> tuple[Any, Any]:

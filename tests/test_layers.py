@@ -86,6 +86,7 @@ INTEGRATIONS = [
     "trl.trainer",
     "trl",
 ]
+INTEGRATIONS += ["hf", "pair_loss", "llamafactory", "nemo_rl", "openrlhf", "torchtune"]
 # `backends` registers backends for the row ops, so it is above them. A single backend imports the oracle and the dtypes
 # at most.
 LOWER = {
@@ -139,6 +140,9 @@ def test_the_library_needs_torch_and_numpy_only(module: str) -> None:
         allowed.add("triton")
     if module.startswith("spo_kernels.integrations.trl"):
         allowed |= {"accelerate", "datasets", "packaging", "peft", "transformers", "trl"}
+    for name, projects in {"hf": {"transformers"}, "llamafactory": {"llamafactory"}, "nemo_rl": {"nemo_rl"}}.items():
+        if module == f"spo_kernels.integrations.{name}":
+            allowed |= projects
     others = [name for name in imports(module, KERNELS[module]) if name.split(".")[0] not in allowed]
     assert not others, f"{module} imports {others}"
 
