@@ -36,15 +36,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def referenced() -> dict[str, str]:
     """Dotted paths of what the API reference shows, by the names that docstrings call them."""
-    paths = {}
+    modules, others = set(), set()
     for page in (Path(__file__).parents[1] / "api").glob("*.md"):
         for shown in page.read_text().split("\n::: ")[1:]:
             path = shown.split(maxsplit=1)[0]
-            members = re.findall(r"\w+", "".join(re.findall(r"members: \[(.*)\]", shown)))
-            paths |= {name: f"{path}.{name}" for name in members} if members else {path.rpartition(".")[2]: path}
-            paths[path] = path
-    by_package = {f"spo_kernels.{name}": path for name, path in paths.items() if "." not in name}
-    return by_package | paths | {path: path for path in paths.values()}
+            if members := re.search(r"members: \[(.*)\]", shown):
+                modules.add(path)
+                others |= {f"{path}.{name}" for name in re.findall(r"\w+", members[1])}
+            else:
+                others.add(path)
+    deepest_first = sorted(others, key=lambda path: (-path.count("."), path))  # of two with one name the library's wins
+    by_name = {path.rpartition(".")[2]: path for path in deepest_first}
+    by_package = {f"spo_kernels.{name}": path for name, path in by_name.items()}
+    return by_package | by_name | {path: path for path in modules | others}
 
 
 class Docstrings(griffe.Extension):
@@ -60,7 +64,7 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = re.sub(r"(?<![`\w])`([\w.]+)`(?!`)", lambda found: self.linked(found[1], obj), text)
 
     def linked(self, name: str, obj: griffe.Object) -> str:
-        path = self.paths.get(name)
+        path = self.paths.get(f"{obj.module.path}.{name}") or self.paths.get(name)
         return f"`{name}`" if path is None or path == obj.path else f"[`{name}`][{path}]"
 
     def on_class_members(self, *, cls: griffe.Class, **_: object) -> None:
