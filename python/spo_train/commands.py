@@ -280,7 +280,7 @@ def pairs(
     "pairs_file",
     type=FILE,
     required=True,
-    help='File of {"prompt", "chosen", "rejected"}: JSON lines, a JSON array (both also compressed by gzip), CSV or '
+    help='File of {"prompt", "chosen", "rejected"}: JSON lines, a JSON array or CSV, also compressed by gzip, or '
     "parquet; or the name owner/dataset of one on the Hugging Face hub. Responses are strings or lists of messages. "
     "docs/data.md shows all formats.",
 )

@@ -213,6 +213,8 @@ def load_pairs(
             dataset = PairDataset(usable(file.rows), bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id)
         except NoPairsError:
             reasons = report.summary() if report.problems else f"{source}: the file is empty"
+            if report.problems and all(reason.startswith("not JSON") for _, reason in report.problems):
+                reasons += "\nThe file is neither JSON lines, nor an array, nor CSV with columns chosen and rejected"
             raise DataError(f"no usable pairs; {reasons}") from None
     if repeated == prompted > 1:
         raise DataError(f"{source}: each response begins with its prompt: take the prompts out of chosen and rejected")

@@ -252,7 +252,7 @@ def _parquet_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
         table = parquet.ParquetFile(file)
         columns = [name for name in table.schema_arrow.names if name in FIELDS]
         batches = table.iter_batches(batch_size=256, columns=columns)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+        yield from _without_nulls(row for batch in batches for row in batch.to_pylist())
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a whole parquet file: {error}") from error
 
@@ -266,12 +266,18 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
         ) from error
     try:
         rows = datasets.load_dataset(name, split=split, streaming=True)
-        yield from enumerate(rows, start=1)
+        yield from _without_nulls(rows)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
             f"there is no file {name}, and no dataset of that name can be read from the hub: {reason}"
         ) from error
+
+
+def _without_nulls(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Any]]:
+    """Number rows of tables, in which a null stands for a field that the row does not have."""
+    for number, row in enumerate(rows, start=1):
+        yield number, {name: value for name, value in row.items() if value is not None}
 
 
 def normalized(record: Any) -> Pair:

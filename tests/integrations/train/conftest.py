@@ -1,4 +1,4 @@
-"""Skips these tests without transformers; gives tiny models in folders, and a file of conversations."""
+"""Tiny models of transformers in folders, and a file of conversations."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason='needs transformers: pip install "spo_kernels[hf]"')
-
-from tiny_transformers import MAKERS, WORDS
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +22,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of the three models, by name."""
+    from tiny_transformers import MAKERS
+
     root = tmp_path_factory.mktemp("models")
     return {name: make(root / name) for name, make in MAKERS.items()}
 
@@ -33,6 +31,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 conversations, half of them with the prompt in a field of its own."""
+    from tiny_transformers import WORDS
+
     path = tmp_path_factory.mktemp("data") / "chat.jsonl"
     rng = random.Random(1)
     with open(path, "w", encoding="utf-8") as file:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("transformers", reason='needs transformers: pip install "spo_kernels[hf]"')
+
 from tiny_transformers import CHATML, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 

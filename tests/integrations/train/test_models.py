@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+
+pytest.importorskip("transformers", reason='needs transformers: pip install "spo_kernels[hf]"')
+
+import huggingface_hub
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
