@@ -49,6 +49,8 @@ HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 3e-2
 class HuggingFaceModel(nn.Module):
     """A causal language model of transformers; fulfils `TrainableModel` and `ModelWithHead`.
 
+    The model computes without dropout, in training too, so that a policy equal to its reference has a KL of 0.
+
     Attributes:
         model: the model.
         vocab_size: ids of the tokenizer. Columns of the logits after them are padding, which the trainer never sees.
@@ -83,7 +85,14 @@ class HuggingFaceModel(nn.Module):
         self.model = model
         self.vocab_size, self.max_length = vocab_size, max_length
         self._end_ids, self._pad_id = sorted(end_ids), pad_id
+        self.train(self.training)
         self._head_options = self._checked_head_options()
+
+    def train(self, mode: bool = True) -> HuggingFaceModel:
+        """Set the training flag; the layers stay in evaluation mode, without dropout."""
+        super().train(mode)
+        self.model.eval()
+        return self
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits [B, T, V] of the token after each position of tokens [B, T] int64."""
@@ -145,16 +154,11 @@ class HuggingFaceModel(nn.Module):
         ).to(device)
         tokens = torch.full((len(prompts), max_length), self._pad_id, device=device)
         lengths = torch.empty_like(prompt_lens)
-        was_training = self.training
-        self.eval()
-        try:
-            for rows in self._groups(prompt_lens.tolist(), max_length):
-                drawn = self._generate([prompts[row] for row in rows], max_length, temperature, uniform[:, rows])
-                for row, ids in zip(rows, drawn, strict=True):
-                    tokens[row, : len(ids)] = ids
-                    lengths[row] = len(ids)
-        finally:
-            self.train(was_training)
+        for rows in self._groups(prompt_lens.tolist(), max_length):
+            drawn = self._generate([prompts[row] for row in rows], max_length, temperature, uniform[:, rows])
+            for row, ids in zip(rows, drawn, strict=True):
+                tokens[row, : len(ids)] = ids
+                lengths[row] = len(ids)
         return Sequences(tokens[:, : int(lengths.max())].contiguous(), prompt_lens.to(device), lengths.to(device))
 
     def _generate(
@@ -229,11 +233,8 @@ class HuggingFaceModel(nn.Module):
         if self.model.base_model is self.model or not isinstance(layer, nn.Linear):
             return None
         tokens = torch.arange(min(8, self.vocab_size), device=self.model.device)[None]
-        was_training = self.training
-        self.eval()
         expected = self(tokens)
         logits = F.linear(self.hidden(tokens), layer.weight, layer.bias)[..., : self.vocab_size]
-        self.train(was_training)
         logits = logits * options["logit_scale"]
         if options["softcap"] is not None:
             logits = torch.tanh(logits / options["softcap"]) * options["softcap"]
@@ -325,7 +326,7 @@ class HuggingFaceTokenizer:
                 f"{name} gives no tokens for a text: its files do not fit its class {type(tokenizer).__name__}"
             )
         self._strings = strings
-        self.vocab_size, self.bos_id = len(tokenizer), None
+        self.vocab_size, self.bos_id = max(tokenizer.get_vocab().values()) + 1, None
         ends = [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *end_ids]
         if not ends:
             raise ValueError(f"{name} must have an eos token, got none")
@@ -457,8 +458,8 @@ class HuggingFaceTokenizer:
         prompt: list[Message] = [{"role": "user", "content": "a"}]
         try:
             start, text = (self._rendered(prompt, reply) for reply in (None, {"role": "assistant", "content": "b"}))
-        except RowError as error:
-            raise ValueError(f"{self.name}: {error}") from error
+        except RowError:  # said of each pair that is rendered
+            return frozenset()
         if not text.startswith(start):
             return frozenset()
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
@@ -516,7 +517,7 @@ def load_pretrained(
                 source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{source} cannot be loaded by transformers: {' '.join(str(error).split())}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -181,7 +182,7 @@ def test_samples_follow_the_distribution_and_the_generator_alone(folders: dict[s
     with torch.no_grad():
         p = logits(model, torch.tensor([[40, 41]]))[0, -1].double().softmax(-1)
     counts = torch.bincount(drawn, minlength=len(p)).double()
-    assert len(counts) == len(p) == len(tokenizer.tokenizer)
+    assert len(counts) == len(p) == len(tokenizer.tokenizer) < model.model.config.vocab_size
     often = p * count > 5
     chi2 = ((counts - p * count) ** 2 / (p * count))[often].sum()
     freedom = int(often.sum()) - 1
@@ -372,3 +373,14 @@ def test_a_tokenizer_without_eos_is_refused(folders: dict[str, Path]) -> None:
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="must have an eos token, got none"):
         HuggingFaceTokenizer(tokenizer)
+
+
+def test_dropout_is_off(chat_file: Path, folders: dict[str, Path]) -> None:
+    _, tokenizer = load_pretrained(str(folders["llama"]))
+    shape = {"n_positions": 48, "n_embd": 16, "n_layer": 1, "n_head": 2, "attn_pdrop": 0.5, "resid_pdrop": 0.5}
+    inner = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=tokenizer.vocab_size, **shape, embd_pdrop=0.5))
+    model = HuggingFaceModel(inner, vocab_size=tokenizer.vocab_size, max_length=48, end_ids=[1], pad_id=0)
+    pairs, _ = load_pairs(chat_file, tokenizer, max_length=48)
+    record = Aligner(model, copy.deepcopy(model), pairs, AlignConfig(**ALIGN)).update()
+    assert model.training
+    assert record["kl"] == 0
