@@ -508,6 +508,7 @@ def load_pretrained(
     """
     if (Path(source) / "adapter_config.json").exists() and not (Path(source) / "config.json").exists():
         raise ValueError(f"{source} is an adapter without its model: merge it into its base model first")
+    what = source
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
@@ -516,9 +517,10 @@ def load_pretrained(
             model, info = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
+        what = f"the tokenizer of {source}"
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{source} cannot be loaded by transformers: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{what} cannot be loaded by transformers: {' '.join(str(error).split())}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
         raise ValueError(f"{source} lacks {len(lacking)} weights of {type(model).__name__}, first {lacking[0]}")

@@ -328,7 +328,7 @@ def only_an_adapter(folder: Path) -> None:
         (only_an_adapter, "is an adapter without its model: merge it"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "cannot be loaded by transformers: "),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded by transformers: "),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "/model cannot be loaded by transformers: "),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "new"}'),
             "cannot be loaded by transformers",
