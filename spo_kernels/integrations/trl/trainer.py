@@ -159,6 +159,11 @@ class SPOTrainer(DPOTrainer):
             raise ValueError(
                 f"router_aux_loss_coef must be 0 or None, as SPO has no router loss, got {args.router_aux_loss_coef}"
             )
+        if self.aux_loss_enabled:
+            warnings.warn(
+                "the auxiliary loss of the model's router is not part of the loss; set router_aux_loss_coef=0 to say so",
+                stacklevel=2,
+            )
         self.spo = self._make_step(base, kl_prompts, sampler)
         self._window_losses: list[Tensor] = []
         self._window_metrics: list[MetricSums] = []
