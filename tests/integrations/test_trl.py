@@ -331,6 +331,37 @@ class TestSampling:
             ).train()
             assert sorted(seen) == [[5, 6]] * 4 + [[7]] * 4
 
+    def test_conversations(self, make: Make) -> None:
+        """Messages, with the prompt of its own or within both responses."""
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m['content'] }} {% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+        )
+
+        def said(role: str, text: str) -> dict[str, str]:
+            return {"role": role, "content": text}
+
+        explicit = [
+            {
+                "prompt": [said("user", row["prompt"])],
+                "chosen": [said("assistant", row["chosen"])],
+                "rejected": [said("assistant", row["rejected"])],
+            }
+            for row in make_rows(8)
+        ]
+        implicit = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in explicit]
+        results = []
+        for rows in (explicit, implicit):
+            options: dict[str, Any] = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+            trainer = SPOTrainer(make().model, args=make(max_steps=2).args, **options)
+            trainer.train()
+            results.append(weights(trainer))
+            prompts = [row["prompt"] for row in explicit]
+            own = SPOTrainer(make().model, args=make(max_steps=2).args, **options, kl_prompts=prompts)
+            assert own.spo.buffer is not None
+            assert list(own.spo.buffer.prompts) == list(trainer.train_dataset["prompt_ids"])
+        assert torch.equal(*results)
+
     def test_a_stream_needs_prompts(self, folders: dict[str, Path], make: Make) -> None:
         stream = Dataset.from_list(make_rows(16)).to_iterable_dataset()
         options: dict[str, Any] = {
@@ -809,6 +840,27 @@ class TestBadInput:
         trainer.train()
         assert trainer.state.log_history[0]["spo/kl"] == pytest.approx(0, abs=1e-5)
 
+    def test_code_of_a_models_own_that_changes_logits(self, make: Make) -> None:
+        import transformers
+
+        class Sharper(transformers.LlamaForCausalLM):
+            def forward(self, *args: Any, **inputs: Any) -> Any:
+                output = super().forward(*args, **inputs)
+                output.logits = 2 * output.logits
+                return output
+
+        model = Sharper(make_model().config)
+        reference = copy.deepcopy(model)
+        with pytest.warns(UserWarning, match='Sharper computes other logits than its head says; head is "logits" in'):
+            trainer = make(model=model, ref_model=reference)
+        assert trainer.spo.settings.head == "logits"
+        trainer.train()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*computes other logits")
+            Same = type("Same", (transformers.LlamaForCausalLM,), {})
+            model = Same(make_model().config)
+            assert make(model=model, ref_model=copy.deepcopy(model)).spo.settings.head == "linear"
+
     def test_samples_per_micro_step(self, make: Make) -> None:
         message = (
             r"kl_samples must be a multiple of ranks x gradient_accumulation_steps = 1 x 4 = 4, got 6; the next is 8"
@@ -889,10 +941,7 @@ def renamed_script(tmp_path: Path) -> Path:
     ours, mixture = "from spo_kernels.integrations.trl import", "from trl import DatasetMixtureConfig,"
     changes = [
         ("from trl import DPOTrainer, ", f"{ours} SPOTrainer\n    from trl import "),
-        (
-            "from trl import DatasetMixtureConfig, DPOConfig,",
-            f"{ours} SPOConfig\n    from trl import DatasetMixtureConfig,",
-        ),
+        (f"{mixture} DPOConfig,", f"{ours} SPOConfig\n    {mixture}"),
         ("trainer = DPOTrainer(", "trainer = SPOTrainer("),
         ("(ScriptArguments, DPOConfig,", "(ScriptArguments, SPOConfig,"),
     ]
