@@ -1,27 +1,17 @@
-"""Tiny Hugging Face models with random weights, a tokenizer of words, and pairs: made here, nothing is downloaded."""
+"""Tiny Hugging Face models with random weights, made here. Tokenizer and pairs come from examples/tiny.py."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import WORDS, make_rows, make_tokenizer
 
-WORDS = 60
+__all__ = ["ARCHITECTURES", "make_model", "make_rows", "make_tokenizer", "save_model"]
+
 VOCAB = WORDS + 4
 ARCHITECTURES = ("llama", "qwen2", "gemma2", "cohere")
-
-
-def make_tokenizer(words: int = WORDS) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i + 4 for i in range(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def make_model(architecture: str = "llama", *, vocab: int = VOCAB, seed: int = 0) -> Any:
@@ -57,20 +47,3 @@ def save_model(folder: Path, architecture: str = "llama", **options: Any) -> Pat
     make_model(architecture, **options).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
-
-
-def make_rows(count: int = 16, *, seed: int = 0, words: int = WORDS, tokens: int = 10) -> list[dict[str, str]]:
-    """Chosen responses are of the first half of the words, rejected ones of the second half."""
-    chance = random.Random(seed)
-
-    def text(low: int, high: int, least: int, most: int) -> str:
-        return " ".join(f"w{chance.randrange(low, high)}" for _ in range(chance.randint(least, most)))
-
-    return [
-        {
-            "prompt": text(0, words, 2, 5) + " ",
-            "chosen": text(0, words // 2, tokens // 2, tokens),
-            "rejected": text(words // 2, words, tokens // 2, tokens),
-        }
-        for _ in range(count)
-    ]

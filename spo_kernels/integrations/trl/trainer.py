@@ -159,6 +159,11 @@ class SPOTrainer(DPOTrainer):
             raise ValueError(
                 f"router_aux_loss_coef must be 0 or None, as SPO has no router loss, got {args.router_aux_loss_coef}"
             )
+        if self.aux_loss_enabled:
+            warnings.warn(
+                "the auxiliary loss of the model's router is not part of the loss; router_aux_loss_coef=0 says as much",
+                stacklevel=2,
+            )
         self.spo = self._make_step(base, kl_prompts, sampler)
         self._window_losses: list[Tensor] = []
         self._window_metrics: list[MetricSums] = []
@@ -175,8 +180,8 @@ class SPOTrainer(DPOTrainer):
             if model is not None:
                 attach_head(model)
         head, keep = ("linear" if args.head == "auto" else args.head), args.kl_reference
-        problem = attached_options(base)
-        if isinstance(problem, ValueError):
+        problem = _logits_problem(base)
+        if problem is not None:
             if head == "linear":
                 warnings.warn(f'{problem}; head is "logits" in place of {args.head!r}', stacklevel=3)
                 head = "logits"
@@ -329,7 +334,8 @@ class SPOTrainer(DPOTrainer):
         self._renew_reference()
         kl = self._evaluation_kl
         if kl is None and self.spo.buffer is not None:
-            kl = self.spo.evaluation_kl(model, batch_size=2 * self.args.eval_batch_size)
+            # Over all ranks: the trainer may count the losses of one rank only.
+            kl = self.accelerator.reduce(self.spo.evaluation_kl(model, batch_size=2 * self.args.eval_batch_size))
         if self._is_evaluating:  # the weights stay the same, so the KL does
             self._evaluation_kl = kl
         loss, metrics = self.spo.evaluate(model, pairs, kl)
@@ -440,6 +446,22 @@ class _SPOCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir() and not args.save_only_model:
             torch.save(self.trainer.spo.state_dict(), self.trainer.step_file(folder))
+
+
+def _logits_problem(model: Any) -> str | None:
+    """Why the model's logits are not what hidden states, head and options give; None if they are."""
+    options = attached_options(model)
+    if isinstance(options, ValueError):
+        return str(options)
+    if type(model).__module__.startswith("transformers."):  # whose models `head_options` knows
+        return None
+    ids = torch.arange(4, device=model.device)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    reference = Reference(model)
+    own, ours = reference.logits(inputs).float(), reference.logits_of(reference.hidden(inputs)).float()
+    if (own - ours).norm() <= 1e-2 * own.norm():  # bfloat16 rounds by less
+        return None
+    return f"{type(model).__name__} computes other logits than its head says"
 
 
 def _named_datasets(train: Any, evaluation: Any) -> list[tuple[str, Any]]:
