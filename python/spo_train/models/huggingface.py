@@ -87,6 +87,7 @@ class HuggingFaceModel(nn.Module):
         self._end_ids, self._pad_id = sorted(end_ids), pad_id
         self.train(self.training)
         self._head_options = self._checked_head_options()
+        self._takes_left_padding = self._check_left_padding()
 
     def train(self, mode: bool = True) -> HuggingFaceModel:
         """Set the training flag; the layers stay in evaluation mode, without dropout."""
@@ -166,23 +167,10 @@ class HuggingFaceModel(nn.Module):
     ) -> list[Tensor]:
         """Return each prompt with its continuation, which ends with the first of the end ids or at max_length."""
         longest, shortest = max(map(len, prompts)), min(map(len, prompts))
-        ids = torch.full((len(prompts), longest), self._pad_id)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        with _own_generation_settings_off(self.model):
-            drawn = self.model.generate(
-                input_ids=ids.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    max_new_tokens=max_length - shortest,
-                    eos_token_id=self._end_ids,
-                    pad_token_id=self._pad_id,
-                ),
-                logits_processor=LogitsProcessorList([_Draw(self.vocab_size, temperature, uniform, longest)]),
-            )
+        draws = _Draw(self.vocab_size, temperature, uniform, longest)
+        drawn = self._continued(
+            prompts, max_length - shortest, self._end_ids, logits_processor=LogitsProcessorList([draws])
+        )
         ends = torch.isin(drawn[:, longest:], torch.tensor(self._end_ids, device=drawn.device))
         new = torch.where(ends.any(1), ends.int().argmax(1) + 1, ends.shape[1]).tolist()
         rows = (row[longest - len(prompt) :] for row, prompt in zip(drawn, prompts, strict=True))
@@ -190,14 +178,34 @@ class HuggingFaceModel(nn.Module):
             row[: min(len(prompt) + count, max_length)] for row, prompt, count in zip(rows, prompts, new, strict=True)
         ]
 
+    def _continued(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, end_ids: list[int] | None, **options: Any
+    ) -> Any:
+        """Return what `generate` returns for prompts padded on the left, taking the likeliest token each time."""
+        longest = max(map(len, prompts))
+        ids = torch.full((len(prompts), longest), self._pad_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=new_tokens, eos_token_id=end_ids, pad_token_id=self._pad_id
+        )
+        device = self.model.device
+        with _own_generation_settings_off(self.model):
+            return self.model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, **options
+            )
+
     def _groups(self, prompt_lens: list[int], max_length: int) -> list[list[int]]:
         """Return the rows that are sampled together.
 
-        Rows of different lengths are padded on the left, and a row that has ended runs on with the others. A model with
-        a table of positions has none for that beyond its limit, so rows then go by length.
+        Rows of different lengths are padded on the left, and a row that has ended runs on with the others. Rows go by
+        length instead if the model has no positions for that beyond its limit, or counts padding as positions.
         """
         limit = _positions(self.model.config)
-        if limit is None or max(prompt_lens) + max_length - min(prompt_lens) <= limit:
+        room = limit is None or max(prompt_lens) + max_length - min(prompt_lens) <= limit
+        if room and self._takes_left_padding:
             return [list(range(len(prompt_lens)))]
         by_length: dict[int, list[int]] = {}
         for row, length in enumerate(prompt_lens):
@@ -247,6 +255,15 @@ class HuggingFaceModel(nn.Module):
             stacklevel=3,
         )
         return None
+
+    @torch.no_grad()
+    def _check_left_padding(self) -> bool:
+        """Return whether a padded row gets the logits that it gets alone, at its first token and with the cache."""
+        first, *others = range(min(4, self.vocab_size))
+        drawn = self._continued([[first], others], 2, None, output_logits=True, return_dict_in_generate=True)
+        alone = self.model(input_ids=drawn.sequences[:1, -3:-1], use_cache=False).logits[0]
+        padded = torch.stack([logits[0] for logits in drawn.logits]).to(alone.dtype)
+        return bool((padded - alone).abs().max() <= HEAD_TOLERANCE[alone.dtype] * alone.abs().max())
 
 
 class _Draw(LogitsProcessor):

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 pytest.importorskip("transformers", reason='needs transformers: pip install "spo_kernels[hf]"')
 
 import huggingface_hub
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,6 +31,7 @@ from spo_train.align import Aligner
 from spo_train.commands import cli
 from spo_train.config import AlignConfig, EvaluateConfig
 from spo_train.evaluate import Evaluator
+from spo_train.heads import response_logps
 from spo_train.models.huggingface import HuggingFaceModel, HuggingFaceTokenizer, load_pretrained
 from spo_train.pair_data import load_pairs
 from spo_train.protocol import IGNORE_INDEX, Sequences
@@ -191,6 +193,41 @@ def test_samples_follow_the_distribution_and_the_generator_alone(folders: dict[s
     first = model.sample([[5], [6, 7]], max_length=20, generator=generator(3))
     assert torch.equal(model.sample([[5], [6, 7]], max_length=20, generator=generator(3)).tokens, first.tokens)
     assert not torch.equal(model.sample([[5], [6, 7]], max_length=20, generator=generator(4)).tokens, first.tokens)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "CohereConfig": {"logit_scale": 0.3},
+    "GraniteConfig": {"logits_scaling": 3.0},
+    "MixtralConfig": {"num_local_experts": 4, "num_key_value_heads": 2, "intermediate_size": 48},
+    "MambaConfig": {},
+    "OPTConfig": {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3},
+    "BartConfig": {
+        "d_model": 32,
+        "decoder_layers": 1,
+        "decoder_ffn_dim": 32,
+        "decoder_attention_heads": 4,
+        "init_std": 0.3,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_architectures(kind: str) -> None:
+    """A logit scale and its inverse, experts, a state space, two tables of positions, one of which counts padding."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
+    config = getattr(transformers, kind)(vocab_size=100, max_position_embeddings=64, **shape | KINDS[kind])
+    model = HuggingFaceModel(
+        AutoModelForCausalLM.from_config(config), vocab_size=98, max_length=40, end_ids=[1], pad_id=0
+    )
+    head, tokens = model.head(), torch.arange(90).view(3, 30)
+    assert head is not None
+    with torch.no_grad():
+        expected = F.log_softmax(logits(model, tokens[:, :-1]), -1).gather(-1, tokens[:, 1:, None]).sum((1, 2))
+        torch.testing.assert_close(response_logps(model, tokens[:, :-1], tokens[:, 1:]), expected, rtol=1e-4, atol=1e-3)
+        samples = model.sample([[5], [7, 20, 30], [9, 10]], max_length=20, temperature=1e-4, generator=generator())
+        for row, start, end in zip(samples.tokens, samples.prompt_lens, samples.lengths, strict=True):
+            best = logits(model, row[None, : end - 1])[0].argmax(-1)
+            assert torch.equal(row[start:end], best[start - 1 :])
 
 
 def test_a_table_of_positions_is_not_exceeded() -> None:
