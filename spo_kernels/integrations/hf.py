@@ -125,9 +125,10 @@ class SPOTrainerMixin(_Trainer):
         kl_generation_batch_size: sequences sampled, and scored by the reference, at once; None: all.
 
     Raises:
-        ValueError: a reference is missing or has another vocabulary; an adapter changes the head; `compute_metrics` or
-            `compute_loss_func` is given; pairs would be split: several GPUs in one process, or an IterableDataset that
-            one process reads for all; FSDP or DeepSpeed with beta > 0; and what `KLBuffer` and `SPOStep` raise.
+        ValueError: a reference is missing or has another vocabulary; an adapter on the head, or prompt learning;
+            `compute_metrics` or `compute_loss_func` is given; pairs would be split: several GPUs in one process, or an
+            IterableDataset that one process reads for all; FSDP or DeepSpeed with beta > 0; and what `KLBuffer` and
+            `SPOStep` raise.
     """
 
     # Trainer then divides the loss of a micro-batch by the number of micro-batches. Without that, accumulation over two
@@ -152,6 +153,7 @@ class SPOTrainerMixin(_Trainer):
         self.model_accepts_loss_kwargs = False  # says the same to a Trainer without loss_is_scaled_for_ga
         self.args.remove_unused_columns = False
         self._refuse(settings)
+        self._refuse_adapters()
         attach_head(self.model)
         reference = self._reference(settings, ref_model)
         accelerator = self.accelerator
@@ -203,6 +205,15 @@ class SPOTrainerMixin(_Trainer):
                 f"spo_kernels.integrations.trl, got beta = {settings.beta}"
             )
 
+    def _refuse_adapters(self) -> None:
+        if hasattr(unwrapped(self.model).get_output_embeddings(), "base_layer"):
+            raise ValueError("model must have no adapter on its head, whose weight the loss reads: leave lm_head out")
+        for config in getattr(self.model, "peft_config", {}).values():
+            if getattr(config, "is_prompt_learning", False):
+                raise ValueError(
+                    f"model must not use prompt learning, which lengthens the sequences, got {type(config).__name__}"
+                )
+
     def _reference(self, settings: SPOSettings, ref_model: Any) -> Reference | None:
         if not settings.beta and not settings.reference_rewards:
             return None
@@ -226,6 +237,7 @@ class SPOTrainerMixin(_Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; a resumed run continues with the samples and the running average of the checkpoint."""
         self.spo.reset()
+        self._sums.clear()
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spo_kernels import SoftImportance, spo_loss
@@ -20,8 +21,9 @@ class PairLoss(nn.Module):
     Args:
         alpha: softness, >= 0; see `spo_kernels.spo_loss`.
         weight: importance of pairs: None for uniform weights, a number gamma for `SoftImportance(gamma)`, or a
-            `SoftImportance` (or any callable from two [P] to [P]). Its state goes to the device of the log-probs.
-            Trainers do not save the state of a loss: after a resume a running average starts anew.
+            `SoftImportance` (or any callable from two [P] to [P]). Its state goes to the device of the log-probs. A
+            call without gradients leaves a running average alone. Trainers do not save the state of a loss, so after a
+            resume a running average starts anew.
         center: leave out the constant log(2)/alpha, so that the loss is 0 where the policy has no preference.
 
     Raises:
@@ -56,6 +58,7 @@ class PairLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(losses, chosen_rewards, rejected_rewards) of `spo_kernels.spo_loss`, which takes the options."""
         self.to(policy_chosen_logps.device)
+        self.train(torch.is_grad_enabled())  # an evaluation does not move a running average
         return spo_loss(
             policy_chosen_logps,
             policy_rejected_logps,

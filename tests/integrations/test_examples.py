@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 from repository import ROOT
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
 from tiny_models import make_rows, save_model
 
 EXAMPLES = {"accelerate_loop": "accelerate", "lightning_spo": "lightning"}  # what each needs besides transformers
 
 
 def run(example: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    for package in ("transformers", EXAMPLES[example]):
-        pytest.importorskip(package, reason=f"{package} is not installed")
+    pytest.importorskip(EXAMPLES[example], reason=f"{EXAMPLES[example]} is not installed")
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / "examples" / f"{example}.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, env=environment)
@@ -32,7 +34,6 @@ def test_the_loss_of_an_example_falls(example: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_takes_a_model_and_pairs(example: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="transformers is not installed")
     model, pairs = save_model(tmp_path / "model"), tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in make_rows(16)))
     done = run(example, "--model", str(model), "--pairs", str(pairs), "--steps", "2", folder=tmp_path)

@@ -15,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
+from repository import ROOT
 from tiny_models import make_model, make_rows, make_tokenizer
 from transformers import Trainer, TrainingArguments
 
@@ -210,9 +211,20 @@ def test_lora_is_its_own_reference(tmp_path: Path) -> None:
     assert history[0]["spo/kl"] == pytest.approx(0, abs=1e-5)
     assert history[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
     assert history[-1]["spo/kl"] > 1e-4
-    adapted_head = peft.get_peft_model(make_model(), peft.LoraConfig(r=4, target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="head must be frozen"):
-        trainer_of(tmp_path, rows_of(2), adapted_head, spo=settings, ref_model=None)
+
+
+def test_refuses_adapters_that_the_loss_would_not_see(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    lora, prompts = peft.LoraConfig, peft.PromptTuningConfig
+    for config, message in (
+        (lora(target_modules=["lm_head"]), "model must have no adapter on its head"),
+        (prompts(task_type="CAUSAL_LM", num_virtual_tokens=2), "must not use prompt learning, .* PromptTuningConfig"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer_of(tmp_path, rows_of(2), peft.get_peft_model(make_model(), config))
+    trained_head = peft.get_peft_model(make_model(), lora(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="head must be frozen where a PEFT model is its own reference"):
+        trainer_of(tmp_path, rows_of(2), trained_head, spo=SPOSettings(), ref_model=None)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +260,7 @@ def train_in_ranks(folder: Path, rank: int) -> None:
 
 def test_two_ranks_step_as_one(tmp_path: Path) -> None:
     """Under DDP: the pairs of both ranks give the step of one process; each rank draws its half of the samples."""
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
+    folders = [str(ROOT / folder) for folder in ("tests/integrations", "tests/support", "examples")]
     script = tmp_path / "ranks.py"
     script.write_text(
         f"import os, sys, pathlib\nsys.path[:0] = {folders}\nimport test_hf\n"

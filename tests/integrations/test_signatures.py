@@ -164,6 +164,16 @@ def test_torchtune_weights_pairs() -> None:
     torch.testing.assert_close(loss, expected.mean())
 
 
+def test_an_evaluation_leaves_the_running_average_alone() -> None:
+    batch, loss_fn = Batch(), torchtune.SPOLoss(weight=spo_kernels.SoftImportance(0.3, "ema"))
+    torchtune_step(batch, loss_fn)
+    with torch.no_grad():
+        torchtune_step(Batch(pairs=2), loss_fn)
+    assert loss_fn.importance.num_updates == 1
+    torchtune_step(batch, loss_fn)
+    assert loss_fn.importance.num_updates == 2
+
+
 def test_torchtune_itself(real: Callable[[str], Any]) -> None:
     config, rlhf = real("torchtune.config"), real("torchtune.rlhf")
     from omegaconf import OmegaConf
