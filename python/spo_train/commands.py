@@ -115,6 +115,7 @@ out_folder = click.option("--out", type=FOLDER, required=True, help="Folder to w
 model_option = click.option(
     "--model",
     type=FOLDER,
+    metavar="MODEL",
     help="Folder of a model, written by pretrain, align or Hugging Face transformers; or the name owner/model of one "
     "on the Hugging Face hub. [default: the shipped reference model]",
 )
@@ -174,6 +175,8 @@ def cli(traceback: bool) -> None:
       spo-train pretrain texts/ --out base
       spo-train align --pairs pairs.jsonl --model base --out runs/spo
       spo-train evaluate runs/spo --reference base --judge my_module:score
+    With a model of Hugging Face transformers, a folder or a name of the hub:
+      spo-train align --pairs pairs.jsonl --model owner/model --out runs/spo
     """
 
 
@@ -288,7 +291,9 @@ def pairs(
 @strings_option
 @out_folder
 @model_option
-@click.option("--reference", type=FOLDER, help="Folder or name of the reference model. [default: the same as --model]")
+@click.option(
+    "--reference", type=FOLDER, metavar="MODEL", help="Folder or name of the reference. [default: the same as --model]"
+)
 @settings_options(AlignConfig)
 @click.option(
     "--too-long",
@@ -370,7 +375,10 @@ def align(
 @cli.command(short_help="Win rate of a model against the reference.")
 @click.argument("model", type=FOLDER)
 @click.option(
-    "--reference", type=FOLDER, help="Folder or name of the reference. [default: the shipped reference model]"
+    "--reference",
+    type=FOLDER,
+    metavar="MODEL",
+    help="Folder or name of the reference. [default: the shipped reference model]",
 )
 @click.option(
     "--judge", default="stories", show_default=True, help='"stories", or "module:function" from text to a score.'

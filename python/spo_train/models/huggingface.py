@@ -168,9 +168,7 @@ class HuggingFaceModel(nn.Module):
         """Return each prompt with its continuation, which ends with the first of the end ids or at max_length."""
         longest, shortest = max(map(len, prompts)), min(map(len, prompts))
         draws = _Draw(self.vocab_size, temperature, uniform, longest)
-        drawn = self._continued(
-            prompts, max_length - shortest, self._end_ids, logits_processor=LogitsProcessorList([draws])
-        )
+        drawn = self._continued(prompts, max_length - shortest, [draws], eos_token_id=self._end_ids)
         ends = torch.isin(drawn[:, longest:], torch.tensor(self._end_ids, device=drawn.device))
         new = torch.where(ends.any(1), ends.int().argmax(1) + 1, ends.shape[1]).tolist()
         rows = (row[longest - len(prompt) :] for row, prompt in zip(drawn, prompts, strict=True))
@@ -179,7 +177,7 @@ class HuggingFaceModel(nn.Module):
         ]
 
     def _continued(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int, end_ids: list[int] | None, **options: Any
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, processors: Sequence[LogitsProcessor], **settings: Any
     ) -> Any:
         """Return what `generate` returns for prompts padded on the left, taking the likeliest token each time."""
         longest = max(map(len, prompts))
@@ -188,13 +186,15 @@ class HuggingFaceModel(nn.Module):
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        settings = GenerationConfig(
-            do_sample=False, max_new_tokens=new_tokens, eos_token_id=end_ids, pad_token_id=self._pad_id
-        )
         device = self.model.device
         with _own_generation_settings_off(self.model):
             return self.model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, **options
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=GenerationConfig(
+                    do_sample=False, max_new_tokens=new_tokens, pad_token_id=self._pad_id, **settings
+                ),
+                logits_processor=LogitsProcessorList(processors),
             )
 
     def _groups(self, prompt_lens: list[int], max_length: int) -> list[list[int]]:
@@ -260,7 +260,7 @@ class HuggingFaceModel(nn.Module):
     def _check_left_padding(self) -> bool:
         """Return whether a padded row gets the logits that it gets alone, at its first token and with the cache."""
         first, *others = range(min(4, self.vocab_size))
-        drawn = self._continued([[first], others], 2, None, output_logits=True, return_dict_in_generate=True)
+        drawn = self._continued([[first], others], 2, [], output_logits=True, return_dict_in_generate=True)
         alone = self.model(input_ids=drawn.sequences[:1, -3:-1], use_cache=False).logits[0]
         padded = torch.stack([logits[0] for logits in drawn.logits]).to(alone.dtype)
         return bool((padded - alone).abs().max() <= HEAD_TOLERANCE[alone.dtype] * alone.abs().max())
@@ -338,7 +338,7 @@ class HuggingFaceTokenizer:
         self.name, self.tokenizer = name, tokenizer
         if strings == "chat" and not tokenizer.chat_template:
             raise ValueError(f"strings must be text for {name}, which has no chat template, got chat")
-        if not self._ids("a") or not self._ids("The end."):
+        if not all(self._ids(["a", "The end."])):
             raise ValueError(
                 f"{name} gives no tokens for a text: its files do not fit its class {type(tokenizer).__name__}"
             )
@@ -358,8 +358,8 @@ class HuggingFaceTokenizer:
         """Return the ids of prompts, with their bos; see `TextTokenizer.encode_prompts`."""
         if self._as_chat():
             conversations = (human_assistant_messages(text) or _user(text) for text in texts)
-            return [self._ids(self._rendered(messages, None)) for messages in conversations]
-        prompts = [[*self._start_of(ids), *ids] for ids in map(self._ids, texts)]
+            return self._ids([self._rendered(messages, None) for messages in conversations])
+        prompts = [[*self._start_of(ids), *ids] for ids in self._ids(texts)]
         if not all(prompts):
             raise ValueError(f"a prompt must not be empty, because {self.name} has no bos token to begin with")
         return prompts
@@ -433,12 +433,13 @@ class HuggingFaceTokenizer:
                     "the chat template renders the prompt in another way when a reply follows: "
                     f"{start[-40:]!r} is no beginning of the text with the reply"
                 )
-        return self._encoded(self._ids(start), [self._ids(text) for text in texts], read_as)
+        before, *whole = self._ids([start, *texts])
+        return self._encoded(before, whole, read_as)
 
     def _encode_texts(self, prompt: str, replies: Sequence[str], read_as: str) -> PairIds:
-        before, *texts = (self._ids(text) for text in (prompt, *(prompt + reply for reply in replies)))
+        before, *whole = self._ids([prompt, *(prompt + reply for reply in replies)])
         start = self._start_of(before)
-        return self._encoded([*start, *before], [[*start, *ids] for ids in texts], read_as)
+        return self._encoded([*start, *before], [[*start, *ids] for ids in whole], read_as)
 
     def _encoded(self, prompt: list[int], texts: list[list[int]], read_as: str) -> PairIds:
         shared = min(_common_length(prompt, text) for text in texts)
@@ -469,23 +470,23 @@ class HuggingFaceTokenizer:
             raise RowError(f"the chat template refuses the messages: {error}") from error
 
     def _turn_end(self) -> frozenset[int]:
-        """Return the special token that the chat template puts after a message of the assistant."""
-        if not self.tokenizer.chat_template:
-            return frozenset()
-        prompt: list[Message] = [{"role": "user", "content": "a"}]
+        """Return the special token that the chat template puts after a message of the assistant, if it puts one."""
+        content = "2718281828"
         try:
-            start, text = (self._rendered(prompt, reply) for reply in (None, {"role": "assistant", "content": "b"}))
-        except RowError:  # said of each pair that is rendered
-            return frozenset()
-        if not text.startswith(start):
-            return frozenset()
+            text = (
+                self._rendered(_user("a"), {"role": "assistant", "content": content})
+                if self.tokenizer.chat_template
+                else ""
+            )
+        except RowError:  # every pair that is rendered will say so
+            text = ""
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        after = self._ids(text)[len(self._ids(start)) :]
+        after = self._ids([text.rpartition(content)[2]])[0] if content in text else []
         return frozenset([next(i for i in after if i in special)] if special & set(after) else [])
 
     def _ids_before_text(self) -> list[int]:
         """Return the ids that the tokenizer puts in front of a text, usually its bos or none."""
-        text, whole = self._ids("a"), self.tokenizer("a").input_ids
+        (text,), whole = self._ids(["a"]), self.tokenizer("a").input_ids
         places = range(len(whole) - len(text) + 1)
         return next((whole[:place] for place in places if whole[place : place + len(text)] == text), [])
 
@@ -495,8 +496,8 @@ class HuggingFaceTokenizer:
             return [self.tokenizer.bos_token_id]
         return [] if prompt[: len(self._start)] == self._start else self._start
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
 
     def _decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return self.tokenizer.decode(

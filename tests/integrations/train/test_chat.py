@@ -57,6 +57,14 @@ def test_a_conversation_ends_with_the_token_that_ends_a_turn() -> None:
     assert tokenizer.decode_response(ids.prompt, ids.chosen) == "a cat"
 
 
+def test_special_tokens_before_a_reply_do_not_end_it() -> None:
+    channels = CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<|final|>{% endif %}{{ m.content }}")
+    tokenizer = HuggingFaceTokenizer(make_tokenizer([*CHAT_TOKENS, "<|final|>"], template=channels))
+    assert texts(tokenizer, *([end] for end in sorted(tokenizer.end_ids))) == ["<|endoftext|>", "<|im_end|>"]
+    ids = tokenizer.encode_pair(USER, reply("a cat"), reply("a dog"))
+    assert texts(tokenizer, ids.chosen) == ["<|final|>a cat<|im_end|>"]
+
+
 def test_a_template_without_an_end_gets_eos() -> None:
     lines = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     lines += "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -192,7 +200,7 @@ def test_a_tokenizer_that_gives_no_tokens_is_refused() -> None:
     class Silent(PreTrainedTokenizerFast):
         def __call__(self, *args: Any, **options: Any) -> Any:
             encoded = super().__call__(*args, **options)
-            encoded["input_ids"] = []
+            encoded["input_ids"] = [[] for _ in encoded["input_ids"]]
             return encoded
 
     silent = Silent(tokenizer_object=make_tokenizer(["<pad>", "</s>"])._tokenizer, eos_token="</s>")

@@ -323,8 +323,28 @@ def test_the_whole_life(name: str, folders: dict[str, Path], chat_file: Path, tm
         spo_train(*evaluate, "--strings", "text", "--max-length", "32", "--samples", "4", "--reference-samples", "4")
     )
     assert result["kl"] > 0
+    before_text = json.loads((run / "stories.jsonl").read_text().splitlines()[0])["before"]["text"]
+    start = "<|im_start|>user\n" if name == "qwen2" else "<start_of_turn>user\n" if name == "gemma2" else "user: "
+    assert before_text.startswith(start)
     # The aligned model can be aligned again.
     spo_train("align", "--pairs", chat_file, "--model", run, "--out", tmp_path / "again", *options(**ALIGN))
+
+
+@pytest.mark.parametrize("strings", ["text", "chat"])
+def test_pairs_of_samples_are_in_the_words_of_the_prompts(
+    strings: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("the dog\ntell me\n")
+    sizes = ["--pairs", "16", "--max-length", "32", "--noise", "6", "--prompts", tmp_path / "prompts.txt"]
+    made = tmp_path / "made.jsonl"
+    spo_train("pairs", "--model", folders["qwen2"], "--out", made, *sizes, "--strings", strings)
+    rows = [json.loads(line) for line in made.read_text().splitlines()]
+    assert {row["prompt"] for row in rows} == {"the dog", "tell me"}
+    said = spo_train(
+        *("align", "--pairs", made, "--model", folders["qwen2"], "--out", tmp_path / "run", "--strings", strings),
+        *options(**ALIGN, max_length=40),
+    )
+    assert f"{len(rows)} pairs" in said
 
 
 def edited(source: Path, target: Path, edit: Callable[[Path], None]) -> Path:
