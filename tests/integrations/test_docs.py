@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from repository import ROOT
-from tiny_models import make_model, make_rows, make_tokenizer
 
 import spo_kernels
 from spo_kernels.integrations import core
@@ -85,6 +84,7 @@ def test_migration_page_prints_what_it_says() -> None:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What stands in for the hub's model and dataset, and for settings that would take long or need a GPU."""
     import datasets
+    from tiny_models import make_model, make_rows, make_tokenizer
 
     def messages(row: dict[str, str], answer: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[answer]}]
