@@ -64,7 +64,7 @@ def head_options(config: Any) -> dict[str, Any]:
         config: a configuration, for instance ``model.config``. Of one with several parts, the text decoder's is read.
 
     Returns:
-        ``{"softcap": number or None, "logit_scale": number}``.
+        A dict with ``softcap``, a number or None, and ``logit_scale``, a number.
 
     Raises:
         ValueError: an attribute that changes the logits cannot be mapped, is not a number, or stands beside another of

@@ -9,7 +9,8 @@ Log-probs of -inf are legal and follow the equations. An impossible chosen respo
 rejected response makes it 0 (-log(2)/alpha when centred), or -inf at alpha = 0. Both at once make D, the loss and the
 gradient NaN.
 
-A pair of weight 0 is not read: its loss and its gradient are 0 even if its log-probs are NaN.
+A pair of weight 0, or that `pair_mask` leaves out, is not read: its loss and its gradient are 0 even if its log-probs
+are NaN.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo_kernels.checks import check_float, check_like, check_number, checked_pair, checked_references, savable
+from spo_kernels.checks import (
+    check_float,
+    check_like,
+    check_number,
+    checked_pair,
+    checked_references,
+    describe,
+    savable,
+)
 from spo_kernels.distributed import HoldsProcessGroup, takes_dtensors
 from spo_kernels.op_library import is_transforming
 from spo_kernels.precision import upcast
@@ -34,23 +43,62 @@ __all__ = ["LOSSES", "SoftImportance", "dpo_loss", "preference_loss", "spo_loss"
 
 PairWeight = Tensor | Callable[[Tensor, Tensor], Tensor]
 LossTriple = tuple[Tensor, Tensor, Tensor]
+REDUCTIONS = ("none", "mean", "sum")
 
 # Below this, alpha D and 1/alpha come near the ends of float32. The rounding of D / 2 then hides the term that eq. 9
 # drops, alpha D^2 / 8.
 _SMALLEST_ALPHA = 1e-30
 
 
-def checked_mu(weight: PairWeight | None, logp_w: Tensor, logp_l: Tensor) -> Tensor:
-    """mu [P] as a constant; calls a callable weight once."""
+def checked_mu(weight: PairWeight | None, logp_w: Tensor, logp_l: Tensor, pair_mask: Tensor | None = None) -> Tensor:
+    """mu [P] as a constant, 0 for pairs that pair_mask leaves out; calls a callable weight once."""
     if weight is None:
-        return torch.ones_like(logp_w.detach())
-    mu = weight if isinstance(weight, Tensor) else None
-    if mu is None:
-        if not callable(weight):
-            raise TypeError(f"weight must be a Tensor [P], a callable or None, got {type(weight).__name__}")
+        mu = torch.ones_like(logp_w.detach())
+    elif isinstance(weight, Tensor):
+        mu = weight
+    elif not callable(weight):
+        raise TypeError(f"weight must be a Tensor [P], a callable or None, got {type(weight).__name__}")
+    elif pair_mask is None:
         mu = weight(logp_w.detach(), logp_l.detach())
+    elif isinstance(weight, SoftImportance):
+        mu = weight(logp_w.detach(), logp_l.detach(), pair_mask)
+    else:  # the callable sees only the pairs that are read; finding them waits for the device
+        read_w, read_l = logp_w.detach()[pair_mask], logp_l.detach()[pair_mask]
+        read = weight(read_w, read_l)
+        check_like("weight", read, "the pairs of pair_mask", read_w, same_dtype=False)
+        mu = torch.zeros_like(logp_w.detach()).masked_scatter(pair_mask, read.detach().to(logp_w.dtype))
     check_like("weight", mu, "policy_chosen_logps", logp_w, same_dtype=False)
-    return savable(mu.detach().to(logp_w.dtype))
+    mu = mu.detach().to(logp_w.dtype)
+    return savable(mu if pair_mask is None else torch.where(pair_mask, mu, 0))
+
+
+def _check_pair_options(pair_mask: Tensor | None, reduction: str, logp_w: Tensor) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if pair_mask is None:
+        return
+    if not isinstance(pair_mask, Tensor):
+        raise TypeError(f"pair_mask must be a bool Tensor [P] or None, got {type(pair_mask).__name__}")
+    if pair_mask.dtype != torch.bool or pair_mask.shape != logp_w.shape:
+        raise ValueError(
+            f"pair_mask must be [P] bool like policy_chosen_logps, got {describe(pair_mask)} against "
+            f"{list(logp_w.shape)}"
+        )
+    if pair_mask.device != logp_w.device:
+        raise ValueError(
+            f"pair_mask must be on the device of policy_chosen_logps, got {pair_mask.device} against {logp_w.device}"
+        )
+
+
+def _reduced(losses: Tensor, penalty: Tensor | None, pair_mask: Tensor | None, reduction: str) -> Tensor:
+    """Losses [P] and a penalty [] that each pair which is read bears, reduced."""
+    if reduction == "mean":
+        count = max(losses.numel(), 1) if pair_mask is None else pair_mask.sum().clamp(min=1)
+        mean = losses.sum() / count
+        return mean if penalty is None else mean + penalty
+    if penalty is not None:
+        losses = losses + penalty if pair_mask is None else torch.where(pair_mask, losses + penalty, 0)
+    return losses.sum() if reduction == "sum" else losses
 
 
 def pair_preference(margin: Tensor, alpha: float, center: bool) -> Tensor:
@@ -126,6 +174,8 @@ def spo_loss(
     kl: Tensor | None = None,
     beta: float = 0.0,
     center: bool = False,
+    pair_mask: Tensor | None = None,
+    reduction: str = "none",
 ) -> LossTriple:
     """Soft Preference Optimization: weighted preference loss plus an optional KL regularizer (eq. 1, 8 to 12).
 
@@ -154,15 +204,21 @@ def spo_loss(
         kl: K_s [S], the summed token KL of each sequence sampled from the policy; or the mean of K_s, [].
         beta: weight of the KL, >= 0. A KL without beta, and a beta without KL, are errors.
         center: leave out the constant log(2)/alpha.
+        pair_mask: [P] bool, False for pairs that are not read, for instance those that pad a last batch; their losses
+            and rewards are 0. A callable weight sees only the other pairs. None: all pairs are read.
+        reduction: "none": losses [P]. "mean": the mean over the pairs that are read, [], plus beta * the mean of kl;
+            over no pair the preference part is 0. "sum": the sum of the losses [P], so the KL counts once a pair.
 
     Returns:
-        (losses, chosen_rewards, rejected_rewards), each [P], float32 (float64 for float64 log-probs). Rewards are
-        detached: alpha * (policy - reference), or alpha * policy without references; all 0 at alpha = 0. With P = 0 all
-        three are empty, and `losses.mean()` is torch's NaN even if a KL was given.
+        (losses, chosen_rewards, rejected_rewards), each [P], losses [] with a reduction, float32 (float64 for float64
+        log-probs). Rewards are detached: alpha * (policy - reference), or alpha * policy without references; all 0 at
+        alpha = 0. With P = 0 and reduction "none" all three are empty, and `losses.mean()` is torch's NaN even if a KL
+        was given.
 
     Raises:
         ValueError: alpha or beta negative or not finite; pairs that differ in count, dtype or device; only one
-            reference; beta without kl, kl without beta, an empty kl.
+            reference; beta without kl, kl without beta, an empty kl; a pair_mask that is not [P] bool; an unknown
+            reduction.
         TypeError: an argument is not a Tensor where it must be one, or not a Python number where it must be one.
     """
     logp_w, logp_l = checked_pair(
@@ -171,13 +227,15 @@ def spo_loss(
     references = checked_references(reference_chosen_logps, reference_rejected_logps, logp_w)
     check_number("alpha", alpha)
     check_number("beta", beta)
+    _check_pair_options(pair_mask, reduction, logp_w)
     margin = logp_w - logp_l
-    if weight is None:
+    if weight is None and pair_mask is None:
         losses = _preference_losses(margin, alpha, center)
     else:
-        mu = checked_mu(weight, logp_w, logp_l)
+        mu = checked_mu(weight, logp_w, logp_l, pair_mask)
         losses = _preference_losses(torch.where(mu == 0, 0, margin), alpha, center)
         losses = torch.where(mu == 0, 0, mu * losses)
+    penalty = None
     if kl is not None:
         if beta == 0:
             raise ValueError("kl must be None where beta is 0: it would have no effect; give beta > 0")
@@ -188,20 +246,27 @@ def spo_loss(
             raise ValueError(
                 f"kl must be on the device of policy_chosen_logps, got {kl.device} against {losses.device}"
             )
-        losses = losses + beta * upcast(kl).mean().to(losses.dtype)
+        penalty = beta * upcast(kl).mean().to(losses.dtype)
     elif beta != 0:
         raise ValueError(f"kl must be given where beta is not 0 (it needs samples of the policy), got beta = {beta}")
-    return losses, *_rewards(alpha, logp_w, logp_l, references)
+    rewards = _rewards(alpha, logp_w, logp_l, references, pair_mask)
+    return _reduced(losses, penalty, pair_mask, reduction), *rewards
 
 
 def _rewards(
-    scale: float, logp_w: Tensor, logp_l: Tensor, references: tuple[Tensor, Tensor] | None
+    scale: float,
+    logp_w: Tensor,
+    logp_l: Tensor,
+    references: tuple[Tensor, Tensor] | None,
+    pair_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     chosen, rejected = logp_w.detach(), logp_l.detach()
     if scale == 0:  # 0 * -inf is NaN
         return torch.zeros_like(chosen), torch.zeros_like(rejected)
     if references is not None:
         chosen, rejected = chosen - references[0], rejected - references[1]
+    if pair_mask is not None:
+        chosen, rejected = torch.where(pair_mask, chosen, 0), torch.where(pair_mask, rejected, 0)
     return scale * chosen, scale * rejected
 
 
@@ -214,6 +279,8 @@ def dpo_loss(
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    pair_mask: Tensor | None = None,
+    reduction: str = "none",
 ) -> LossTriple:
     """Direct Preference Optimization (eq. 4; Rafailov et al. 2023), with cDPO's label smoothing (Mitchell 2023).
 
@@ -228,9 +295,11 @@ def dpo_loss(
         reference_rejected_logps: [P], any float dtype; a constant.
         beta: > 0.
         label_smoothing: in [0, 0.5).
+        pair_mask, reduction: see `spo_loss`.
 
     Returns:
-        (losses, chosen_rewards, rejected_rewards), each [P]; rewards are beta * (policy - reference), detached.
+        (losses, chosen_rewards, rejected_rewards), each [P], losses [] with a reduction; rewards are
+        beta * (policy - reference), detached.
 
     Raises:
         ValueError: a reference is missing; pairs differ in count, dtype or device; an option is out of its range.
@@ -243,11 +312,16 @@ def dpo_loss(
         raise ValueError("reference_chosen_logps and reference_rejected_logps must be [P] for dpo, got None")
     check_number("beta", beta, above=True)
     check_number("label_smoothing", label_smoothing, high=0.5)
-    logits = beta * ((logp_w - logp_l) - (references[0] - references[1]))
+    _check_pair_options(pair_mask, reduction, logp_w)
+    margin = (logp_w - logp_l) - (references[0] - references[1])
+    logits = beta * (margin if pair_mask is None else torch.where(pair_mask, margin, 0))
     losses = -F.logsigmoid(logits)
     if label_smoothing:  # at 0 an infinite log-probability would make 0 * inf
         losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-logits)
-    return losses, *_rewards(beta, logp_w, logp_l, references)
+    if pair_mask is not None:
+        losses = torch.where(pair_mask, losses, 0)
+    rewards = _rewards(beta, logp_w, logp_l, references, pair_mask)
+    return _reduced(losses, None, pair_mask, reduction), *rewards
 
 
 # One row a loss: (policy chosen, policy rejected, reference chosen, reference rejected, *, options) -> triple. The
@@ -281,7 +355,8 @@ def preference_loss(
         **options: the loss's own keyword arguments.
 
     Returns:
-        (losses, chosen_rewards, rejected_rewards), each [P], the rewards detached.
+        (losses, chosen_rewards, rejected_rewards), each [P], the rewards detached. All losses take ``pair_mask`` and
+        ``reduction``, see `spo_loss`.
 
     Raises:
         ValueError: unknown name, or what the loss itself raises.
@@ -388,12 +463,13 @@ class SoftImportance(HoldsProcessGroup):
 
     @torch.no_grad()
     @takes_dtensors()
-    def forward(self, logp_w: Tensor, logp_l: Tensor) -> Tensor:
-        """mu [P] in (0, 1), float32 (float64 for float64 log-probs)."""
+    def forward(self, logp_w: Tensor, logp_l: Tensor, pair_mask: Tensor | None = None) -> Tensor:
+        """mu [P] in (0, 1), float32 (float64 for float64 log-probs); pairs with pair_mask False enter no mean."""
         scores = self._scores(logp_w, logp_l)
         normalizer = self.normalizer
         if isinstance(normalizer, str):
-            normalizer = self._mean(scores) if normalizer == "batch" else self._running_mean(scores)
+            mean = self._mean(scores, pair_mask)
+            normalizer = mean if normalizer == "batch" else self._running_mean(mean)
         return torch.sigmoid(scores - normalizer)
 
     @torch.no_grad()
@@ -407,21 +483,24 @@ class SoftImportance(HoldsProcessGroup):
         pair = checked_pair("logp_w", logp_w.detach(), "logp_l", logp_l.detach())
         return self.gamma * torch.logaddexp(*pair)
 
-    def _mean(self, scores: Tensor) -> Tensor:
-        totals = torch.stack((scores, torch.ones_like(scores))).sum(dim=1)  # sum and count in one message
+    def _mean(self, scores: Tensor, pair_mask: Tensor | None = None) -> Tensor:
+        ones = torch.ones_like(scores)
+        if pair_mask is not None:
+            scores, ones = torch.where(pair_mask, scores, 0), torch.where(pair_mask, ones, 0)
+        totals = torch.stack((scores, ones)).sum(dim=1)  # sum and count in one message
         if self.process_group is not None:
             torch.distributed.all_reduce(totals, group=self.process_group)
         return totals[0] / totals[1]
 
-    def _running_mean(self, scores: Tensor) -> Tensor:
-        if self.running_mean.device != scores.device:
+    def _running_mean(self, mean: Tensor) -> Tensor:
+        if self.running_mean.device != mean.device:
             raise ValueError(
-                f"logp_w must be on the device of SoftImportance's state, got {scores.device} against "
+                f"logp_w must be on the device of SoftImportance's state, got {mean.device} against "
                 f"{self.running_mean.device}; move the module with .to()"
             )
         if self.running_mean.dtype not in (torch.float32, torch.float64):  # someone set the buffer's data
             raise ValueError(f"running_mean must be float32 or float64, got {self.running_mean.dtype}")
-        mean = self._mean(scores).to(self.running_mean.dtype)
+        mean = mean.to(self.running_mean.dtype)
         if self.training:
             # where() instead of if: the decision stays on the device
             moved = torch.where(self.num_updates > 0, torch.lerp(mean, self.running_mean, self.decay), mean)

@@ -42,7 +42,7 @@ def test_every_path_exists() -> None:
     """Every path and link in the pages of the root, of docs and of benchmarks."""
     if not (ROOT / ".git").exists():
         pytest.skip("the sdist has no figures")
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
     missing = {}
     for page in pages:
         text = page.read_text()

@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pair_batch import ALPHA, Batch, Triple, counts
 from torch import Tensor
 
 import spo_kernels
+from spo_kernels.integrations.nemo_rl import SPOLossFn
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-ALPHA = 0.1  # the default of spo_loss, because the projects pass no alpha
-
-Triple = tuple[Tensor, Tensor, Tensor]  # loss [] or [P], chosen and rejected rewards [P]
 ROWS: dict[str, Callable[[], None]] = {}
 
 
@@ -33,56 +32,6 @@ def row(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
         return test
 
     return register
-
-
-class Batch:
-    """Logits and labels of P pairs, chosen first, and log-probs of a reference; the plain formulas beside them."""
-
-    def __init__(self, pairs: int = 3) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.pairs = pairs
-        self.logits = (3 * torch.randn(2 * pairs, 7, 11, generator=generator)).requires_grad_()
-        self.labels = torch.randint(11, (2 * pairs, 7), generator=generator)
-        self.labels[:, :3] = -100  # prompts
-        self.labels[1, 5:] = -100  # padding
-        self.references = tuple(-10 + torch.randn(2, pairs, generator=generator))
-
-    def token_logps(self) -> Tensor:
-        """[2P, T - 1], 0 where a label is ignored."""
-        labels = self.labels[:, 1:]
-        picked = self.logits[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        return picked * (labels != -100)
-
-    def split(self, logps: Tensor) -> tuple[Tensor, Tensor]:
-        return logps[: self.pairs], logps[self.pairs :]
-
-    def policy(self) -> tuple[Tensor, Tensor]:
-        """Log-probs [P] of chosen and of rejected, as a project computes them without a function of ours."""
-        return self.split(self.token_logps().sum(-1))
-
-    def spo(self) -> Triple:
-        chosen, rejected = self.policy()
-        losses = -F.logsigmoid(ALPHA * (chosen - rejected)) / ALPHA
-        chosen_rewards, rejected_rewards = (
-            ALPHA * (policy - reference).detach()
-            for policy, reference in zip((chosen, rejected), self.references, strict=True)
-        )
-        return losses.mean(), chosen_rewards, rejected_rewards
-
-    def gradient(self, loss: Tensor) -> Tensor:
-        return torch.autograd.grad(loss, self.logits)[0]
-
-    def check(self, result: Triple) -> None:
-        """Compare the values that a project got, and their gradient, with the plain formulas."""
-        loss, *rewards = result
-        expected, *expected_rewards = self.spo()
-        torch.testing.assert_close(self.gradient(loss), self.gradient(expected), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close([loss.detach(), *rewards], [expected.detach(), *expected_rewards])
-        assert not any(reward.requires_grad for reward in rewards)
-
-
-def counts(labels: Tensor) -> Tensor:
-    return (labels[:, 1:] != -100).sum(-1)
 
 
 @row("DPO reference code, f8b8c0f")
@@ -188,7 +137,7 @@ def trl_without_a_loss_to_replace() -> None:
     torch.testing.assert_close(trainer._compute_loss(), losses.mean())
 
 
-@row("LLaMA-Factory 0.9.6.dev0, ff6d4d1")
+@row("LLaMA-Factory 0.9.5, 0.9.6.dev0 ff6d4d1")
 def llama_factory() -> None:
     def step(batch: Batch, get_batch_logps: Any, compute_preference_loss: Any, nll: float = 0.0, **options: Any) -> Any:
         logps, valid_length = get_batch_logps(logits=batch.logits.float(), labels=batch.labels, **options)
@@ -219,7 +168,7 @@ def llama_factory() -> None:
     torch.testing.assert_close(loss, batch.spo()[0] - 0.5 * chosen_mean.mean())
 
 
-@row("OpenRLHF 0.11.0")
+@row("OpenRLHF 0.11.0, 0.11.2")
 def openrlhf() -> None:
     def step(batch: Batch, loss_fn: Any) -> Triple:
         preference_loss, chosen_reward, reject_reward = loss_fn(*batch.policy(), *batch.references)
@@ -243,15 +192,17 @@ def openrlhf() -> None:
 def torchtune() -> None:
     batch = Batch()
 
-    def step(get_batch_log_probs: Any, loss_fn: Any) -> Triple:
-        chosen, rejected = batch.split(get_batch_log_probs(batch.logits, batch.labels))
+    def step(get_batch_log_probs: Any, loss_fn: Any, **full_recipe: Any) -> Triple:
+        chosen, rejected = batch.split(get_batch_log_probs(batch.logits, batch.labels, **full_recipe))
         loss, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected, *batch.references)
         return loss.mean(), chosen_rewards, rejected_rewards
 
     batch.check(step(spo_kernels.get_batch_logps, spo_kernels.spo_loss))
+    with pytest.raises(TypeError, match="return_average_logprobs"):
+        step(spo_kernels.get_batch_logps, spo_kernels.spo_loss, return_average_logprobs=False)
 
 
-@row("NeMo-RL 0.6.0")
+@row("NeMo-RL 0.6.0, 0.7.0, 7ea279a")
 def nemo_rl() -> None:
     """Pairs are interleaved, masked a sample at a time, and the sum is divided by the count over all ranks."""
     batch = Batch()
@@ -264,13 +215,7 @@ def nemo_rl() -> None:
     with pytest.raises(ValueError, match=r"policy_chosen_logps must be \[P\], got \[6, 6\]"):
         step(spo_kernels.spo_loss)
 
-    def loss_fn(next_token_logprobs: Tensor, data: Any, global_valid_seqs: Tensor, global_valid_toks: Tensor) -> Any:
-        logps = (next_token_logprobs * data["token_mask"][:, 1:]).sum(-1)
-        losses, *_ = spo_kernels.spo_loss(logps[::2], logps[1::2], weight=data["sample_mask"][::2])
-        loss = losses.sum() / (global_valid_seqs / 2)
-        return loss, {"loss": loss.item()}
-
-    loss, metrics = step(loss_fn)
+    loss, metrics = step(SPOLossFn(center=False))
     chosen, rejected = batch.policy()
     expected = (-F.logsigmoid(ALPHA * (chosen - rejected)) / ALPHA)[[0, 2]].mean()
     torch.testing.assert_close(loss, expected)
@@ -305,7 +250,7 @@ def liger() -> None:
     torch.testing.assert_close(loss, (-F.logsigmoid(ALPHA * (picked[:2] - picked[2:])) / ALPHA).mean())
 
 
-@row("transformers 5.24.0, `Trainer(compute_loss_func=)`")
+@row("transformers 5.24.0, `Trainer`")
 def transformers_trainer() -> None:
     """Two micro-batches: the Trainer takes the loss of a compute_loss_func as divided by their number already."""
     batches = [Batch(pairs=2), Batch(pairs=3)]

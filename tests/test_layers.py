@@ -73,6 +73,21 @@ LAYERS = [  # a module may import the modules of its package that stand before i
     "functional",
     "modules",
 ]
+# What `spo_kernels.integrations` holds uses public names, and what stands before it here.
+INTEGRATIONS = [
+    "head",
+    "rows",
+    "sampling",
+    "buffer",
+    "step",
+    "core",
+    "trl.config",
+    "trl.sampler",
+    "trl.checks",
+    "trl.trainer",
+    "trl",
+]
+INTEGRATIONS += ["hf", "pair_loss", "llamafactory", "nemo_rl", "openrlhf", "torchtune"]
 # `backends` registers backends for the row ops, so it is above them. A single backend imports the oracle and the dtypes
 # at most.
 LOWER = {
@@ -89,6 +104,14 @@ LOWER = {
         "spo_kernels.reference",
     ),
     "spo_kernels.backends": ("spo_kernels.backends", "spo_kernels.reference", "spo_kernels.row_ops"),
+    "spo_kernels.integrations": (),
+    **{
+        f"spo_kernels.integrations.{name}": (
+            *(f"spo_kernels.{public}" for public in spo_kernels.__all__),
+            *(f"spo_kernels.integrations.{lower}" for lower in INTEGRATIONS[:i]),
+        )
+        for i, name in enumerate(INTEGRATIONS)
+    },
     "spo_kernels.env": ("spo_kernels",),
     "spo_kernels.selfcheck": ("spo_kernels.backends", "spo_kernels.precision", "spo_kernels.reference"),
 }
@@ -118,6 +141,11 @@ def test_the_library_needs_torch_and_numpy_only(module: str) -> None:
     allowed = {"spo_kernels", "torch", "numpy", *sys.stdlib_module_names}
     if module.startswith("spo_kernels.backends.triton"):
         allowed.add("triton")
+    if module.startswith("spo_kernels.integrations.trl"):
+        allowed |= {"accelerate", "datasets", "packaging", "peft", "transformers", "trl"}
+    for name, projects in {"hf": {"transformers"}, "llamafactory": {"llamafactory"}, "nemo_rl": {"nemo_rl"}}.items():
+        if module == f"spo_kernels.integrations.{name}":
+            allowed |= projects
     others = [name for name in imports(module, KERNELS[module]) if name.split(".")[0] not in allowed]
     assert not others, f"{module} imports {others}"
 

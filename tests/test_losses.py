@@ -351,6 +351,112 @@ def hand_written_importance(gamma: float, logp_w: Tensor, logp_l: Tensor, normal
     return 1 / (1 + (-(scores - (scores.mean() if normalizer is None else normalizer))).exp())
 
 
+class TestPairMask:
+    @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    @pytest.mark.parametrize(
+        ("name", "weight"),
+        [*(("spo", weight) for weight in ("uniform", "tensor", "callable", "batch", "ema")), ("dpo", "uniform")],
+    )
+    def test_masked_pairs_are_not_read(self, name: str, weight: str, reduction: str, poison: float) -> None:
+        logp_w, logp_l, mu = unread_pairs(poison)
+        mask = mu != 0
+        weights: dict[str, Any] = {
+            "uniform": [None, None],
+            "tensor": [torch.where(mask, mu, math.nan), mu[mask]],
+            "callable": [lambda chosen, rejected: torch.sigmoid(chosen - rejected + len(chosen))] * 2,
+            "batch": [SoftImportance(0.1)] * 2,
+            "ema": [SoftImportance(0.1, "ema"), SoftImportance(0.1, "ema")],
+        }
+        clean = [x.detach()[mask].requires_grad_() for x in (logp_w, logp_l)]
+        options: list[dict[str, Any]] = [{"alpha": 0.1, "center": True, "weight": w} for w in weights[weight]]
+        references: list[tuple[Tensor, ...]] = [(), ()]
+        if name == "dpo":
+            options = [{"label_smoothing": 0.1}] * 2
+            references = [(logp_w.detach() + 1, logp_l.detach()), (clean[0].detach() + 1, clean[1].detach())]
+        masked = preference_loss(
+            name, logp_w, logp_l, *references[0], pair_mask=mask, reduction=reduction, **options[0]
+        )
+        expected = preference_loss(name, *clean, *references[1], reduction=reduction, **options[1])
+        losses = masked[0][mask] if reduction == "none" else masked[0]
+        torch.testing.assert_close(losses, expected[0], rtol=1e-14, atol=0)
+        for ours, theirs in zip(masked[1:], expected[1:], strict=True):
+            assert torch.equal(ours[mask], theirs)
+            assert ours[~mask].tolist() == [0, 0]
+        got = torch.autograd.grad(masked[0].sum(), (logp_w, logp_l))
+        for ours, theirs in zip(got, torch.autograd.grad(expected[0].sum(), clean), strict=True):
+            torch.testing.assert_close(ours[mask], theirs, rtol=1e-14, atol=0)
+            assert ours[~mask].tolist() == [0, 0]
+        if reduction == "none":
+            assert masked[0][~mask].tolist() == [0, 0]
+        if weight == "ema":
+            assert [w.num_updates.item() for w in weights["ema"]] == [1, 1]
+            assert weights["ema"][0].running_mean == weights["ema"][1].running_mean
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_reductions_with_a_kl(self, masked: bool) -> None:
+        logp_w, logp_l = pairs()
+        mask = torch.tensor([True, False, True, True, False, True]) if masked else None
+        options: dict[str, Any] = {"kl": torch.tensor([1.0, 5.0]), "beta": 0.5, "pair_mask": mask}
+        losses = spo_loss(logp_w, logp_l, **options)[0]
+        pairs_read = 4 if masked else 6
+        torch.testing.assert_close(spo_loss(logp_w, logp_l, **options, reduction="sum")[0], losses.sum())
+        mean = spo_loss(logp_w, logp_l, **options, reduction="mean")[0]
+        torch.testing.assert_close(mean, losses.sum() / pairs_read)
+        bare = spo_loss(logp_w, logp_l, pair_mask=mask, reduction="mean")[0]
+        torch.testing.assert_close(mean, bare + 1.5)
+
+    @pytest.mark.parametrize("pairs_given", [0, 6])
+    def test_no_pair_that_is_read(self, pairs_given: int) -> None:
+        logp_w, logp_l = pairs(p=pairs_given)
+        mask = torch.zeros(pairs_given, dtype=torch.bool)
+        for reduction in ("mean", "sum"):
+            loss = spo_loss(logp_w, logp_l, weight=SoftImportance(0.1), pair_mask=mask, reduction=reduction)[0]
+            assert loss.item() == 0
+            loss.backward()
+            assert logp_w.grad is not None
+            assert logp_w.grad.tolist() == [0] * pairs_given
+        with_kl = spo_loss(logp_w, logp_l, pair_mask=mask, reduction="mean", kl=torch.tensor(3.0), beta=0.5)[0]
+        assert with_kl.item() == 1.5
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"reduction": "average"}, ValueError, "reduction must be one of none, mean, sum, got 'average'"),
+            (
+                {"pair_mask": torch.ones(4)},
+                ValueError,
+                r"pair_mask must be \[P\] bool .*got \[4\] float32 against \[4\]",
+            ),
+            ({"pair_mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"pair_mask must be .*got \[3\] bool against"),
+            ({"pair_mask": [True] * 4}, TypeError, r"pair_mask must be a bool Tensor \[P\] or None, got list"),
+            (
+                {"pair_mask": torch.ones(4, dtype=torch.bool, device="meta")},
+                ValueError,
+                "pair_mask must be on the device of policy_chosen_logps, got meta against cpu",
+            ),
+            (
+                {"pair_mask": torch.ones(4, dtype=torch.bool), "weight": lambda *logps: logps[0].sum()},
+                ValueError,
+                r"weight must be \[P\] like the pairs of pair_mask, got \[\] against \[4\]",
+            ),
+        ],
+    )
+    def test_errors(self, change: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            spo_loss(torch.zeros(4), torch.zeros(4), **change)
+
+    def test_compiles(self) -> None:
+        logp_w, logp_l, mu = unread_pairs(math.nan)
+        mask, importance = mu != 0, SoftImportance(0.1)
+
+        def loss(logp_w: Tensor, logp_l: Tensor) -> Tensor:
+            return spo_loss(logp_w, logp_l, weight=importance, pair_mask=mask, reduction="mean")[0]
+
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(logp_w, logp_l), loss(logp_w, logp_l))
+
+
 class TestSoftImportance:
     def test_batch(self) -> None:
         logp_w, logp_l = pairs()
@@ -617,7 +723,7 @@ class TestPreferenceLoss:
             ({"beta": 0.0}, ValueError, r"beta must be > 0 and finite, got 0\.0"),
             ({"label_smoothing": 0.5}, ValueError, r"label_smoothing must be >= 0 and < 0\.5, got 0\.5"),
             ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be >= 0"),
-            ({"alpha": 0.1}, TypeError, "dpo takes the options beta, label_smoothing, got alpha"),
+            ({"alpha": 0.1}, TypeError, "dpo takes the options beta, label_smoothing, pair_mask, reduction, got alpha"),
         ],
     )
     def test_dpo_option_errors(self, options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -632,7 +738,7 @@ class TestPreferenceLoss:
         with pytest.raises(ValueError, match="name must be one of spo, dpo, got 'ppo'"):
             preference_loss("ppo", *pairs(), *pairs())
         with pytest.raises(
-            TypeError, match="spo takes the options alpha, weight, kl, beta, center, got label_smoothing"
+            TypeError, match="spo takes the options alpha, weight, kl, beta, center, pair_mask, reduction, got label"
         ):
             preference_loss("spo", *pairs(), label_smoothing=0.1)
 

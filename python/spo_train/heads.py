@@ -1,0 +1,115 @@
+"""Log-probabilities and KL of models: from hidden states and heads where models give them, else from logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spo_kernels import kl_loss, linear_kl_loss, linear_sequence_logps, linear_token_kl, sequence_logps, token_kl
+from spo_train.config import REGULARIZERS
+from spo_train.judges import load_function
+from spo_train.protocol import Head, LanguageModel, ModelWithHead
+
+
+class _Headed(NamedTuple):
+    hidden: Callable[[Tensor], Tensor]
+    head: Head
+
+    def options(self) -> dict[str, Any]:
+        return {"softcap": self.head.softcap, "logit_scale": self.head.logit_scale}
+
+
+def _headed(model: LanguageModel) -> _Headed | None:
+    head = model.head() if isinstance(model, ModelWithHead) else None
+    return None if head is None else _Headed(model.hidden, head)  # type: ignore[attr-defined]
+
+
+def response_logps(model: LanguageModel, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Return the sums [B] of the log-probabilities of labels [B, T] after tokens [B, T], in nats."""
+    headed = _headed(model)
+    if headed is None:
+        return sequence_logps(model(tokens), labels, inplace_backward=torch.is_grad_enabled())
+    hidden, (weight, bias, *_) = headed.hidden(tokens), headed.head
+    return linear_sequence_logps(hidden, weight, labels, bias, vocab_size=model.vocab_size, **headed.options())
+
+
+# A regularizer of a user. Takes the policy's logits [S, T, V], the reference's logits [S, T, V] without gradient, and a
+# mask [S, T] that is True on response tokens. Returns one value for each sequence, [S], in nats.
+Regularizer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class KLToReference:
+    """The exact KL of a policy to a reference of the same vocabulary, or another regularizer.
+
+    Args:
+        regularizer: of `loss`: one of `config.REGULARIZERS`, or "module:function" for a `Regularizer`.
+
+    Attributes:
+        from_heads: whether both models have heads, and the regularizer is no function. Then no logits are stored, and
+            the reference's hidden states stand for its logits, which are V / H times as large.
+
+    Raises:
+        ValueError: there is no such module or function.
+    """
+
+    def __init__(self, policy: LanguageModel, reference: LanguageModel, regularizer: str = "kl") -> None:
+        self._policy, self._reference = policy, reference
+        self._name, self._function = regularizer, None
+        if regularizer not in REGULARIZERS:
+            self._function = load_function(regularizer, "regularizer", REGULARIZERS)
+        heads = _headed(policy), _headed(reference)
+        self._policy_head, self._reference_head = heads if self._function is None else (None, None)
+        self.from_heads = self._policy_head is not None and self._reference_head is not None
+
+    @torch.no_grad()
+    def reference_states(self, tokens: Tensor) -> Tensor:
+        """Return what `loss` needs of the reference: its hidden states [B, T, H], or its logits [B, T, V]."""
+        if self._policy_head is None or self._reference_head is None:
+            return self._reference(tokens)
+        return self._reference_head.hidden(tokens)
+
+    def loss(self, tokens: Tensor, reference_states: Tensor, row_weight: Tensor) -> Tensor:
+        """Return the regularizer of each token [B, T], summed with row_weight [B, T], in nats. Its backward runs once.
+
+        row_weight: one number on the response tokens of a sequence, 0 elsewhere.
+        """
+        if self._function is not None:
+            return self._of_function(
+                self._function(self._policy(tokens), reference_states, row_weight != 0), row_weight
+            )
+        options: dict[str, Any] = {"row_weight": row_weight, "divergence": self._name.replace("-", "_")}
+        if self._policy_head is None or self._reference_head is None:
+            return kl_loss(self._policy(tokens), reference_states, overwrite_logits=True, **options)
+        heads = self._heads(self._policy_head, self._reference_head)
+        return linear_kl_loss(self._policy_head.hidden(tokens), ref_hidden=reference_states, **heads, **options)
+
+    def _of_function(self, values: Any, row_weight: Tensor) -> Tensor:
+        if not isinstance(values, Tensor) or values.shape != row_weight.shape[:1]:
+            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"regularizer {self._name} must return a Tensor [{row_weight.shape[0]}], got {got}")
+        return (values * row_weight.amax(1)).sum()
+
+    def of_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Return the KL of each token [B, T], in nats; 0 where mask [B, T] is False."""
+        if self._policy_head is None or self._reference_head is None:
+            return token_kl(self._policy(tokens), self._reference(tokens), mask)
+        heads = self._heads(self._policy_head, self._reference_head)
+        hidden, ref_hidden = self._policy_head.hidden(tokens), self.reference_states(tokens)
+        return linear_token_kl(hidden, ref_hidden=ref_hidden, mask=mask, **heads)
+
+    def _heads(self, policy: _Headed, reference: _Headed) -> dict[str, Any]:
+        head, ref_head = policy.head, reference.head
+        return {
+            "weight": head.weight,
+            "bias": head.bias,
+            "ref_weight": ref_head.weight.detach(),
+            "ref_bias": None if ref_head.bias is None else ref_head.bias.detach(),
+            "ref_softcap": math.inf if ref_head.softcap is None else ref_head.softcap,
+            "ref_logit_scale": ref_head.logit_scale,
+            "vocab_size": self._policy.vocab_size,
+            **policy.options(),
+        }

@@ -1,0 +1,17 @@
+"""SPO for TRL: `SPOTrainer` and `SPOConfig` take the places of ``DPOTrainer`` and ``DPOConfig``.
+
+Needs TRL: ``pip install "spo_kernels[trl]"``.
+"""
+
+try:
+    import trl as _trl  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'spo_kernels.integrations.trl needs TRL, which is not installed: pip install "spo_kernels[trl]"'
+    ) from error
+
+from spo_kernels.integrations.trl.config import SPOConfig
+from spo_kernels.integrations.trl.sampler import TRLVLLMSampler
+from spo_kernels.integrations.trl.trainer import SPOTrainer
+
+__all__ = ["SPOConfig", "SPOTrainer", "TRLVLLMSampler"]
