@@ -260,7 +260,7 @@ struct PacketLogits<Z, R, false> {
 
 // The gradient of elements [begin, end) of a row. label is -1 for a row without one. `out` may be z: both then have the
 // same alignment, so a thread reads only elements that it writes.
-template <int threads_per_row, bool with_kl, class T, class R, int E, class Grad>
+template <int threads_per_row, bool with_kl, int batch, class T, class R, int E, class Grad>
 SPO_DEVICE void write_gradient(Stored<T>* out, const RowReader<T, E>& z, const RowReader<R, E>& r, const Grad& grad,
                                std::int64_t label, std::int64_t begin, std::int64_t end) {
   using A = Acc<T>;
@@ -273,7 +273,7 @@ SPO_DEVICE void write_gradient(Stored<T>* out, const RowReader<T, E>& z, const R
   };
   using Inputs = PacketLogits<typename RowReader<T, E>::Raw, typename RowReader<R, E>::Raw, with_kl>;
   const auto write = [&]<bool aligned>() {
-    write_row<threads_per_row, E, kBatch<with_kl, R>>(
+    write_row<threads_per_row, E, batch>(
         out, begin, end, z.V,
         [&](std::int64_t first) {
           Inputs in;
@@ -298,15 +298,15 @@ SPO_DEVICE void write_gradient(Stored<T>* out, const RowReader<T, E>& z, const R
   if (owns_label) from_acc(dx(u_label, r_label, true), out[label]);
 }
 
-// What the gradient takes from the reference.
-enum class RefTerm { none, kl, mixture };
+// What the gradient takes from the reference: nothing, the KL, or another divergence.
+constexpr int kNoReference = 0, kOfKl = 1, kOfMixture = 2;
 
-template <class T, class R, RefTerm term, int threads_per_row>
+template <class T, class R, int term, int threads_per_row>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     token_stats_bwd_kernel(TokenStatsBwdArgs a, unsigned splits, std::int64_t split_elements) {
   using A = Acc<T>;
   constexpr int E = kPacket<T>;
-  constexpr bool with_kl = term != RefTerm::none;
+  constexpr bool with_kl = term != kNoReference;
   const auto [row, begin, end] = Share<threads_per_row>(group_index<threads_per_row>(), a.V, splits, split_elements);
   if (row >= a.N) return;
   auto* out = row_of<Stored<T>>(a.dz, row);
@@ -331,18 +331,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     if (kl) {
       const RowStats<A> ref(stats[2 * a.N + row], stats[3 * a.N + row]);
       const RowReader<R, E> r(a.r, a.of_r, row, a.V);
-      if constexpr (term == RefTerm::kl) {
+      if constexpr (term == kOfKl) {
         const Gradient<A> grad(policy, ref, kl_for_grad(static_cast<const A*>(a.kl)[row]), g_logp, g_kl, g_lse);
-        return write_gradient<threads_per_row, true>(out, z, r, grad, label, begin, end);
+        return write_gradient<threads_per_row, true, kBatch<true, R>>(out, z, r, grad, label, begin, end);
       } else {
         const A mixture = static_cast<A>(a.mixture), mean = a.mixture < 1 ? stats[4 * a.N + row] : A{0};
         const MixtureGradient<A> grad(policy, ref, mean, g_logp, g_kl, g_lse, mixture);
-        return write_gradient<threads_per_row, true>(out, z, r, grad, label, begin, end);
+        return write_gradient<threads_per_row, true, 1>(out, z, r, grad, label, begin, end);
       }
     }
   }
   const Gradient<A> grad(policy, {0, 0}, 0, g_logp, 0, g_lse);
-  write_gradient<threads_per_row, false>(out, z, z, grad, label, begin, end);
+  write_gradient<threads_per_row, false, kBatch<false, T>>(out, z, z, grad, label, begin, end);
 }
 
 // KL(p || m) and KL(q || m) of a row, or of some of its elements.
@@ -437,7 +437,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) kl_loss_fwd_kernel(KlLos
   const A kl = kl_of(sum);
   if (first) a.weighted_kl[row] = static_cast<double>(row_weight) * kl;
   const Gradient<A> grad(RowStats<A>(sum.z), RowStats<A>(sum.r), kl_for_grad(kl), 0, row_weight, 0);
-  write_gradient<threads_per_row, true>(out, z, r, grad, -1, 0, a.V);
+  write_gradient<threads_per_row, true, kBatch<true, R>>(out, z, r, grad, -1, 0, a.V);
 }
 
 // loss = the sum of N values in a fixed order. One block.

@@ -110,8 +110,8 @@ cudaError_t TypedOps<T>::launch_token_stats_fwd(const TokenStatsFwdArgs& a, cons
 
 template <class T>
 cudaError_t TypedOps<T>::launch_token_stats_bwd(const TokenStatsBwdArgs& a, const LaunchContext& context) {
-  const auto run = [&]<class Z, class R, RefTerm term>() {
-    const ElementwiseConfig config = elementwise_config(a.N, a.V, kBatch<term != RefTerm::none, R> * kPacket<T>);
+  const auto run = [&]<class Z, class R, int term>() {
+    const ElementwiseConfig config = elementwise_config(a.N, a.V, kBatch<term != kNoReference, R> * kPacket<T>);
     unsigned grid;
     if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
     return with_threads(config.threads_per_row, [&]<int threads>() {
@@ -120,15 +120,15 @@ cudaError_t TypedOps<T>::launch_token_stats_bwd(const TokenStatsBwdArgs& a, cons
     });
   };
   if (!a.r.data || !a.dkl)
-    return with_policy_type<T>(a.of_z, [&]<class Z>() { return run.template operator()<Z, Z, RefTerm::none>(); });
+    return with_policy_type<T>(a.of_z, [&]<class Z>() { return run.template operator()<Z, Z, kNoReference>(); });
   if (a.mixture == 0)
     return with_types<T>(a.r.dtype, a.of_z, a.of_r,
-                         [&]<class Z, class R>() { return run.template operator()<Z, R, RefTerm::kl>(); });
+                         [&]<class Z, class R>() { return run.template operator()<Z, R, kOfKl>(); });
   return with_few_types<T>(a.r.dtype, a.of_z, a.of_r, [&]<class Z, class R>() {
-    const ElementwiseConfig config = elementwise_config(a.N, a.V, kBatch<true, R> * kPacket<T>, false);
+    const ElementwiseConfig config = elementwise_config(a.N, a.V, kPacket<T>, false);
     unsigned grid;
     if (const cudaError_t error = grid_of(config.blocks, grid)) return error;
-    return launch_kernel(token_stats_bwd_kernel<Z, R, RefTerm::mixture, kThreads>, grid, kThreads, context.stream, a,
+    return launch_kernel(token_stats_bwd_kernel<Z, R, kOfMixture, kThreads>, grid, kThreads, context.stream, a,
                          config.splits, config.split_elements);
   });
 }
