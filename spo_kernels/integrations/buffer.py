@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,15 +97,22 @@ class KLDraw:
 
     Attributes:
         samples: S of them.
+        lengths: tokens of each, known to the host.
         states: the reference's hidden states [S, T, H] or logits [S, T, V] on them; None if they are computed anew.
         step: optimizer step before which they were drawn.
         seconds: what the draw took, the reference's forward included.
     """
 
     samples: Samples
+    lengths: list[int]
     states: Tensor | None
     step: int
     seconds: float
+
+    def part(self, rows: slice) -> Samples:
+        """Some of the sequences, without columns that only padding of these fills."""
+        s, width = self.samples, max([1, *self.lengths[rows]])
+        return Samples(s.ids[rows, :width], s.prompt_lengths[rows], s.lengths[rows], s.finished[rows])
 
     def bytes(self) -> int:
         """Memory of the reference's states."""
@@ -187,9 +194,8 @@ class KLBuffer:
             self.draw = self._evaluation = None  # frees their memory before the draw needs it
             self.draw = self._drawn(step // self.every, step)
         elif self._stale:
-            samples = self.draw.samples
-            self.draw = KLDraw(samples, None, self.draw.step, self.draw.seconds)
-            self.draw = KLDraw(samples, self._scored(samples), self.draw.step, self.draw.seconds)
+            self.draw = replace(self.draw, states=None)  # frees their memory
+            self.draw = replace(self.draw, states=self._scored(self.draw.samples))
         self._stale = False
 
     def for_evaluation(self) -> KLDraw:
@@ -234,7 +240,8 @@ class KLBuffer:
             )
             return
         samples = Samples(**state["draw"]).to(self.device)
-        self.draw, self._stale = KLDraw(samples, None, state["step"], state["seconds"]), True
+        self.draw = KLDraw(samples, samples.lengths.tolist(), None, state["step"], state["seconds"])
+        self._stale = True
 
     def _drawn(self, index: int, step: int) -> KLDraw:
         start = time.perf_counter()
@@ -245,7 +252,8 @@ class KLBuffer:
         samples = Samples.from_lists(prompts, responses, eos=self.special.eos, pad=self.special.pad, device=self.device)
         if not any(responses):
             warnings.warn("all sampled responses are empty: the KL is 0 until the next draw", stacklevel=2)
-        return KLDraw(samples, self._scored(samples), step, time.perf_counter() - start)
+        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+        return KLDraw(samples, lengths, self._scored(samples), step, time.perf_counter() - start)
 
     def _prompts(self, index: int) -> list[list[int]]:
         """This rank's prompts of a draw."""

@@ -199,11 +199,6 @@ class Samples:
     def __len__(self) -> int:
         return self.ids.shape[0]
 
-    def __getitem__(self, rows: slice) -> Samples:
-        """Some of the sequences, without columns that only padding of these fills."""
-        width = max(1, int(self.lengths[rows].max())) if len(self.lengths[rows]) else 1
-        return Samples(self.ids[rows, :width], self.prompt_lengths[rows], self.lengths[rows], self.finished[rows])
-
     @property
     def attention_mask(self) -> Tensor:
         """[S, T] bool, False on padding."""

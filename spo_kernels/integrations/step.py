@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -83,12 +83,11 @@ class MetricSums:
 
     @classmethod
     def of(cls, metrics: Mapping[str, tuple[Tensor | float, Tensor | float]], device: torch.device) -> MetricSums:
-        """metrics: a sum and a count by name."""
-        columns = [
-            torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device).detach() for x in pair])
-            for pair in metrics.values()
-        ]
-        return cls(tuple(metrics), torch.stack(columns, dim=1))
+        """metrics: a sum and a count by name. The numbers among them go to the device in one message."""
+        flat = [pair[i] for i in range(2) for pair in metrics.values()]
+        numbers = torch.tensor([0.0 if isinstance(x, Tensor) else x for x in flat], dtype=torch.float64).to(device)
+        tensors = [x.detach().double() if isinstance(x, Tensor) else numbers[i] for i, x in enumerate(flat)]
+        return cls(tuple(metrics), torch.stack(tensors).view(2, -1))
 
     def __add__(self, other: MetricSums) -> MetricSums:
         if self.names != other.names:
@@ -337,29 +336,41 @@ class SPOStep:
         def from_logits(logits: Tensor) -> Tensor:
             return sequence_logps(rows.split(logits)[0], rows.labels, **keywords)
 
-        linear = self.settings.head == "linear"
-        hook: dict[str, Any] = {"spo_head": from_hidden} if linear else {"spo_logits": from_logits}
         with torch.no_grad():
             if reference is None:
-                return model(**rows.model_inputs(), **hook).view(2, -1)
+                return self._inside(model, rows, from_hidden, from_logits)[1].view(2, -1)
             with reference.opened(), evaluating(reference.model):
-                return reference.model(**rows.model_inputs(), **hook).view(2, -1)
+                return self._inside(reference.model, rows, from_hidden, from_logits)[1].view(2, -1)
+
+    def _inside(self, model: nn.Module, rows: Rows, from_hidden: Callable, from_logits: Callable) -> tuple[Any, Any]:
+        """What ``model`` returns, and what the function computed inside its forward.
+
+        Engines may round what a forward returns to half precision. They need a returned Tensor for their hooks.
+        """
+        computed = None
+
+        def hook(*args: Any) -> Tensor:
+            nonlocal computed
+            computed = from_hidden(*args) if linear else from_logits(*args)
+            return computed.loss if isinstance(computed, _Terms) else computed
+
+        linear = self.settings.head == "linear"
+        returned = model(**rows.model_inputs(), **{"spo_head" if linear else "spo_logits": hook})
+        return returned, computed
 
     def _terms(self, model: nn.Module, pairs: Pairs, draw: KLDraw | None, part: slice, scale: _Scale) -> _Terms:
-        samples = None if draw is None or part.stop <= part.start else draw.samples[part]
+        samples = None if draw is None or part.stop <= part.start else draw.part(part)
         rows = join_rows(pairs, samples, packed=self.settings.packed)
         states = None if samples is None or draw is None else self._reference_states(draw, part, samples)
-        if self.settings.head == "linear":
 
-            def from_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> _Terms:
-                return self._linear_terms((hidden, weight, bias), options, rows, samples, states, scale)
-
-            return model(**rows.model_inputs(), spo_head=from_hidden)
+        def from_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> _Terms:
+            return self._linear_terms((hidden, weight, bias), options, rows, samples, states, scale)
 
         def from_logits(logits: Tensor) -> _Terms:
             return self._logits_terms(logits, rows, samples, states, scale)
 
-        return model(**rows.model_inputs(), spo_logits=from_logits)
+        loss, terms = self._inside(model, rows, from_hidden, from_logits)
+        return terms._replace(loss=loss)
 
     def _reference_states(self, draw: KLDraw, part: slice, samples: Samples) -> Tensor:
         """The reference's hidden states [S, T, H] for the head "linear", else its logits [S, T, V]."""

@@ -436,6 +436,19 @@ class TestBuffer:
         fresh.begin(policy, WINDOW, 0)
         assert ours == pytest.approx(fresh(policy, WINDOW[0]).metrics.means()["spo/kl"], rel=1e-6)
 
+    def test_parts_lose_the_padding_of_the_others(self) -> None:
+        policy, reference = models()
+        step = step_of(policy, reference)
+        step.begin(policy, WINDOW, 0)
+        assert step.buffer is not None
+        assert step.buffer.draw is not None
+        draw = step.buffer.draw
+        for row, length in enumerate(draw.lengths):
+            part = draw.part(slice(row, row + 1))
+            assert part.ids.tolist() == [draw.samples.ids[row, :length].tolist()]
+            assert part.attention_mask.all()
+        assert len(draw.part(slice(3, 3))) == 0
+
     def test_hidden_states_are_small(self) -> None:
         policy, reference = models()
         sizes = {}
@@ -658,7 +671,7 @@ def test_joined_rows_have_the_logits_of_single_sequences(packed: bool) -> None:
     rows = join_rows(WINDOW[0], samples, packed=packed)
     with torch.no_grad():
         _, together = rows.split(model(**rows.model_inputs(), use_cache=False).logits)
-        alone = [model(one.ids).logits[0] for one in (samples[i : i + 1] for i in range(3))]
+        alone = [model(ids[None, :n]).logits[0] for ids, n in zip(samples.ids, samples.lengths, strict=True)]
     if not packed:
         together = torch.cat([logits[: len(own)] for logits, own in zip(together, alone, strict=True)])
     torch.testing.assert_close(together, torch.cat(alone))

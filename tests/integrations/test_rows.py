@@ -54,12 +54,6 @@ class TestSamples:
             assert samples.attention_mask[row].sum() == len(prompt) + len(response)
         assert not samples.mask[:, -1].any()
 
-    def test_slices_lose_the_padding_of_the_others(self) -> None:
-        samples = Samples.from_lists(PROMPTS, RESPONSES, eos=EOS, pad=PAD)
-        part = samples[2:]
-        assert part.ids.tolist() == [[9, 10]]
-        assert len(samples[3:]) == 0
-
     def test_no_new_token(self) -> None:
         output, mask = generated(PROMPTS, [[]] * 3)
         samples = Samples.from_generate(output, eos=EOS, pad=PAD, attention_mask=mask)

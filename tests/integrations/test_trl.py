@@ -23,6 +23,7 @@ pytest.importorskip("trl", reason="needs TRL, see the extra [trl]")
 import datasets
 import plain_loop
 import trl
+from accelerate import ParallelismConfig
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from tiny_models import ARCHITECTURES, make_model, make_rows, make_tokenizer, save_model
@@ -860,6 +861,13 @@ class TestBadInput:
             Same = type("Same", (transformers.LlamaForCausalLM,), {})
             model = Same(make_model().config)
             assert make(model=model, ref_model=copy.deepcopy(model)).spo.settings.head == "linear"
+
+    @pytest.mark.parametrize("name", ["cp_size", "sp_size"])
+    def test_sequences_split_over_ranks(self, name: str) -> None:
+        trl_checks.check_parallelism(None)
+        trl_checks.check_parallelism(ParallelismConfig(dp_shard_size=2))
+        with pytest.raises(ValueError, match=f"must not split sequences over ranks, got {name} = 2"):
+            trl_checks.check_parallelism(ParallelismConfig(**{name: 2}))
 
     def test_samples_per_micro_step(self, make: Make) -> None:
         message = (

@@ -80,6 +80,17 @@ def check_processing_class(processing_class: Any) -> None:
         )
 
 
+def check_parallelism(config: Any) -> None:
+    """ValueError where each rank holds a part of each sequence, so that sums over responses would miss the others."""
+    for name in ("cp", "sp"):
+        size = getattr(config, f"{name}_size", 1)
+        if size > 1:
+            raise ValueError(
+                f"parallelism_config must not split sequences over ranks, got {name}_size = {size}: a rank sums the "
+                "log-probs of whole responses"
+            )
+
+
 def rows_of(embeddings: Any) -> int:
     """The size of a vocabulary, also where DeepSpeed has taken the weight apart."""
     weight = embeddings.weight

@@ -148,6 +148,7 @@ class SPOTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        checks.check_parallelism(self.accelerator.parallelism_config)
         if not args.needs_reference:
             self.ref_model = None
         base = unwrapped(self.model)
