@@ -365,6 +365,13 @@ class TestSampler:
         assert all(r[-1] == 2 and r.count(2) == 1 for r in responses if len(r) < 200)
         assert any(len(r) < 200 for r in responses)
 
+    def test_every_eos_of_the_model_ends_a_response(self) -> None:
+        model = make_model()
+        model.generation_config.eos_token_id = [2, 9, 10]
+        responses = HFSampler(model, TOKENIZER).sample([[5]] * 64, 100, seed=1)
+        assert {r[-1] for r in responses if len(r) < 100} == {2, 9, 10}
+        assert not any({2, 9, 10} & set(r[:-1]) for r in responses)
+
     @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "do_sample", "repetition_penalty", "min_p"])
     def test_refuses_options_that_change_the_distribution(self, name: str) -> None:
         with pytest.raises(ValueError, match=f"generation_options must not hold {name}: .*temperature 1, no top-k"):
