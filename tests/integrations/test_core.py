@@ -615,6 +615,14 @@ class TestStep:
         with pytest.raises(RuntimeError, match="begin.. announced 1 micro-batches, got another"):
             step(policy, WINDOW[1])
 
+    def test_a_reference_with_other_options_of_the_head_is_refused(self) -> None:
+        policy, _ = models()
+        _, reference = models("gemma2")
+        step = step_of(policy, reference)
+        step.begin(policy, WINDOW, 0)
+        with pytest.raises(ValueError, match="reference must have the policy's options of the head .*'softcap': 3.0"):
+            step(policy, WINDOW[0])
+
     def test_one_forward_for_pairs_and_samples(self) -> None:
         policy, reference = models()
         step = step_of(policy, reference)
