@@ -138,8 +138,10 @@ class HFSampler:
         with evaluating(self.model), self._opened() as model, _plain_generation_config(model) as config_class:
             options = {name: value for name, value in self.generation_options.items() if name != "synced_gpus"}
 
+            known = max(len(self.tokenizer), 1 + max(special.eos))  # ids may have gaps
+
             def without_others(_: Tensor, logits: Tensor) -> Tensor:
-                return logits[:, : len(self.tokenizer)]
+                return logits[:, :known]
 
             config = config_class(
                 do_sample=True,
