@@ -621,7 +621,7 @@ class TestStep:
         step = step_of(policy, reference)
         step.begin(policy, WINDOW, 0)
         with pytest.raises(
-            ValueError, match="reference must have the policy's options of the head, got .*'softcap': 3.0"
+            ValueError, match="the policy's options of the head, got .*'softcap': 3.0"
         ):
             step(policy, WINDOW[0])
 
