@@ -69,7 +69,7 @@ def run(kind: str, folder: Path, size: Size) -> Measured:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     baseline = _resident_mib()
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i + 4 for i in range(WORDS)}
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i + 4 for i in range(size.vocabulary - 4)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(

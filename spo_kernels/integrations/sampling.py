@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spo_kernels.integrations.rows import Samples
 
@@ -137,7 +137,12 @@ class HFSampler:
         special = SpecialTokens.of(self.tokenizer, self.model)
         with evaluating(self.model), self._opened() as model, _plain_generation_config(model) as config_class:
             options = {name: value for name, value in self.generation_options.items() if name != "synced_gpus"}
-            vocab_size = model.get_output_embeddings().weight.shape[0]
+
+            known = max(len(self.tokenizer), 1 + max(special.eos))  # ids may have gaps
+
+            def without_others(_: Tensor, logits: Tensor) -> Tensor:
+                return logits[:, :known]
+
             config = config_class(
                 do_sample=True,
                 num_beams=1,
@@ -147,7 +152,6 @@ class HFSampler:
                 max_new_tokens=max_new_tokens,
                 pad_token_id=special.pad,
                 eos_token_id=list(special.eos),
-                suppress_tokens=list(range(len(self.tokenizer), vocab_size)) or None,
                 **options,
             )
             device = next(model.parameters()).device
@@ -161,6 +165,7 @@ class HFSampler:
                         input_ids=ids,
                         attention_mask=real,
                         generation_config=config,
+                        logits_processor=[without_others],
                         synced_gpus=self.generation_options.get("synced_gpus"),
                     )
                     drawn = Samples.from_generate(output, eos=special.eos, pad=special.pad, attention_mask=real)

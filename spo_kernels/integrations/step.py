@@ -414,8 +414,7 @@ class SPOStep:
             ref_options = attached_options(self.buffer.reference.model)
             if ref_options != options:
                 raise ValueError(
-                    f'reference must have the policy\'s options of the head for head "linear", got {ref_options} against '
-                    f"{options}"
+                    f"reference must have the policy's options of the head, got {ref_options} against {options}"
                 )
             ref_weight, ref_bias = self.buffer.reference.weights(weight, bias)
             if not torch.is_autocast_enabled(hidden.device.type):  # which casts these too

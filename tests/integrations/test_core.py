@@ -620,7 +620,9 @@ class TestStep:
         _, reference = models("gemma2")
         step = step_of(policy, reference)
         step.begin(policy, WINDOW, 0)
-        with pytest.raises(ValueError, match="reference must have the policy's options of the head .*'softcap': 3.0"):
+        with pytest.raises(
+            ValueError, match="the policy's options of the head, got .*'softcap': 3.0"
+        ):
             step(policy, WINDOW[0])
 
     def test_one_forward_for_pairs_and_samples(self) -> None:
