@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from benchmarks.commands import bars, floors, gpu, growth, head, levels, measure_all, ops, plot, step, table
+from benchmarks.commands import bars, floors, gpu, growth, head, levels, measure_all, ops, plot, step, table, trl
 
 
 class Command(Protocol):
@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "plot": plot,
     "table": table,
     "floors": floors,
+    "trl": trl,
 }
 
 

@@ -80,8 +80,8 @@ class Reference:
             hidden = hidden.to(weight.dtype)
         with torch.no_grad():
             logits = F.linear(hidden, weight, bias)
-            logits = logits if options["logit_scale"] == 1 else logits * options["logit_scale"]
-            cap = options["softcap"]
+            scale, cap = options.get("logit_scale", 1.0), options.get("softcap")
+            logits = logits if scale == 1 else logits * scale
             return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _own_weights(self) -> tuple[Tensor, Tensor | None]:

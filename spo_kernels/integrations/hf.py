@@ -126,9 +126,9 @@ class SPOTrainerMixin(_Trainer):
 
     Raises:
         ValueError: a reference is missing or has another vocabulary; an adapter on the head, or prompt learning;
-            `compute_metrics` or `compute_loss_func` is given; pairs would be split: several GPUs in one process, or an
-            IterableDataset that one process reads for all; FSDP or DeepSpeed with beta > 0; and what `KLBuffer` and
-            `SPOStep` raise.
+            `compute_metrics` or `compute_loss_func` is given; pairs or sequences would be split (several GPUs in one
+            process, an IterableDataset that one process reads for all, context parallelism); FSDP or DeepSpeed with
+            beta > 0; and what `KLBuffer` and `SPOStep` raise.
     """
 
     # Trainer then divides the loss of a micro-batch by the number of micro-batches. Without that, accumulation over two
@@ -199,6 +199,13 @@ class SPOTrainerMixin(_Trainer):
                 'an IterableDataset needs accelerator_config={"dispatch_batches": False} in TrainingArguments, as '
                 "accelerate would split pairs"
             )
+        for kind in ("cp", "sp"):
+            size = getattr(getattr(self.accelerator, "parallelism_config", None), f"{kind}_size", 1)
+            if size > 1:
+                raise ValueError(
+                    f"parallelism_config must not split sequences over ranks, got {kind}_size = {size}: a rank "
+                    "sums the log-probs of whole responses"
+                )
         if settings.beta and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "beta must be 0 under FSDP and DeepSpeed with SPOTrainerMixin; for the KL under FSDP use "
@@ -270,7 +277,8 @@ class SPOTrainerMixin(_Trainer):
             kind, result = "train", self.spo(model, pairs)
         else:
             if self._evaluation_kl is None and self.spo.buffer is not None:
-                self._evaluation_kl = self.spo.evaluation_kl(model, 2 * self.args.eval_batch_size)
+                kl = self.spo.evaluation_kl(model, 2 * self.args.eval_batch_size)
+                self._evaluation_kl = self.accelerator.reduce(kl, "sum")
             kind, result = "eval", self.spo.evaluate(model, pairs, self._evaluation_kl)
         sums = self._sums.get(kind)
         self._sums[kind] = result.metrics if sums is None else sums + result.metrics

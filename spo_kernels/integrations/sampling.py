@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spo_kernels.integrations.rows import Samples
 
@@ -134,44 +134,43 @@ class HFSampler:
         """See `Sampler`."""
         size = self.batch_size or max(len(prompts), 1)
         responses: list[list[int]] = []
-        with evaluating(self.model), self._opened() as model:
+        special = SpecialTokens.of(self.tokenizer, self.model)
+        with evaluating(self.model), self._opened() as model, _plain_generation_config(model) as config_class:
+            options = {name: value for name, value in self.generation_options.items() if name != "synced_gpus"}
+
+            known = max(len(self.tokenizer), 1 + max(special.eos))  # ids may have gaps
+
+            def without_others(_: Tensor, logits: Tensor) -> Tensor:
+                return logits[:, :known]
+
+            config = config_class(
+                do_sample=True,
+                num_beams=1,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=special.pad,
+                eos_token_id=list(special.eos),
+                **options,
+            )
             device = next(model.parameters()).device
-            with _own_generators(device, seed), _plain_generation_config(model) as config:
+            with _own_generators(device, seed):
                 for first in range(0, len(prompts), size):
                     batch = prompts[first : first + size]
-                    responses += self._generated(model, config, batch, max_new_tokens, device)
+                    width = max(map(len, batch))
+                    ids = torch.tensor([[special.pad] * (width - len(p)) + p for p in batch], device=device)
+                    real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=device)
+                    output = model.generate(
+                        input_ids=ids,
+                        attention_mask=real,
+                        generation_config=config,
+                        logits_processor=[without_others],
+                        synced_gpus=self.generation_options.get("synced_gpus"),
+                    )
+                    drawn = Samples.from_generate(output, eos=special.eos, pad=special.pad, attention_mask=real)
+                    responses += drawn.responses()
         return responses
-
-    def _generated(
-        self, model: Any, config_class: type, prompts: list[list[int]], max_new_tokens: int, device: torch.device
-    ) -> list[list[int]]:
-        special = SpecialTokens.of(self.tokenizer, self.model)
-        options = {name: value for name, value in self.generation_options.items() if name != "synced_gpus"}
-        vocab_size = model.get_output_embeddings().weight.shape[0]
-        config = config_class(
-            do_sample=True,
-            num_beams=1,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=special.pad,
-            eos_token_id=list(special.eos),
-            suppress_tokens=list(range(len(self.tokenizer), vocab_size)) or None,
-            **options,
-        )
-        if (config.temperature, config.top_k, config.top_p, config.do_sample) != (1.0, 0, 1.0, True):
-            raise ValueError(f"samples must come from the policy itself, got the generation configuration {config}")
-        width = max(map(len, prompts))
-        ids = torch.tensor([[special.pad] * (width - len(p)) + p for p in prompts], device=device)
-        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=real,
-            generation_config=config,
-            synced_gpus=self.generation_options.get("synced_gpus"),
-        )
-        return Samples.from_generate(output, eos=special.eos, pad=special.pad, attention_mask=real).responses()
 
 
 @contextmanager

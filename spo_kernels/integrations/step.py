@@ -20,6 +20,7 @@ from spo_kernels import (
     token_kl,
 )
 from spo_kernels.integrations.buffer import KLBuffer, KLDraw, Reference
+from spo_kernels.integrations.head import attached_options
 from spo_kernels.integrations.rows import IGNORE_INDEX, Pairs, Rows, Samples, join_rows
 from spo_kernels.integrations.sampling import check_one_of, evaluating
 
@@ -410,6 +411,11 @@ class SPOStep:
         criterion.beta = settings.beta * scale.kl / pref if samples is not None else 0.0
         kl: dict[str, Any] = {}
         if samples is not None and self.buffer is not None and states is not None:
+            ref_options = attached_options(self.buffer.reference.model)
+            if ref_options != options:
+                raise ValueError(
+                    f"reference must have the policy's options of the head, got {ref_options} against {options}"
+                )
             ref_weight, ref_bias = self.buffer.reference.weights(weight, bias)
             if not torch.is_autocast_enabled(hidden.device.type):  # which casts these too
                 states, ref_weight = states.to(hidden.dtype), ref_weight.to(hidden.dtype)

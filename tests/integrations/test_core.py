@@ -365,6 +365,13 @@ class TestSampler:
         assert all(r[-1] == 2 and r.count(2) == 1 for r in responses if len(r) < 200)
         assert any(len(r) < 200 for r in responses)
 
+    def test_every_eos_of_the_model_ends_a_response(self) -> None:
+        model = make_model()
+        model.generation_config.eos_token_id = [2, 9, 10]
+        responses = HFSampler(model, TOKENIZER).sample([[5]] * 64, 100, seed=1)
+        assert {r[-1] for r in responses if len(r) < 100} == {2, 9, 10}
+        assert not any({2, 9, 10} & set(r[:-1]) for r in responses)
+
     @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "do_sample", "repetition_penalty", "min_p"])
     def test_refuses_options_that_change_the_distribution(self, name: str) -> None:
         with pytest.raises(ValueError, match=f"generation_options must not hold {name}: .*temperature 1, no top-k"):
@@ -607,6 +614,16 @@ class TestStep:
         step(policy, WINDOW[0])
         with pytest.raises(RuntimeError, match="begin.. announced 1 micro-batches, got another"):
             step(policy, WINDOW[1])
+
+    def test_a_reference_with_other_options_of_the_head_is_refused(self) -> None:
+        policy, _ = models()
+        _, reference = models("gemma2")
+        step = step_of(policy, reference)
+        step.begin(policy, WINDOW, 0)
+        with pytest.raises(
+            ValueError, match="the policy's options of the head, got .*'softcap': 3.0"
+        ):
+            step(policy, WINDOW[0])
 
     def test_one_forward_for_pairs_and_samples(self) -> None:
         policy, reference = models()

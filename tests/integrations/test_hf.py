@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -276,6 +277,28 @@ def test_two_ranks_step_as_one(tmp_path: Path) -> None:
     kl = [torch.load(tmp_path / f"kl_{rank}.pt", weights_only=False) for rank in range(2)]
     torch.testing.assert_close(kl[0][0], kl[1][0], rtol=0, atol=0)
     assert len(kl[0][1]) == len(kl[1][1]) == 4 and kl[0][1] != kl[1][1]
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "message"),
+    [
+        ("n_gpu", 2, "one process must have one GPU, .* got 2"),
+        ("parallelism_config", SimpleNamespace(cp_size=2), "must not split sequences .* got cp_size = 2"),
+        ("parallelism_config", SimpleNamespace(sp_size=4), "must not split sequences .* got sp_size = 4"),
+        ("is_fsdp_enabled", True, "beta must be 0 under FSDP and DeepSpeed .* got beta = 0.03"),
+        ("is_deepspeed_enabled", True, "beta must be 0 under FSDP and DeepSpeed .* got beta = 0.03"),
+    ],
+)
+def test_refuses_engines_that_split(
+    fact: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trainer = trainer_of(tmp_path, rows_of(2), spo=SPOSettings())
+    for owner in (trainer, trainer.args, trainer.accelerator):
+        if hasattr(owner, fact):
+            monkeypatch.setattr(type(owner), fact, value, raising=False)
+            vars(owner).pop(fact, None)
+    with pytest.raises(ValueError, match=message):
+        trainer._refuse(SPOSettings())
 
 
 def test_refuses_a_dataset_without_an_index_and_other_batches(tmp_path: Path) -> None:

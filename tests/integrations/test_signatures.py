@@ -137,9 +137,6 @@ def test_losses_refuse_wrong_options_at_once() -> None:
             refused()
 
 
-# --- torchtune
-
-
 def torchtune_step(batch: Batch, loss_fn: Any) -> Any:
     """As in torchtune 0.6.1's recipes."""
     loss, chosen_rewards, rejected_rewards = loss_fn(*batch.policy(), *batch.references)
@@ -183,9 +180,6 @@ def test_torchtune_itself(real: Callable[[str], Any]) -> None:
     batch.check(torchtune_step(batch, config.instantiate(yaml)), center=True)
     ours = spo_kernels.get_batch_logps(batch.logits, batch.labels)
     torch.testing.assert_close(rlhf.get_batch_log_probs(batch.logits, batch.labels), ours)
-
-
-# --- OpenRLHF
 
 
 class OpenRLHFActor(nn.Module):
@@ -259,9 +253,6 @@ def test_openrlhf_itself(real: Callable[[str], Any], monkeypatch: pytest.MonkeyP
     assert len(losses) == 4 and losses == sorted(losses, reverse=True)
     assert logs[0]["chosen_reward"] == pytest.approx(0, abs=1e-6), "the policy starts as the reference"
     assert logs[-1]["eval_loss"] < losses[-1]
-
-
-# --- LLaMA-Factory
 
 
 def llamafactory_modules(monkeypatch: pytest.MonkeyPatch, batch: Batch) -> Any:
@@ -425,9 +416,6 @@ def test_llamafactory_itself(
     assert losses == sorted(losses, reverse=True)
     assert bool(reference_forwards) == log_reference_rewards
     assert (history[0]["rewards/chosen"] == pytest.approx(0, abs=1e-6)) == log_reference_rewards
-
-
-# --- NeMo-RL
 
 
 @pytest.fixture

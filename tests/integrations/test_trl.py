@@ -930,11 +930,12 @@ class TestBadInput:
         with pytest.warns(UserWarning, match=r"TRL 2.0.0 is outside the tested range >=1.16,<1.17"):
             make()
 
-    def test_without_trl(self, tmp_path: Path) -> None:
-        code = "import sys; sys.modules['trl'] = None; import spo_kernels.integrations.trl"
+    @pytest.mark.parametrize("package", ["trl", "peft"])
+    def test_without_trl(self, tmp_path: Path, package: str) -> None:
+        code = f"import sys; sys.modules['{package}'] = None; import spo_kernels.integrations.trl"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode
-        assert "ImportError: spo_kernels.integrations.trl needs TRL" in done.stderr
+        assert "ImportError: spo_kernels.integrations.trl needs TRL and PEFT" in done.stderr
         assert 'pip install "spo_kernels[trl]"' in done.stderr
 
     def test_the_library_imports_none_of_it(self, tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ Needs TRL: ``pip install "spo_kernels[trl]"``.
 """
 
 try:
+    import peft as _peft  # noqa: F401
     import trl as _trl  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        'spo_kernels.integrations.trl needs TRL, which is not installed: pip install "spo_kernels[trl]"'
+        f'spo_kernels.integrations.trl needs TRL and PEFT ({error}): pip install "spo_kernels[trl]"'
     ) from error
 
 from spo_kernels.integrations.trl.config import SPOConfig

@@ -58,7 +58,7 @@ class SPOConfig(DPOConfig):
         kl_reference: what is kept of the reference from a draw to the next: "hidden" states; "logits", V/H times as
             much, for the heads "logits" and "eager"; "recompute": nothing, its forward runs in every micro-step.
         sampler: "hf" samples by the model's ``generate``, "vllm" by TRL's ``VLLMGeneration`` with the vllm_ fields,
-            which TRL's ``GRPOConfig`` documents.
+            which TRL's ``GRPOConfig`` documents. "vllm" is written to the interface of TRL 1.16, and was not run.
         head: "linear" computes the loss from hidden states, without logits. "logits" uses the logits of the model's own
             forward. "eager" is plain torch on them, for comparison. "auto": "linear", but "logits" where the model's
             configuration names a transform of logits that `head_options` does not know.

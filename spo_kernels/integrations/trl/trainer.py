@@ -191,7 +191,7 @@ class SPOTrainer(DPOTrainer):
         if args.beta > 0:
             buffer = KLBuffer(
                 self._prompts(kl_prompts),
-                sampler or self._make_sampler(base),
+                self._make_sampler(base) if sampler is None else sampler,
                 self._reference(),
                 SpecialTokens.of(self.processing_class, base),
                 samples=args.kl_samples,
@@ -344,16 +344,13 @@ class SPOTrainer(DPOTrainer):
         self._sums["eval"] = metrics if before is None else before + metrics
         return loss
 
-    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **options: Any) -> dict[str, float]:
         """See ``trl.DPOTrainer.evaluate``. The KL is computed once, on the samples of the last draw."""
-        if (args and args[0] is not None) or options.get("eval_dataset") is not None:
-            given = args[0] if args else options["eval_dataset"]
-            if not isinstance(given, str):
-                for name, dataset in _named_datasets(None, given):
-                    checks.check_pairs(dataset, name)
+        for name, dataset in _named_datasets(None, eval_dataset):
+            checks.check_pairs(dataset, name)
         self._is_evaluating = True
         try:
-            return super().evaluate(*args, **options)
+            return super().evaluate(eval_dataset, *args, **options)
         finally:
             self._is_evaluating, self._evaluation_kl = False, None
 
