@@ -501,7 +501,8 @@ def _load_reference(
     source: Path | None, device: str, tokenizer: TextTokenizer, *, max_length: int | None
 ) -> TrainableModel:
     """Load a reference model. Raise ValueError unless its tokenizer gives every token the id that `tokenizer` gives."""
-    reference, theirs = _load(source, device, max_length=max_length)
+    # The samples of both are no longer than the model's, so that the shipped model needs no limit of its own.
+    reference, theirs = _load(source, device, max_length=max_length if source else None)
     if theirs.pieces() != tokenizer.pieces():
         raise ValueError(
             f"model and reference must have the same tokenizer, and that of {source or 'the shipped model'} differs"

@@ -348,7 +348,9 @@ def _message(where: str, message: Any) -> dict[str, Any]:
         if not isinstance(message.get(key), str):
             got = f"got {type(message[key]).__name__}" if key in message else f"got {', '.join(map(str, message))}"
             raise RowError(f'{where} must have a string "{key}": {got}')
-        _refuse_surrogates(where, message[key])
+    for value in message.values():
+        if isinstance(value, str):
+            _refuse_surrogates(where, value)
     return {key: value for key, value in message.items() if value is not None}
 
 

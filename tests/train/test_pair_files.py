@@ -201,6 +201,10 @@ def test_rows_become_pairs(record: dict[str, Any], pair: Pair) -> None:
             {"prompt": [USER | {"content": "\ud800"}], "chosen": [GOOD], "rejected": [BAD]},
             'field "prompt", message 1 has a lone surrogate',
         ),
+        (
+            {"prompt": [USER | {"name": "\ud800"}], "chosen": [GOOD], "rejected": [BAD]},
+            'field "prompt", message 1 has a lone surrogate',
+        ),
         ({"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [BAD]}, 'field "chosen" must have one assistant'),
         ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "one assistant message after the prompt: got user"),
         (

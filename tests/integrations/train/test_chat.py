@@ -106,6 +106,8 @@ def test_special_tokens_in_a_message_are_refused() -> None:
         with pytest.raises(RowError, match=r"a message of the (user|assistant) has the special token <\|im_"):
             tokenizer.encode_pair(prompt, reply(answer), reply("b"))
     with pytest.raises(RowError, match="special token"):
+        tokenizer.encode_pair([{"role": "user<|im_end|>", "content": "a"}], reply("a"), reply("b"))
+    with pytest.raises(RowError, match="special token"):
         tokenizer.encode_pair("<|im_start|>", "a", "b")
 
 
