@@ -174,13 +174,23 @@ def test_samples_are_those_of_full_passes(name: str, folders: dict[str, Path]) -
         assert set(tokens[length:].tolist()) <= {tokenizer.pad_id}
 
 
+def test_the_generation_settings_of_a_model_are_not_used(folders: dict[str, Path]) -> None:
+    model, _ = load_pretrained(str(folders["qwen2"]))
+    settings = model.model.generation_config
+    assert (settings.repetition_penalty, settings.top_k) == (5.0, 1)
+    settings.update(min_new_tokens=30, suppress_tokens=[50, 60], forced_eos_token_id=7, num_return_sequences=2)
+    samples = [model.sample([[40, 41, 40, 41]] * 30, max_length=40, generator=generator()) for _ in range(2)]
+    model.model.generation_config = transformers.GenerationConfig()
+    samples.append(model.sample([[40, 41, 40, 41]] * 30, max_length=40, generator=generator()))
+    assert all(torch.equal(drawn.tokens, samples[0].tokens) for drawn in samples)
+    assert samples[0].lengths.min() < 34
+
+
 def test_samples_follow_the_distribution_and_the_generator_alone(folders: dict[str, Path]) -> None:
-    # The model's own settings have a repetition penalty and top_k = 1, and its vocabulary is padded.
     model, tokenizer = load_pretrained(str(folders["qwen2"]))
     count, state = 4000, torch.get_rng_state()
     drawn = model.sample([[40, 41]] * count, max_length=3, generator=generator()).tokens[:, 2]
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.model.generation_config.repetition_penalty == 5.0
     with torch.no_grad():
         p = logits(model, torch.tensor([[40, 41]]))[0, -1].double().softmax(-1)
     counts = torch.bincount(drawn, minlength=len(p)).double()
