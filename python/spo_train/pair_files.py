@@ -205,7 +205,11 @@ def _csv_delimiter(header: bytes) -> str | None:
     """Return the delimiter with which a line is a header that names both responses, or None."""
     text = header[:MOST_HEADER].decode("utf-8", errors="replace")
     for delimiter in DELIMITERS:
-        if set(RESPONSES) <= set(next(csv.reader([text], delimiter=delimiter), [])):
+        try:
+            names = next(csv.reader([text], delimiter=delimiter), [])
+        except csv.Error:
+            continue
+        if set(RESPONSES) <= set(names):
             return delimiter
     return None
 

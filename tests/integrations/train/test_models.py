@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -452,3 +454,10 @@ def test_dropout_is_off(chat_file: Path, folders: dict[str, Path]) -> None:
     record = Aligner(model, copy.deepcopy(model), pairs, AlignConfig(**ALIGN)).update()
     assert model.training
     assert record["kl"] == 0
+
+
+def test_nothing_imports_transformers_before_a_model_needs_it() -> None:
+    modules = ["commands", "alignment", "evaluate", "pair_files", "models.loading", "toy.demo"]
+    code = f"import sys, {', '.join(f'spo_train.{module}' for module in modules)}\n"
+    code += "heavy = {'transformers', 'datasets', 'pyarrow'} & set(sys.modules)\nassert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], check=True)
