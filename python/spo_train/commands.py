@@ -268,7 +268,7 @@ def pairs(
     from spo_train.sampling import read_prompts
     from spo_train.toy.make_pairs import make_pairs
 
-    policy, tokenizer = _load(model, device, strings=strings)
+    policy, tokenizer = _load(model, device, strings=strings, max_length=config.max_length)
     made = make_pairs(policy, tokenizer, out, config, prompts=read_prompts(prompts) if prompts else ("",))
     click.echo(
         f"{out}: {made.kept + made.repaired_kept} pairs: {made.kept} of {made.sampled} sampled pairs kept "
@@ -501,7 +501,8 @@ def _load_reference(
     source: Path | None, device: str, tokenizer: TextTokenizer, *, max_length: int | None
 ) -> TrainableModel:
     """Load a reference model. Raise ValueError unless its tokenizer gives every token the id that `tokenizer` gives."""
-    reference, theirs = _load(source, device, max_length=max_length)
+    # Samples of both are no longer than the model allows, so the shipped reference needs no limit of its own.
+    reference, theirs = _load(source, device, max_length=max_length if source else None)
     if theirs.pieces() != tokenizer.pieces():
         raise ValueError(
             f"model and reference must have the same tokenizer, and that of {source or 'the shipped model'} differs"

@@ -24,8 +24,11 @@ class _Headed(NamedTuple):
 
 
 def _headed(model: LanguageModel) -> _Headed | None:
-    head = model.head() if isinstance(model, ModelWithHead) else None
-    return None if head is None else _Headed(model.hidden, head)  # type: ignore[attr-defined]
+    if isinstance(model, ModelWithHead):
+        head = model.head()
+        if head is not None:
+            return _Headed(model.hidden, head)
+    return None
 
 
 def response_logps(model: LanguageModel, tokens: Tensor, labels: Tensor) -> Tensor:

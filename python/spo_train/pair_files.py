@@ -205,7 +205,11 @@ def _csv_delimiter(header: bytes) -> str | None:
     """Return the delimiter with which a line is a header that names both responses, or None."""
     text = header[:MOST_HEADER].decode("utf-8", errors="replace")
     for delimiter in DELIMITERS:
-        if set(RESPONSES) <= set(next(csv.reader([text], delimiter=delimiter), [])):
+        try:
+            names = next(csv.reader([text], delimiter=delimiter), [])
+        except csv.Error:
+            continue
+        if set(RESPONSES) <= set(names):
             return delimiter
     return None
 
@@ -348,7 +352,9 @@ def _message(where: str, message: Any) -> dict[str, Any]:
         if not isinstance(message.get(key), str):
             got = f"got {type(message[key]).__name__}" if key in message else f"got {', '.join(map(str, message))}"
             raise RowError(f'{where} must have a string "{key}": {got}')
-        _refuse_surrogates(where, message[key])
+    for value in message.values():
+        if isinstance(value, str):
+            _refuse_surrogates(where, value)
     return {key: value for key, value in message.items() if value is not None}
 
 

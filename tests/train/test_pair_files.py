@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from spo_train.tokenizer import Tokenizer
 USER = {"role": "user", "content": "Hi."}
 SYSTEM = {"role": "system", "content": "Be kind."}
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("Hello!", "Go."))
+HUMAN = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: A story?\n\nAssistant:"
 ROWS: list[dict[str, Any]] = [
     {"prompt": "Once. ", "chosen": 'Tom, "the cat",\nran.', "rejected": "Zoë ☃ 🦊 sat."},
     {"prompt": "", "chosen": "None", "rejected": "NA"},
@@ -105,6 +107,7 @@ def test_a_long_cell_of_csv_is_read(tmp_path: Path) -> None:
         (b'prompt,chosen,rejected\na,"b"c,d\n', "line 2, is not CSV: "),
         (b"prompt,chosen,rejected\na,b,c\na,\xff,c\n", "line 3, is not UTF-8: byte 0xff at column 3"),
         (b"chosen,rejected,chosen\na,b,c\n", "has several columns of one name: chosen, rejected, chosen"),
+        (b"prompt,chosen,rejected\ra,b,c\r", r"no usable pairs; (?s:.*)neither .* nor CSV"),
         (b"prompt,good,bad\na,b,c\n", r"no usable pairs; (?s:.*)neither .* nor CSV with columns chosen and rejected"),
         (b"", "no usable pairs; .*: the file is empty"),
     ],
@@ -117,6 +120,25 @@ def test_files_that_cannot_be_read_are_refused(
     with pytest.raises(DataError, match=message) as error:
         load_pairs(path, tokenizer, max_length=32)
     assert str(path) in str(error.value)
+
+
+def test_changed_bytes_give_pairs_or_a_data_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rng, path = random.Random(0), tmp_path / "p"
+    rows = [*ROWS, {"chosen": [USER, GOOD], "rejected": [USER, BAD]}, {"chosen": HUMAN + " a", "rejected": HUMAN}]
+    contents = [lines(rows).encode(), json.dumps(rows).encode(), CSV.encode(), zipped(lines(rows)), rng.randbytes(200)]
+    refused = []
+    for _ in range(1000):
+        content = bytearray(rng.choice(contents))
+        for _ in range(rng.randint(1, 8)):
+            place = rng.randrange(len(content))
+            content[place : place + rng.choice([0, 1, 30])] = rng.randbytes(rng.choice([0, 1, 3]))
+        path.write_bytes(content)
+        try:
+            assert load_pairs(path, tokenizer, max_length=64)[1].used > 0
+        except DataError as error:
+            refused.append(str(error))
+    assert 100 < len(refused) < 900
+    assert all(str(path) in message for message in refused)
 
 
 def test_rows_of_arrays_and_csv_are_left_out_with_their_number(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -134,7 +156,6 @@ def test_rows_of_arrays_and_csv_are_left_out_with_their_number(tmp_path: Path, t
 
 
 CONVERSATION = Pair((SYSTEM, USER), GOOD, BAD, "messages")
-HUMAN = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: A story?\n\nAssistant:"
 
 
 @pytest.mark.parametrize(
@@ -199,6 +220,10 @@ def test_rows_become_pairs(record: dict[str, Any], pair: Pair) -> None:
         ),
         (
             {"prompt": [USER | {"content": "\ud800"}], "chosen": [GOOD], "rejected": [BAD]},
+            'field "prompt", message 1 has a lone surrogate',
+        ),
+        (
+            {"prompt": [USER | {"name": "\ud800"}], "chosen": [GOOD], "rejected": [BAD]},
             'field "prompt", message 1 has a lone surrogate',
         ),
         ({"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [BAD]}, 'field "chosen" must have one assistant'),

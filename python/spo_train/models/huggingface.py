@@ -228,33 +228,34 @@ class HuggingFaceModel(nn.Module):
             if not (min(prompt) >= 0 and max(prompt) < self.vocab_size):
                 raise ValueError(f"prompts must hold ids in [0, {self.vocab_size}), got {min(prompt)}..{max(prompt)}")
 
-    @torch.no_grad()
     def _checked_head_options(self) -> dict[str, Any] | None:
-        """Return softcap and logit scale, after a comparison with the model's own logits of a few tokens."""
-        name = type(self.model).__name__
+        """Return softcap and logit scale; None, with a warning, where they do not give the model's logits."""
         try:
             options = head_options(self.model.config)
+            difference = self._difference_from_head(options)
+            if difference <= HEAD_TOLERANCE[self.model.dtype]:
+                return options
+            reason = f"the head gives other logits than the model; they differ by {difference:.1e} of the largest"
         except ValueError as error:
-            warnings.warn(f"{name}: {error}; its logits are stored, which takes more memory", stacklevel=3)
-            return None
+            reason = str(error)
+        name = type(self.model).__name__
+        warnings.warn(f"{name}: its logits are stored, which takes more memory, because {reason}", stacklevel=3)
+        return None
+
+    @torch.no_grad()
+    def _difference_from_head(self, options: dict[str, Any]) -> float:
+        """Return how far hidden states and head are from the logits of a few tokens, as a share of the largest."""
         layer = self.model.get_output_embeddings()
         if self.model.base_model is self.model or not isinstance(layer, nn.Linear):
-            return None
+            raise ValueError("it has no body with a linear head")
         tokens = torch.arange(min(8, self.vocab_size), device=self.model.device)[None]
         expected = self(tokens)
         logits = F.linear(self.hidden(tokens), layer.weight, layer.bias)[..., : self.vocab_size]
         logits = logits * options["logit_scale"]
         if options["softcap"] is not None:
             logits = torch.tanh(logits / options["softcap"]) * options["softcap"]
-        difference = (logits - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
-        if difference <= HEAD_TOLERANCE[expected.dtype]:
-            return options
-        warnings.warn(
-            f"{name} changes its logits in a way that its configuration does not tell (they differ by {difference:.1e} "
-            "of the largest); its logits are stored, which takes more memory",
-            stacklevel=3,
-        )
-        return None
+        largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+        return float((logits - expected).abs().max() / largest)
 
     @torch.no_grad()
     def _check_left_padding(self) -> bool:
@@ -422,18 +423,19 @@ class HuggingFaceTokenizer:
 
     def _encode_chat(self, prompt: Sequence[Message], replies: Sequence[Message], read_as: str) -> PairIds:
         for message in (*prompt, *replies):
+            texts = [text for text in message.values() if isinstance(text, str)]
             for token in self._special:
-                if token in message["content"]:
+                if any(token in text for text in texts):
                     raise RowError(f"a message of the {message['role']} has the special token {token}")
         start = self._rendered(prompt, None)
-        texts = [self._rendered(prompt, reply) for reply in replies]
-        for text in texts:
+        rendered = [self._rendered(prompt, reply) for reply in replies]
+        for text in rendered:
             if not text.startswith(start):
                 raise RowError(
                     "the chat template renders the prompt in another way when a reply follows: "
                     f"{start[-40:]!r} is no beginning of the text with the reply"
                 )
-        before, *whole = self._ids([start, *texts])
+        before, *whole = self._ids([start, *rendered])
         return self._encoded(before, whole, read_as)
 
     def _encode_texts(self, prompt: str, replies: Sequence[str], read_as: str) -> PairIds:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason='needs transformers: pip install "spo_kernels[hf]"')
 
@@ -16,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from spo_train.errors import RowError
 from spo_train.models.huggingface import HuggingFaceTokenizer, load_pretrained
 from spo_train.pair_data import load_pairs
-from spo_train.sampling import Prompts
+from spo_train.protocol import Sequences
+from spo_train.sampling import Prompts, sample_texts
 
 CHAT_TOKENS = ["<|endoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 USER = [{"role": "user", "content": "tell me"}]
@@ -105,6 +107,8 @@ def test_special_tokens_in_a_message_are_refused() -> None:
     ):
         with pytest.raises(RowError, match=r"a message of the (user|assistant) has the special token <\|im_"):
             tokenizer.encode_pair(prompt, reply(answer), reply("b"))
+    with pytest.raises(RowError, match="special token"):
+        tokenizer.encode_pair([{"role": "user<|im_end|>", "content": "a"}], reply("a"), reply("b"))
     with pytest.raises(RowError, match="special token"):
         tokenizer.encode_pair("<|im_start|>", "a", "b")
 
@@ -226,6 +230,35 @@ def test_a_file_of_conversations_as_batches(chat_file: Path, folders: dict[str, 
     prompts = Prompts.of_ids(pairs.prompts([0, 1, 0]), tokenizer)
     assert len(prompts.ids) == 2
     assert prompts.texts[0].endswith("<|im_start|>assistant\n")
+
+
+def test_a_sampled_text_is_finished_by_the_end_of_a_turn() -> None:
+    tokenizer = chatml(strings="chat")
+    prompts = Prompts.encode(["tell me"], tokenizer, max_length=40)
+    replies = [tokenizer.encode_pair("tell me", text, "")[1] for text in ("a cat", "a dog")]
+    rows = torch.tensor([prompts.ids[0] + reply for reply in replies])
+    start, end = len(prompts.ids[0]), rows.shape[1]
+    lengths = torch.tensor([end, end - 1])  # the second is cut before the end of its turn
+
+    class Model:
+        def sample(self, *_: Any, **__: Any) -> Sequences:
+            return Sequences(rows, torch.tensor([start, start]), lengths)
+
+    ((texts, _),) = sample_texts(
+        Model(),
+        tokenizer,
+        lambda text, finished: {"score": len(text) if finished else 0.0},
+        prompts,
+        [0, 0],
+        max_length=40,
+        temperature=1.0,
+        batch_size=2,
+        generator=torch.Generator(),
+    )
+    rendered = "<|im_start|>user\ntell me<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts.given == ["tell me"]
+    assert [text.text for text in texts] == [rendered + "a cat", rendered + "a dog"]
+    assert [(text.finished, text.score) for text in texts] == [(True, len(rendered) + 5), (False, 0.0)]
 
 
 def test_bad_conversations_are_left_out_with_a_reason(tmp_path: Path, folders: dict[str, Path]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from spo_train.pair_data import load_pairs
 from spo_train.protocol import IGNORE_INDEX, Sequences
 
 NAMES = ["llama", "qwen2", "gemma2"]
-ALIGN = {"steps": 4, "batch_size": 4, "kl_samples": 4, "kl_every": 2, "warmup_steps": 1, "lr": 1e-3}
+ALIGN = {"steps": 4, "batch_size": 4, "kl_samples": 4, "kl_every": 3, "warmup_steps": 1, "lr": 1e-3}
 EVALUATE = ["--evaluate-samples", "4", "--evaluate-reference-samples", "4", "--evaluate-every", "2"]
 
 
@@ -136,7 +138,7 @@ def test_an_unknown_transform_of_the_logits_means_no_head(
     folder = shutil.copytree(folders["llama"], tmp_path / "capped")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"logit_cap": 3.0}))
-    with pytest.warns(UserWarning, match="logit_cap = 3.0, whose effect .* its logits are stored"):
+    with pytest.warns(UserWarning, match="its logits are stored, .* because config has logit_cap = 3.0"):
         model, _ = load_pretrained(str(folder))
     assert model.head() is None
 
@@ -150,7 +152,7 @@ def test_an_unknown_transform_of_the_logits_means_no_head(
         return output
 
     monkeypatch.setattr(inner, "forward", scaled)
-    with pytest.warns(UserWarning, match="in a way that its configuration does not tell"):
+    with pytest.warns(UserWarning, match="because the head gives other logits than the model; they differ by 9.9e-03"):
         model = HuggingFaceModel(inner, vocab_size=300, max_length=32, end_ids=[1], pad_id=0)
     assert model.head() is None
 
@@ -174,13 +176,23 @@ def test_samples_are_those_of_full_passes(name: str, folders: dict[str, Path]) -
         assert set(tokens[length:].tolist()) <= {tokenizer.pad_id}
 
 
+def test_the_generation_settings_of_a_model_are_not_used(folders: dict[str, Path]) -> None:
+    model, _ = load_pretrained(str(folders["qwen2"]))
+    settings = model.model.generation_config
+    assert (settings.repetition_penalty, settings.top_k) == (5.0, 1)
+    settings.update(min_new_tokens=30, suppress_tokens=[50, 60], forced_eos_token_id=7, num_return_sequences=2)
+    samples = [model.sample([[40, 41, 40, 41]] * 30, max_length=40, generator=generator()) for _ in range(2)]
+    model.model.generation_config = transformers.GenerationConfig()
+    samples.append(model.sample([[40, 41, 40, 41]] * 30, max_length=40, generator=generator()))
+    assert all(torch.equal(drawn.tokens, samples[0].tokens) for drawn in samples)
+    assert samples[0].lengths.min() < 34
+
+
 def test_samples_follow_the_distribution_and_the_generator_alone(folders: dict[str, Path]) -> None:
-    # The model's own settings have a repetition penalty and top_k = 1, and its vocabulary is padded.
     model, tokenizer = load_pretrained(str(folders["qwen2"]))
     count, state = 4000, torch.get_rng_state()
     drawn = model.sample([[40, 41]] * count, max_length=3, generator=generator()).tokens[:, 2]
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.model.generation_config.repetition_penalty == 5.0
     with torch.no_grad():
         p = logits(model, torch.tensor([[40, 41]]))[0, -1].double().softmax(-1)
     counts = torch.bincount(drawn, minlength=len(p)).double()
@@ -421,6 +433,7 @@ def test_other_mistakes_are_one_line(
     )
     assert "has no chat template, got chat" in refused(*align, "--model", folders["llama"], "--strings", "chat")
     assert "pass --reference" in refused("evaluate", folders["llama"])
+    assert "pass --reference" in refused("evaluate", folders["llama"], "--max-length", "64")
     assert "does not exist" in refused(*align, "--model", tmp_path / "none")
     assert "nobody/nothing cannot be loaded by transformers" in refused(*align, "--model", "nobody/nothing")
 
@@ -441,3 +454,10 @@ def test_dropout_is_off(chat_file: Path, folders: dict[str, Path]) -> None:
     record = Aligner(model, copy.deepcopy(model), pairs, AlignConfig(**ALIGN)).update()
     assert model.training
     assert record["kl"] == 0
+
+
+def test_nothing_imports_transformers_before_a_model_needs_it() -> None:
+    modules = ["commands", "alignment", "evaluate", "pair_files", "models.loading", "toy.demo"]
+    code = f"import sys, {', '.join(f'spo_train.{module}' for module in modules)}\n"
+    code += "heavy = {'transformers', 'datasets', 'pyarrow'} & set(sys.modules)\nassert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], check=True)
