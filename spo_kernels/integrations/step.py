@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from spo_kernels import (
     LinearSPOLoss,
     SoftImportance,
+    SPOLoss,
     linear_sequence_logps,
     sequence_logps,
     spo_loss,
@@ -45,6 +47,7 @@ class SPOSettings:
         average_log_probs: mean of token log-probs in place of their sum.
         center: leave out the loss's constant log(2)/alpha, so that a pair with L_w = L_l costs 0; same gradient.
         nll_weight: adds that much of the mean negative log-prob over tokens of chosen responses.
+        divergence, mixture: what the KL is: "kl", "reverse_kl" or "jsd"; see `spo_kernels.functional`.
         head: "linear" computes the loss from hidden states, without storing logits. "logits" uses the logits of the
             model's own forward and this library's row kernels; "eager" uses plain torch on them, for comparison.
         packed: sequences one after the other, without padding; see `join_rows`.
@@ -59,6 +62,8 @@ class SPOSettings:
     average_log_probs: bool = False
     center: bool = True
     nll_weight: float = 0.0
+    divergence: str = "kl"
+    mixture: float | None = None
     head: str = "linear"
     packed: bool = False
     reference_rewards: bool = False
@@ -68,6 +73,7 @@ class SPOSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        SPOLoss(divergence=self.divergence, mixture=self.mixture)  # checks them
         check_one_of("weighting", self.weighting, ("uniform", "soft"))
         check_one_of("normalizer", self.normalizer, NORMALIZERS)
         check_one_of("head", self.head, HEADS)
@@ -403,6 +409,8 @@ class SPOStep:
                 weight=self.importance,
                 center=settings.center,
                 average=settings.average_log_probs,
+                divergence=settings.divergence,
+                mixture=settings.mixture,
                 **options,
             )
         criterion = self._linear
@@ -471,9 +479,10 @@ class SPOStep:
             reference = rows.of_samples(states, samples)
             if eager:
                 log_p, log_q = (x.to(_wide(logits)).log_softmax(-1) for x in (kl_logits, reference))
-                rows_kl = (log_p.exp() * (log_p - log_q)).sum(-1) * rows.kl_mask
+                rows_kl = _eager_divergence(log_p, log_q, settings) * rows.kl_mask
             else:
-                rows_kl = token_kl(kl_logits, reference, rows.kl_mask)
+                options: dict[str, Any] = {"divergence": settings.divergence, "mixture": settings.mixture}
+                rows_kl = token_kl(kl_logits, reference, rows.kl_mask, **options)
             kl = rows_kl.sum() / len(samples)
             loss = loss + settings.beta * scale.kl * kl
         chosen, rejected = chosen.detach(), rejected.detach()
@@ -534,6 +543,17 @@ class SPOStep:
             "spo/draw_seconds": (draw.seconds, 1),
             "spo/sample_age": (self._step - draw.step, 1),
         }
+
+
+def _eager_divergence(log_p: Tensor, log_q: Tensor, settings: SPOSettings) -> Tensor:
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+    if settings.divergence != "jsd":
+        return kl(log_p, log_q) if settings.divergence == "kl" else kl(log_q, log_p)
+    mixture = 0.5 if settings.mixture is None else settings.mixture
+    log_m = torch.logaddexp(log_p + math.log(mixture), log_q + math.log1p(-mixture))
+    return mixture * kl(log_p, log_m) + (1 - mixture) * kl(log_q, log_m)
 
 
 def _wide(logits: Tensor) -> torch.dtype:

@@ -113,6 +113,8 @@ class TestGradients:
             {"weighting": "soft"},
             {"weighting": "soft", "average_log_probs": True, "nll_weight": 0.3},
             {"packed": True, "nll_weight": 0.3, "center": False},
+            {"divergence": "reverse_kl"},
+            {"divergence": "jsd", "mixture": 0.3},
         ],
         ids=lambda settings: "-".join(map(str, settings)) or "plain",
     )

@@ -18,7 +18,7 @@ DPO_BETA = 0.1
 _REFUSED = {
     "loss_type": "SPO is the loss",
     "loss_weights": "SPO is the only loss",
-    "f_divergence_type": "SPO's regularizer is the KL of whole output distributions",
+    "f_divergence_type": "SPO has divergence, of whole output distributions",
     "ld_alpha": "SPO has average_log_probs for responses of unequal length",
     "use_weighting": 'SPO weighs pairs by weighting="soft"',
     "label_smoothing": "SPO's softness alpha takes the place of label smoothing",
@@ -49,6 +49,9 @@ class SPOConfig(DPOConfig):
         center: leave out the loss's constant log(2)/alpha, so that a pair with L_w = L_l costs 0. The gradient is the
             same.
         nll_weight: adds that much of the mean negative log-prob of chosen responses.
+        divergence: what the KL is: "kl", KL(policy || reference); "reverse_kl", KL(reference || policy); or "jsd", the
+            generalized Jensen-Shannon divergence.
+        mixture: share of the policy in the mixture of "jsd", > 0 and < 1; None: 0.5.
         kl_every: optimizer steps between two draws of samples.
         kl_samples: sequences of a draw, over all ranks; a multiple of ranks x accumulation steps.
         kl_max_new_tokens: tokens of a sampled response at most; less than max_length. Longer prompts lose their
@@ -91,6 +94,12 @@ class SPOConfig(DPOConfig):
     )
     nll_weight: float = field(
         default=0.0, metadata=_help("Weight of the mean negative log-prob of chosen responses, at least 0.")
+    )
+    divergence: str = field(
+        default="kl", metadata=_help("What keeps the policy near the reference: kl, reverse_kl or jsd.")
+    )
+    mixture: float | None = field(
+        default=None, metadata=_help("Share of the policy in the mixture of the divergence jsd; 0.5 if unset.")
     )
     kl_every: int = field(default=8, metadata=_help("Optimizer steps between two draws of samples."))
     kl_samples: int = field(default=32, metadata=_help("Sequences of a draw, over all ranks."))
@@ -187,6 +196,8 @@ class SPOConfig(DPOConfig):
             average_log_probs=self.average_log_probs,
             center=self.center,
             nll_weight=self.nll_weight,
+            divergence=self.divergence,
+            mixture=self.mixture,
             head=head,
             reference_rewards=self.log_reference_rewards,
         )
