@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if importlib.util.find_spec("trl") is None:
-        raise ValueError('this needs TRL: pip install "spo_kernels[trl]"')
+    if not all(map(importlib.util.find_spec, ("trl", "peft"))):
+        raise ValueError('this needs TRL and PEFT: pip install "spo_kernels[trl]"')
     size = {name: getattr(options, name) for name in asdict(Size())}
     measured: dict[str, list[Measured]] = {kind: [] for kind in options.kinds}
     with tempfile.TemporaryDirectory() as folder:

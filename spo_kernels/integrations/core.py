@@ -1,8 +1,9 @@
 """The parts of an SPO step for any training loop: sampling, the buffer of samples, the loss of a micro-batch.
 
-    attach_head(model), attach_head(reference)
-    sampler = HFSampler(model, tokenizer)
-    buffer = KLBuffer(prompts, sampler, Reference(reference), samples=32, every=8, ...)
+    attach_head(model)
+    attach_head(reference)
+    sampler, special = HFSampler(model, tokenizer), SpecialTokens.of(tokenizer, model)
+    buffer = KLBuffer(prompts, sampler, Reference(reference), special, samples=32, every=8, device=model.device)
     spo = SPOStep(SPOSettings(alpha=0.1, beta=0.03), buffer)
     for step, window in enumerate(windows):  # a window: the micro-batches of an optimizer step, each `Pairs`
         spo.begin(model, window, step)
@@ -11,7 +12,8 @@
             (loss / len(window)).backward()
         optimizer.step()
 
-`examples/plain_loop.py` is such a loop. P pairs and S samples of a micro-batch go through the model in one forward.
+`examples/plain_loop.py` is such a loop. The pairs and samples of a micro-batch go through the model in one forward.
+The loop must look for a loss of NaN itself. `SPOStep.state_dict` is what a checkpoint needs besides model and optimizer.
 """
 
 from spo_kernels.integrations.buffer import KLBuffer, KLDraw, Reference

@@ -43,7 +43,7 @@ class SPOSettings:
         normalizer: of the soft weights. "step": over all pairs of the optimizer step, from a pass without gradients.
             "batch": over a micro-batch, which is the same for a step of one. "ema": a running average.
         average_log_probs: mean of token log-probs in place of their sum.
-        center: leave out the loss's constant log(2)/alpha, so that it starts near 0. The gradient is the same.
+        center: leave out the loss's constant log(2)/alpha, so that a pair with L_w = L_l costs 0; same gradient.
         nll_weight: adds that much of the mean negative log-prob over tokens of chosen responses.
         head: "linear" computes the loss from hidden states, without storing logits. "logits" uses the logits of the
             model's own forward and this library's row kernels; "eager" uses plain torch on them, for comparison.

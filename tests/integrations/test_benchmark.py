@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("trl", reason="needs TRL, see the extra [trl]")
+pytest.importorskip("peft", reason="needs PEFT, see the extra [trl]")
 
 from benchmarks import __main__ as cli
 

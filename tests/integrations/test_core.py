@@ -196,7 +196,7 @@ class TestGradients:
         loss, _ = gradient(policy, step, WINDOW)
         assert math.isfinite(loss)
 
-    def test_centred_loss_starts_near_0(self) -> None:
+    def test_center_leaves_out_the_constant(self) -> None:
         policy, reference = models()
         shift = math.log(2) / 0.1
         centred = gradient(policy, step_of(policy, reference), WINDOW)
@@ -620,9 +620,7 @@ class TestStep:
         _, reference = models("gemma2")
         step = step_of(policy, reference)
         step.begin(policy, WINDOW, 0)
-        with pytest.raises(
-            ValueError, match="the policy's options of the head, got .*'softcap': 3.0"
-        ):
+        with pytest.raises(ValueError, match="the policy's options of the head, got .*'softcap': 3.0"):
             step(policy, WINDOW[0])
 
     def test_one_forward_for_pairs_and_samples(self) -> None:

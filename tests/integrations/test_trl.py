@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("trl", reason="needs TRL, see the extra [trl]")
+pytest.importorskip("peft", reason="needs PEFT, see the extra [trl]")
 
 import datasets
 import plain_loop

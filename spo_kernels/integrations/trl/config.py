@@ -46,7 +46,8 @@ class SPOConfig(DPOConfig):
         importance_normalizer: of the soft weights: "batch" is over a micro-batch, "step" over the whole optimizer step
             (one more forward of the pairs), "ema" a running average. "auto": "batch" without accumulation, else "step".
         average_log_probs: mean of the token log-probs of a response in place of their sum.
-        center: leave out the loss's constant log(2)/alpha, so that the loss starts at 0. The gradient is the same.
+        center: leave out the loss's constant log(2)/alpha, so that a pair with L_w = L_l costs 0. The gradient is the
+            same.
         nll_weight: adds that much of the mean negative log-prob of chosen responses.
         kl_every: optimizer steps between two draws of samples.
         kl_samples: sequences of a draw, over all ranks; a multiple of ranks x accumulation steps.
@@ -85,7 +86,9 @@ class SPOConfig(DPOConfig):
     average_log_probs: bool = field(
         default=False, metadata=_help("Take the mean of token log-probs in place of their sum.")
     )
-    center: bool = field(default=True, metadata=_help("Let the loss start at 0 rather than at log(2)/alpha."))
+    center: bool = field(
+        default=True, metadata=_help("Leave out the constant log(2)/alpha of the loss; same gradient.")
+    )
     nll_weight: float = field(
         default=0.0, metadata=_help("Weight of the mean negative log-prob of chosen responses, at least 0.")
     )
