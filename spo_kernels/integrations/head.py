@@ -28,6 +28,12 @@ def _output_embeddings(model: Any) -> nn.Module:
     return model.get_output_embeddings()
 
 
+def _without_adapter(embeddings: Any) -> Any:
+    if hasattr(embeddings, "base_layer"):
+        raise ValueError("model must have no adapter on its head, whose weight the loss reads: leave lm_head out")
+    return embeddings
+
+
 def unwrapped(model: Any) -> Any:
     """The model within DDP and within PEFT."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -60,12 +66,13 @@ def attach_head(
         head: ``head(model)`` gives the module with ``weight`` [V, H] and perhaps ``bias`` [V].
 
     Raises:
-        ValueError: the model has no output embeddings with a weight.
+        ValueError: the model has no output embeddings with a weight, or an adapter on them. ``spo_head`` raises it too
+            if the adapter came later.
     """
     model = unwrapped(model)
     if hasattr(model, _MARK):
         return
-    embeddings = head(model)
+    embeddings = _without_adapter(head(model))
     if not isinstance(getattr(embeddings, "weight", None), Tensor):
         given = f"{type(model).__name__} with {type(embeddings).__name__}"
         raise ValueError(f"model must have output embeddings with a weight, got {given}")
@@ -89,7 +96,7 @@ def attach_head(
             if isinstance(known, ValueError):
                 raise known
             hidden = backbone(self, *args, **inputs)
-            module: Any = head(self)
+            module: Any = _without_adapter(head(self))
             gathered = gather_head(module.weight, getattr(module, "bias", None))
             return spo_head(hidden.to(gathered.weight.device), gathered.weight, gathered.bias, known)
         if spo_logits is None:

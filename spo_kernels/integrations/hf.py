@@ -213,8 +213,6 @@ class SPOTrainerMixin(_Trainer):
             )
 
     def _refuse_adapters(self) -> None:
-        if hasattr(unwrapped(self.model).get_output_embeddings(), "base_layer"):
-            raise ValueError("model must have no adapter on its head, whose weight the loss reads: leave lm_head out")
         for config in getattr(self.model, "peft_config", {}).values():
             if getattr(config, "is_prompt_learning", False):
                 raise ValueError(

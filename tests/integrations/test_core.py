@@ -560,6 +560,17 @@ class TestHead:
         with pytest.raises(ValueError, match="model must have output embeddings with a weight, got LlamaModel"):
             attach_head(transformers.LlamaModel(config))
 
+    def test_an_adapter_on_the_head_is_refused_whenever_it_comes(self) -> None:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+        with pytest.raises(ValueError, match="model must have no adapter on its head"):
+            attach_head(peft.get_peft_model(make_model(), config))
+        model = make_model()
+        attach_head(model)
+        adapted = peft.get_peft_model(model, config)
+        with pytest.raises(ValueError, match="model must have no adapter on its head"):
+            adapted(torch.tensor([[1, 2]]), spo_head=lambda hidden, *_: hidden)
+
     def test_other_modules_bring_backbone_and_head(self) -> None:
         class Bigrams(torch.nn.Module):
             def __init__(self) -> None:
