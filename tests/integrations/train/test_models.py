@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -461,3 +462,16 @@ def test_nothing_imports_transformers_before_a_model_needs_it() -> None:
     code = f"import sys, {', '.join(f'spo_train.{module}' for module in modules)}\n"
     code += "heavy = {'transformers', 'datasets', 'pyarrow'} & set(sys.modules)\nassert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_name_of_the_hub_is_read_from_its_cache(folders: dict[str, Path], chat_file: Path, tmp_path: Path) -> None:
+    """In a process of its own, with a cache as a download leaves it, and without a network."""
+    cached = tmp_path / "hub" / "models--tiny--qwen2"
+    shutil.copytree(folders["qwen2"], cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    command = [sys.executable, "-m", "spo_train", "align", "--pairs", chat_file, "--model", "tiny/qwen2"]
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([*command, "--out", "run", *options(**ALIGN)], check=True, cwd=tmp_path, env=environment)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["model"] == "tiny/qwen2"
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
