@@ -1,6 +1,7 @@
 // Compares the emulated CUDA row ops with plain double arithmetic, on aligned, misaligned, offset and sliced rows in
 // buffers without a spare element. The tests with sanitizers and with planted bugs run this program. tests/test_ops.py
 // checks accuracy. Prints "ok" or the first wrong value.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -137,6 +138,54 @@ void check(DType dtype, std::int64_t V, std::int64_t pad, std::int64_t lead, int
       close("dlogits", cuda::to_acc(dz.row(i)[v]), slope[v] * want, 2 * rounding);
     }
     for (std::int64_t v = V; v < V + padding; ++v) close("padding", cuda::to_acc(dz.row(i)[v]), 0, 0);
+  }
+  const std::unique_ptr<A[]> kls(new A[2 * N]), jsd_stats(new A[5 * N]);
+  const MixtureKlArgs mixture_kl{.z = z.rows,
+                                 .r = r.rows,
+                                 .of_z = of_z,
+                                 .of_r = of_r,
+                                 .mask = mask.get(),
+                                 .N = N,
+                                 .V = V,
+                                 .mixture = 0.25,
+                                 .stats = stats.get(),
+                                 .kls = kls.get()};
+  cuda::TypedOps<T>::launch_mixture_kl(mixture_kl, context);
+  std::copy(stats.get(), stats.get() + 4 * N, jsd_stats.get());
+  std::copy(kls.get(), kls.get() + N, jsd_stats.get() + 4 * N);
+  for (const double mixture : {1., .25}) {
+    TokenStatsBwdArgs of_mixture = bwd;
+    of_mixture.mixture = mixture;
+    of_mixture.stats = jsd_stats.get();
+    cuda::TypedOps<T>::launch_token_stats_bwd(of_mixture, context);
+    for (std::int64_t i = 0; i < N; ++i) {
+      for (std::int64_t v = 0; v < V; ++v) {
+        z_row[v] = cuda::to_acc(z.row(i)[v]), r_row[v] = cuda::to_acc(r.row(i)[v]), slope[v] = 1;
+        if (option != Option::transforms) continue;
+        const double a = softcap[i], b = softcap[N + i], t = std::tanh(a * z_row[v]);
+        z_row[v] = b * t, slope[v] = a * b * (1 - t * t), r_row[v] *= factor[0];
+      }
+      const double lse_z = lse(z_row.get(), V), lse_r = lse(r_row.get(), V);
+      const auto log_p = [&](std::int64_t v) { return z_row[v] - lse_z; };
+      const auto log_q = [&](std::int64_t v) { return r_row[v] - lse_r; };
+      const auto log_m = [&](std::int64_t v) {
+        return std::log(mixture * std::exp(log_p(v)) + (1 - mixture) * std::exp(log_q(v)));
+      };
+      double of_policy = 0, of_ref = 0;
+      for (std::int64_t v = 0; v < V; ++v) {
+        of_policy += std::exp(log_p(v)) * (log_p(v) - log_m(v));
+        of_ref += std::exp(log_q(v)) * (log_q(v) - log_m(v));
+      }
+      if (mixture < 1) close("kl to the mixture", kls[i], mask[i] ? of_policy : 0, exact);
+      if (mixture < 1) close("kl of the reference", kls[N + i], mask[i] ? of_ref : 0, exact);
+      const bool with_logp = labels[i] != kIgnore;
+      for (std::int64_t v = 0; v < V; ++v) {
+        const double p = std::exp(log_p(v));
+        const double of_kl = mixture == 1 ? p - std::exp(log_q(v)) : mixture * p * (log_p(v) - log_m(v) - of_policy);
+        const double want = (with_logp ? -1.5 * ((v == labels[i]) - p) : 0) + (mask[i] ? 0.75 * of_kl : 0) + 0.5 * p;
+        close("gradient of a divergence", cuda::to_acc(dz.row(i)[v]), slope[v] * want, 2 * rounding);
+      }
+    }
   }
   const KlLossFwdArgs kl_loss{.z = z.rows,
                               .r = r.rows,

@@ -215,8 +215,95 @@ void check_transformed(DType dtype_z, DType dtype_r, std::int64_t V, std::int64_
   for (std::int64_t i = 0; i < N; ++i) close("loss of a softcap", weighted[i], kl[i], 1e-6);
 }
 
+// The reverse KL and a JSD.
+template <class T, class R>
+void check_mixture(DType dtype_z, DType dtype_r, std::int64_t V, std::int64_t lead, double mixture) {
+  const std::int64_t N = 6;
+  const Block<T> z(2, 3, V, lead, lead, dtype_z, 3.);
+  const Block<R> r(2, 3, V, 1, lead, dtype_r, 3.);
+  Block<T> dz(2, 3, V, 0, lead, dtype_z, 3.);
+  const std::unique_ptr<bool[]> mask(new bool[N]{true, false, true, true, true, false});
+  const std::vector<float> ones(N, 1);
+  std::vector<float> kl(N, NAN), stats(5 * N, NAN), kls(2 * N, NAN);
+  std::vector<double> weighted(N);
+  const TokenStatsFwdArgs fwd{.z = z.rows,
+                              .r = r.rows,
+                              .labels = nullptr,
+                              .mask = mask.get(),
+                              .N = N,
+                              .V = V,
+                              .ignore_index = -100,
+                              .mixture = mixture,
+                              .logps = nullptr,
+                              .kl = kl.data(),
+                              .stats = stats.data()};
+  token_stats_fwd(fwd, 0, N);
+  if (mixture < 1) {
+    const MixtureKlArgs sums{.z = z.rows,
+                             .r = r.rows,
+                             .mask = mask.get(),
+                             .N = N,
+                             .V = V,
+                             .mixture = mixture,
+                             .stats = stats.data(),
+                             .kls = kls.data()};
+    mixture_kl(sums, 0, N);
+  }
+  const TokenStatsBwdArgs bwd{.z = z.rows,
+                              .r = r.rows,
+                              .dz = dz.rows,
+                              .labels = nullptr,
+                              .mask = mask.get(),
+                              .N = N,
+                              .V = V,
+                              .ignore_index = -100,
+                              .mixture = mixture,
+                              .dkl = ones.data(),
+                              .kl = kl.data(),
+                              .stats = stats.data()};
+  token_stats_bwd(bwd, 0, N * parts_of_row(dtype_z, V));
+  const double half = sizeof(T) == 2 ? 0x1p-8 : 0;
+  for (std::int64_t i = 0; i < N; ++i) {
+    const double lse_z = lse(z.row(i), V), lse_r = lse(r.row(i), V);
+    const auto log_p = [&](std::int64_t v) { return to_double(z.row(i)[v]) - lse_z; };
+    const auto log_q = [&](std::int64_t v) { return to_double(r.row(i)[v]) - lse_r; };
+    const auto log_m = [&](std::int64_t v) {
+      return std::log(mixture * std::exp(log_p(v)) + (1 - mixture) * std::exp(log_q(v)));
+    };
+    double reverse = 0, of_policy = 0, of_ref = 0;
+    for (std::int64_t v = 0; v < V; ++v) {
+      reverse += std::exp(log_q(v)) * (log_q(v) - log_p(v));
+      of_policy += std::exp(log_p(v)) * (log_p(v) - log_m(v));
+      of_ref += std::exp(log_q(v)) * (log_q(v) - log_m(v));
+    }
+    const double want = mixture == 1 ? reverse : mixture * of_policy + (1 - mixture) * of_ref;
+    close("divergence", kl[i], mask[i] ? want : 0, 8e-6);
+    if (mixture < 1) close("kl to the mixture", kls[i], mask[i] ? of_policy : 0, 8e-6);
+    if (mixture < 1) close("kl of the reference", kls[N + i], mask[i] ? of_ref : 0, 8e-6);
+    for (std::int64_t v = 0; v < V; ++v) {
+      const double p = std::exp(log_p(v));
+      const double slope = mixture == 1 ? p - std::exp(log_q(v)) : mixture * p * (log_p(v) - log_m(v) - of_policy);
+      close("gradient of a divergence", to_double(dz.row(i)[v]), mask[i] ? slope : 0, 2e-5 + half);
+    }
+  }
+  const KlLossFwdArgs loss{.z = z.rows,
+                           .r = r.rows,
+                           .dz = z.rows,
+                           .row_weight = ones.data(),
+                           .N = N,
+                           .V = V,
+                           .mixture = mixture,
+                           .weighted_kl = weighted.data()};
+  kl_loss_fwd(loss, 0, N);  // in place
+  for (std::int64_t i = 0; i < N; ++i)
+    if (mask[i]) close("loss of a divergence", weighted[i], kl[i], 1e-6);
+}
+
 template <class T, class R>
 void check_shapes(DType z, DType r) {
+  for (const std::int64_t V : {std::int64_t{1}, std::int64_t{31}, std::int64_t{64}, std::int64_t{4097}, kPart + 5})
+    for (const std::int64_t lead : {0, 1})
+      for (const double mixture : {1., .25}) check_mixture<T, R>(z, r, V, lead, mixture);
   for (const std::int64_t V : {1, 3, 15, 16, 31, 33, 64, 1000, 4097})
     for (const std::int64_t padding : {0, 1, 40}) check_transformed<T, R>(z, r, V, padding);
   check_transformed<T, R>(z, r, kPart + 5, 3);
