@@ -13,7 +13,7 @@
         optimizer.step()
 
 `examples/plain_loop.py` is such a loop. The pairs and samples of a micro-batch go through the model in one forward.
-The loop must look for a loss of NaN itself. `SPOStep.state_dict` is what a checkpoint needs besides model and optimizer.
+The loop must look for a loss of NaN itself. A checkpoint needs `SPOStep.state_dict` besides model and optimizer.
 """
 
 from spo_kernels.integrations.buffer import KLBuffer, KLDraw, Reference
