@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spo_kernels import SoftImportance, kl_loss, sequence_logps
+from spo_kernels import SoftImportance
 from spo_train.checkpoint import TrainingState
 from spo_train.config import AlignConfig
 from spo_train.errors import NonFiniteLossError
+from spo_train.heads import KLToReference, response_logps
 from spo_train.methods import METHODS, PairLogps
 from spo_train.metrics import PartTimer
 from spo_train.pair_data import BatchOrder, PairDataset
@@ -35,22 +36,22 @@ class KLBatch:
 
     Attributes:
         samples: S sequences.
-        ref_logits: [S, T-1, V], the reference's logits on them.
+        reference_states: the reference on them, see `KLToReference.reference_states`.
         row_weight: [S, T-1], beta / S on response tokens, 0 elsewhere. With beta and 1/S in it, kl_loss writes the
             final gradient.
         tokens: number of response tokens.
     """
 
     samples: Sequences
-    ref_logits: Tensor
+    reference_states: Tensor
     row_weight: Tensor
     tokens: int
 
     @classmethod
-    def of(cls, samples: Sequences, ref_logits: Tensor, beta: float) -> KLBatch:
+    def of(cls, samples: Sequences, reference_states: Tensor, beta: float) -> KLBatch:
         is_response = samples.labels() != IGNORE_INDEX
         # float64 here; kl_loss rounds the weight to the dtype in which it accumulates.
-        return cls(samples, ref_logits, is_response.double() * (beta / len(samples)), int(is_response.sum()))
+        return cls(samples, reference_states, is_response.double() * (beta / len(samples)), int(is_response.sum()))
 
 
 class PairsTerm(NamedTuple):
@@ -95,6 +96,9 @@ class Aligner:
         self.device = next(policy.parameters()).device
         self.importance = SoftImportance(config.gamma, config.normalizer) if config.weight == "soft" else None
         self.max_length = min(policy.max_length, reference.max_length)
+        self._kl = KLToReference(policy, reference)
+        # Name of the reference's states in a checkpoint.
+        self._kl_key = "ref_hidden" if self._kl.from_heads else "ref_logits"
         self._optimizer = torch.optim.AdamW(
             policy.parameters(),
             lr=config.lr,
@@ -159,7 +163,7 @@ class Aligner:
             batch = batch.to(self.device)
             labels = batch.labels()
             reference = self._reference(indices, batch, labels)
-            logps = sequence_logps(self.policy(batch.tokens[:, :-1]), labels, inplace_backward=True)
+            logps = response_logps(self.policy, batch.tokens[:, :-1], labels)
             pairs = PairLogps(*logps.chunk(2), *reference)
             loss = self.method.loss(self.config, self.importance, pairs).mean()
             loss.backward()
@@ -174,12 +178,7 @@ class Aligner:
             with timer("sampling"):
                 batch = self._kl_batch = self._draw_kl_batch()
         with timer("kl"):
-            weighted_kl = kl_loss(
-                self.policy(batch.samples.tokens[:, :-1]),
-                batch.ref_logits,
-                row_weight=batch.row_weight,
-                overwrite_logits=True,
-            )
+            weighted_kl = self._kl.loss(batch.samples.tokens[:, :-1], batch.reference_states, batch.row_weight)
             weighted_kl.backward()
         return weighted_kl, batch.tokens
 
@@ -233,7 +232,7 @@ class Aligner:
             return None, None
         if self._reference_logps[indices].isnan().any():
             with torch.no_grad():
-                logps = sequence_logps(self.reference(batch.tokens[:, :-1]), labels)
+                logps = response_logps(self.reference, batch.tokens[:, :-1], labels)
             self._reference_logps[indices] = logps.view(2, -1).T.to("cpu", torch.float64)
         dtype = next(self.policy.parameters()).dtype
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -247,15 +246,14 @@ class Aligner:
             max_length=self.max_length,
             generator=self._sampling,
         )
-        with torch.no_grad():
-            return KLBatch.of(samples, self.reference(samples.tokens[:, :-1]), self.beta)
+        return KLBatch.of(samples, self._kl.reference_states(samples.tokens[:, :-1]), self.beta)
 
     def save(self, path: Path) -> None:
         """Write everything that the next step depends on, so that `restore` continues with the same bits."""
         extra = {}
         if self._kl_batch is not None:
             extra = {f"kl/{name}": tensor for name, tensor in vars(self._kl_batch.samples).items()}
-            extra["kl/ref_logits"] = self._kl_batch.ref_logits
+            extra[f"kl/{self._kl_key}"] = self._kl_batch.reference_states
         if self.method.needs_reference:
             extra["reference_logps"] = self._reference_logps
         self._state.save(path, self.step, extra)
@@ -271,5 +269,5 @@ class Aligner:
         if self.method.needs_reference:
             self._reference_logps = extra.pop("reference_logps")
         kl = {name.removeprefix("kl/"): tensor.to(self.device) for name, tensor in extra.items()}
-        ref_logits = kl.pop("ref_logits", None)
-        self._kl_batch = None if ref_logits is None else KLBatch.of(Sequences(**kl), ref_logits, self.beta)
+        states = kl.pop(self._kl_key, None)
+        self._kl_batch = None if states is None else KLBatch.of(Sequences(**kl), states, self.beta)

@@ -16,16 +16,14 @@ from spo_train.files import (
     MODEL_FOLDER,
     RUN_FILE,
     STORIES_FILE,
-    TOKENIZER_FILE,
     StrPath,
     read_json,
     write_json,
     write_jsonl,
 )
 from spo_train.pair_data import PairDataset
-from spo_train.protocol import TrainableModel
+from spo_train.protocol import TextTokenizer, TrainableModel
 from spo_train.run import run
-from spo_train.tokenizer import Tokenizer
 
 # Texts before and after alignment that a run keeps for its report.
 STORIES = 8
@@ -34,7 +32,7 @@ STORIES = 8
 def run_alignment(
     policy: TrainableModel,
     reference: TrainableModel,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     pairs: PairDataset,
     config: AlignConfig,
     out: StrPath,
@@ -94,7 +92,7 @@ def run_alignment(
         progress=progress,
     )
     policy.save(out / MODEL_FOLDER)
-    tokenizer.save(out / MODEL_FOLDER / TOKENIZER_FILE)
+    tokenizer.save_in(out / MODEL_FOLDER)
     if evaluator is not None:
         stories = evaluator.before_and_after(policy, STORIES)
         write_jsonl(out / STORIES_FILE, ({"before": b.record(), "after": a.record()} for b, a in stories))

@@ -25,9 +25,8 @@ from spo_train.config import (
 from spo_train.errors import RunError
 
 if TYPE_CHECKING:
-    from spo_train.models.llama import Llama
     from spo_train.pretrain import PretrainResult
-    from spo_train.tokenizer import Tokenizer
+    from spo_train.protocol import TextTokenizer, TrainableModel
 
 BAD_INPUT = 2
 
@@ -116,7 +115,15 @@ out_folder = click.option("--out", type=FOLDER, required=True, help="Folder to w
 model_option = click.option(
     "--model",
     type=FOLDER,
-    help="Folder of a model (written by pretrain or align). [default: the shipped reference model]",
+    metavar="MODEL",
+    help="Folder of a model, written by pretrain, align or Hugging Face transformers; or the name owner/model of one "
+    "on the Hugging Face hub. [default: the shipped reference model]",
+)
+strings_option = click.option(
+    "--strings",
+    type=click.Choice(["text", "chat"]),
+    help="How to read prompts that are strings, and their responses: as text, or as a user message and the assistant's "
+    "reply, in the model's chat template. Needed where the tokenizer has a chat template. [default: text without one]",
 )
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Device to run on, as torch names it: cpu, cuda, cuda:1."
@@ -168,6 +175,8 @@ def cli(traceback: bool) -> None:
       spo-train pretrain texts/ --out base
       spo-train align --pairs pairs.jsonl --model base --out runs/spo
       spo-train evaluate runs/spo --reference base --judge my_module:score
+    With a model of Hugging Face transformers, a folder or a name of the hub:
+      spo-train align --pairs pairs.jsonl --model owner/model --out runs/spo
     """
 
 
@@ -243,9 +252,12 @@ def reference(out: Path, stories: int | None, resume: bool, overwrite: bool, dev
 @model_option
 @click.option("--out", type=FILE, required=True, help="JSONL file to write, all or nothing.")
 @prompts_option
+@strings_option
 @settings_options(PairsConfig)
 @device_option
-def pairs(model: Path | None, out: Path, prompts: Path | None, device: str, **options: Any) -> None:
+def pairs(
+    model: Path | None, out: Path, prompts: Path | None, strings: str | None, device: str, **options: Any
+) -> None:
     """Make preference pairs: sample two texts, have both orders judged, keep clear winners.
 
     The judge is the embedded judge of stories. It scores from 0 to 10 with noise and favours the story shown second.
@@ -256,7 +268,7 @@ def pairs(model: Path | None, out: Path, prompts: Path | None, device: str, **op
     from spo_train.sampling import read_prompts
     from spo_train.toy.make_pairs import make_pairs
 
-    policy, tokenizer = _load(model, device)
+    policy, tokenizer = _load(model, device, strings=strings, max_length=config.max_length)
     made = make_pairs(policy, tokenizer, out, config, prompts=read_prompts(prompts) if prompts else ("",))
     click.echo(
         f"{out}: {made.kept + made.repaired_kept} pairs: {made.kept} of {made.sampled} sampled pairs kept "
@@ -271,11 +283,17 @@ def pairs(model: Path | None, out: Path, prompts: Path | None, device: str, **op
     "pairs_file",
     type=FILE,
     required=True,
-    help='JSONL file of {"prompt", "chosen", "rejected"}, strings, one object a line; other fields are ignored.',
+    help='File of {"prompt", "chosen", "rejected"}: JSON lines, a JSON array or CSV, also compressed by gzip, or '
+    "parquet; or the name owner/dataset of one on the Hugging Face hub. Responses are strings or lists of messages. "
+    "docs/data.md shows all formats.",
 )
+@click.option("--pairs-split", default="train", show_default=True, help="Split of a dataset of the hub.")
+@strings_option
 @out_folder
 @model_option
-@click.option("--reference", type=FOLDER, help="Folder of the reference model. [default: the same as --model]")
+@click.option(
+    "--reference", type=FOLDER, metavar="MODEL", help="Folder or name of the reference. [default: the same as --model]"
+)
 @settings_options(AlignConfig)
 @click.option(
     "--too-long",
@@ -295,6 +313,8 @@ def pairs(model: Path | None, out: Path, prompts: Path | None, device: str, **op
 @device_option
 def align(
     pairs_file: Path,
+    pairs_split: str,
+    strings: str | None,
     out: Path,
     model: Path | None,
     reference: Path | None,
@@ -320,10 +340,10 @@ def align(
 
     if resume is None:
         refuse_existing(out)
-    policy, tokenizer = _load(model, device)
-    against, _ = _load(reference or model, device)
+    policy, tokenizer = _load(model, device, strings=strings, max_length=config.max_length)
+    against = _load_reference(reference or model, device, tokenizer, max_length=config.max_length)
     length = min(policy.max_length, against.max_length)
-    dataset, report = load_pairs(pairs_file, tokenizer, max_length=length, too_long=too_long)
+    dataset, report = load_pairs(pairs_file, tokenizer, max_length=length, too_long=too_long, split=pairs_split)
     click.echo(report.summary(), err=True)
     judge = judge or ("none" if model else "stories")
     evaluator = None
@@ -333,6 +353,7 @@ def align(
         "model": str(model or "shipped reference"),
         "reference": str(reference or model or "shipped reference"),
         "pairs": str(pairs_file),
+        "read_as": dict(report.kinds),
         "judge": judge,
     }
     run_alignment(
@@ -353,11 +374,23 @@ def align(
 
 @cli.command(short_help="Win rate of a model against the reference.")
 @click.argument("model", type=FOLDER)
-@click.option("--reference", type=FOLDER, help="Folder of the reference. [default: the shipped reference model]")
+@click.option(
+    "--reference",
+    type=FOLDER,
+    metavar="MODEL",
+    help="Folder or name of the reference. [default: the shipped reference model]",
+)
 @click.option(
     "--judge", default="stories", show_default=True, help='"stories", or "module:function" from text to a score.'
 )
 @prompts_option
+@strings_option
+@click.option(
+    "--max-length",
+    type=click.IntRange(2),
+    metavar="INTEGER",
+    help="Tokens of the longest sample, prompt included. [default: the model's, of Hugging Face models at most 1024]",
+)
 @settings_options(EvaluateConfig)
 @click.option("--texts", type=FILE, help="JSONL file to write the sampled texts and their scores to.")
 @device_option
@@ -366,14 +399,17 @@ def evaluate(
     reference: Path | None,
     judge: str,
     prompts: Path | None,
+    strings: str | None,
+    max_length: int | None,
     texts: Path | None,
     device: str,
     **options: Any,
 ) -> None:
     """Print a MODEL's win rate against the reference, its KL to the reference, and statistics of its texts, as JSON.
 
-    MODEL is the folder of a model or of an alignment run. The win rate comes with a 95 % band, which covers the
-    sampling error only: other training seeds, data or judges vary the rate further.
+    MODEL is the folder of a model or of an alignment run, or the name of a model on the Hugging Face hub. The win rate
+    comes with a 95 % band, which covers the sampling error only: other training seeds, data or judges vary the rate
+    further.
     """
     config = settings(EvaluateConfig, options)
     from spo_train.evaluate import Evaluator
@@ -381,8 +417,8 @@ def evaluate(
     from spo_train.judges import load_judge
     from spo_train.sampling import read_prompts
 
-    policy, tokenizer = _load(model, device)
-    against, _ = _load(reference, device)
+    policy, tokenizer = _load(model, device, strings=strings, max_length=max_length)
+    against = _load_reference(reference, device, tokenizer, max_length=max_length)
     evaluator = Evaluator(
         against, tokenizer, config, judge=load_judge(judge), prompts=read_prompts(prompts) if prompts else ("",)
     )
@@ -447,18 +483,32 @@ def _usable(device: str) -> str:
     return device
 
 
-def _load(folder: Path | None, device: str) -> tuple[Llama, Tokenizer]:
-    """Load model and tokenizer from the folder of a model or of a run; None loads the shipped ones."""
-    from spo_train.files import MODEL_FOLDER, RUN_FILE
-    from spo_train.models.llama import load_pretrained
-    from spo_train.toy.reference import load_reference
+def _load(
+    source: Path | None, device: str, *, strings: Any = None, max_length: int | None = None
+) -> tuple[TrainableModel, TextTokenizer]:
+    """Load model and tokenizer from the folder of a model or of a run, or from the hub; None loads the shipped ones."""
+    from spo_train.models.loading import load_pretrained
+    from spo_train.toy.reference import reference_folder
 
     device = _usable(device)
-    if folder is None:
-        return load_reference(device)
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder} does not exist")
-    return load_pretrained(folder / MODEL_FOLDER if (folder / RUN_FILE).exists() else folder, device)
+    if source is not None:
+        return load_pretrained(source, device, strings=strings, max_length=max_length)
+    with reference_folder() as folder:
+        return load_pretrained(folder, device, strings=strings, max_length=max_length)
+
+
+def _load_reference(
+    source: Path | None, device: str, tokenizer: TextTokenizer, *, max_length: int | None
+) -> TrainableModel:
+    """Load a reference model. Raise ValueError unless its tokenizer gives every token the id that `tokenizer` gives."""
+    # Samples of both are no longer than the model allows, so the shipped reference needs no limit of its own.
+    reference, theirs = _load(source, device, max_length=max_length if source else None)
+    if theirs.pieces() != tokenizer.pieces():
+        raise ValueError(
+            f"model and reference must have the same tokenizer, and that of {source or 'the shipped model'} differs"
+            + ("" if source else ": pass --reference")
+        )
+    return reference
 
 
 def _tell_model(out: Path, result: PretrainResult) -> None:

@@ -113,6 +113,12 @@ class AlignConfig(Settings):
     beta2: float = setting(0.95, "in [0, 1)", "AdamW's decay of the squared gradient's running mean.")
     clip: float = setting(1.0, "positive", "Largest norm of the gradient; a longer gradient is scaled down to it.")
     seed: int = setting(0, "at least 0", "Seed of the order of pairs and of the sampling.")
+    max_length: int | None = setting(
+        None,
+        "at least 2",
+        "Tokens of the longest sequence, of a pair or a sample: prompt and response together.",
+        default_text="the model's, of Hugging Face models at most 1024",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

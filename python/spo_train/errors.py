@@ -21,3 +21,15 @@ class RunInterruptedError(RunError):
     """A signal stopped the run. Its checkpoint is written, so it can be resumed."""
 
     exit_code = 130
+
+
+class MissingPackageError(RunError):
+    """A package is not installed; the message says what needs it, and how to install it."""
+
+
+class DataError(ValueError):
+    """A data file holds nothing usable, or cannot be read as a whole."""
+
+
+class RowError(ValueError):
+    """A row of a data file cannot be used; the message is the reason, which names the field."""

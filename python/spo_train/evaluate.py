@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from spo_kernels import token_kl
 from spo_train.config import EvaluateConfig
+from spo_train.heads import KLToReference
 from spo_train.judges import Judge
 from spo_train.pair_data import PairDataset
-from spo_train.protocol import IGNORE_INDEX, LanguageModel, Sequences
+from spo_train.protocol import IGNORE_INDEX, LanguageModel, Sequences, TextTokenizer
 from spo_train.sampling import Prompts, Text, sample_texts
-from spo_train.tokenizer import Tokenizer
 
 # Two-sided 95 % quantile of the normal distribution.
 Z95 = 1.959964
@@ -92,11 +91,11 @@ class Evaluator:
     def __init__(
         self,
         reference: LanguageModel,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         config: EvaluateConfig,
         *,
         judge: Judge,
-        prompts: Sequence[str] = ("",),
+        prompts: Sequence[str] | Prompts = ("",),
         reference_texts: Sequence[Text] | None = None,
     ) -> None:
         """
@@ -105,7 +104,8 @@ class Evaluator:
             tokenizer: of both models.
             config: numbers and seeds.
             judge: scores the texts.
-            prompts: used in turn, by model and reference alike; texts are compared within their prompt.
+            prompts: used in turn, by model and reference alike; texts are compared within their prompt. No more than
+                `config.samples` and `config.reference_samples` are used, so that every prompt has texts of both.
             reference_texts: texts of the reference from an earlier evaluator with the same settings; None samples them.
 
         Raises:
@@ -113,20 +113,29 @@ class Evaluator:
         """
         tokenizer.check_fits(reference, "the reference")
         self.reference, self.tokenizer, self.config, self.judge = reference, tokenizer, config, judge
-        # Neither side samples fewer texts than there are prompts, so every prompt has texts of both.
         most = min(config.samples, config.reference_samples)
-        self.prompts = Prompts.encode(prompts[:most], tokenizer, reference.max_length)
+        self.prompts = (
+            prompts.first(most)
+            if isinstance(prompts, Prompts)
+            else Prompts.encode(prompts[:most], tokenizer, reference.max_length)
+        )
         if reference_texts is None:
             reference_texts = self._sample(reference, config.reference_samples, config.seed)[0]
         self.reference_texts = list(reference_texts)
 
     @classmethod
     def on_prompts_of(
-        cls, pairs: PairDataset, reference: LanguageModel, tokenizer: Tokenizer, config: EvaluateConfig, *, judge: Judge
+        cls,
+        pairs: PairDataset,
+        reference: LanguageModel,
+        tokenizer: TextTokenizer,
+        config: EvaluateConfig,
+        *,
+        judge: Judge,
     ) -> Evaluator:
         """Return an evaluator on the prompts of the first `config.samples` pairs, each prompt once."""
-        prompts = [tokenizer.decode(ids) for ids in pairs.prompts(range(min(len(pairs), config.samples)))]
-        return cls(reference, tokenizer, config, judge=judge, prompts=list(dict.fromkeys(prompts)))
+        prompts = Prompts.of_ids(pairs.prompts(range(min(len(pairs), config.samples))), tokenizer)
+        return cls(reference, tokenizer, config, judge=judge, prompts=prompts)
 
     def evaluate(self, policy: LanguageModel, step: int = 0) -> Evaluation:
         """Sample from `policy`, judge the texts, and measure.
@@ -197,14 +206,14 @@ class Evaluator:
     @torch.no_grad()
     def _kl(self, policy: LanguageModel, batches: Sequence[Sequences]) -> np.ndarray:
         """Return the exact token KL summed over each response, [S], nats."""
-        sums = []
+        sums, kl = [], KLToReference(policy, self.reference)
         with _eval_mode(policy), _eval_mode(self.reference):
             for batch in batches:
                 labels = batch.labels()
                 for rows in torch.arange(len(batch), device=labels.device).split(KL_BATCH):
                     length = int(batch.lengths[rows].max())
                     tokens, is_response = batch.tokens[rows, : length - 1], labels[rows, : length - 1] != IGNORE_INDEX
-                    sums.append(token_kl(policy(tokens), self.reference(tokens), is_response).sum(1).double().cpu())
+                    sums.append(kl.of_tokens(tokens, is_response).sum(1).double().cpu())
         return torch.cat(sums).numpy()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,16 @@ CHECKPOINT_FILE, METRICS_FILE, EVALUATIONS_FILE = "checkpoint.safetensors", "met
 RUN_FILE, STORIES_FILE, MODEL_FOLDER = "run.json", "stories.jsonl", "model"
 # In the folder of a model.
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.model"
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_hub_name(source: StrPath) -> bool:
+    """Return whether a name without file or folder can be owner/name of the Hugging Face hub.
+
+    Where the owner's name is that of a folder here, the name is taken for a path with a mistake in it.
+    """
+    return HUB_NAME.fullmatch(str(source)) is not None and not Path(source).parent.exists()
 
 
 def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> None:

@@ -1,29 +1,21 @@
-"""Preference pairs: reading JSONL, tokenizing, and batches. Seed and step alone decide the order of the pairs."""
+"""Preference pairs: tokenizing, and batches. Seed and step alone decide the order of the pairs."""
 
 from __future__ import annotations
 
-import json
 import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
+from spo_train.errors import DataError, RowError
 from spo_train.files import StrPath
-from spo_train.metrics import progress_bar
-from spo_train.protocol import Sequences
-from spo_train.tokenizer import Tokenizer
-
-FIELDS = ("prompt", "chosen", "rejected")
-
-
-class DataError(ValueError):
-    """A data file holds nothing usable."""
+from spo_train.pair_files import STRINGS, Pair, open_pairs
+from spo_train.protocol import Sequences, TextTokenizer
 
 
 @dataclass
@@ -31,27 +23,43 @@ class LoadReport:
     """What was read from a file of pairs, and what was left out.
 
     Attributes:
-        path: the file.
+        source: the file.
+        format: its format.
+        unit: what numbers count, "line" or "row".
         used: pairs that can be trained on.
-        problems: `(line number, reason)` of every line left out, in the file's order.
+        problems: `(number, reason)` of every line or row left out, in the file's order.
         truncated: responses cut to the model's length (they then have no eos).
+        inside_token: prompts that end inside a token. The response then begins with that token.
+        kinds: how many pairs of each kind, with the way in which the tokenizer reads it.
     """
 
-    path: Path
+    source: str
+    format: str = "JSON lines"
+    unit: str = "line"
     used: int = 0
     problems: list[tuple[int, str]] = field(default_factory=list)
     truncated: int = 0
+    inside_token: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
 
     def summary(self, most: int = 5) -> str:
-        """Return a line of counts, then the first `most` lines left out, one a line."""
-        lines = [f"{self.path}: {self.used} pairs, lines left out: {len(self.problems)}"]
+        """Return a line of counts, then the first `most` lines or rows left out, one a line."""
+        counts = [f"{self.used} pairs", f"{self.unit}s left out: {len(self.problems)}"]
         if self.truncated:
-            lines[0] += f", responses truncated: {self.truncated}"
-        lines += [f"  line {number}: {reason}" for number, reason in self.problems[:most]]
+            counts.append(f"responses truncated: {self.truncated}")
+        if self.inside_token:
+            counts.append(f"prompts that end inside a token: {self.inside_token}")
+        kinds = "; ".join(f"{count} of {kind}" for kind, count in self.kinds.items())
+        lines = [f"{self.source} ({self.format}): {', '.join(counts)}" + (f"; {kinds}" if kinds else "")]
+        lines += [f"  {self.unit} {number}: {reason}" for number, reason in self.problems[:most]]
         if len(self.problems) > most:
             rest = Counter(reason.split(":")[0] for _, reason in self.problems[most:])
             lines.append("  and " + ", ".join(f"{count} x {reason}" for reason, count in rest.most_common()))
         return "\n".join(lines)
+
+
+class NoPairsError(DataError):
+    """There are no pairs."""
 
 
 class PairDataset:
@@ -62,16 +70,16 @@ class PairDataset:
     """
 
     def __init__(
-        self, pairs: Iterable[tuple[Sequence[int], Sequence[int], Sequence[int]]], *, bos_id: int, pad_id: int
+        self, pairs: Iterable[tuple[Sequence[int], Sequence[int], Sequence[int]]], *, bos_id: int | None, pad_id: int
     ) -> None:
         """
         Args:
             pairs: `(prompt, chosen, rejected)` ids each, prompts without bos, responses with their eos.
-            bos_id: put in front of every sequence.
+            bos_id: put in front of every sequence, unless it is None.
             pad_id: fills the rows of a batch.
 
         Raises:
-            DataError: there are no pairs.
+            NoPairsError: there are no pairs.
         """
         # Packed as they come: lists of Python integers would take ten times the memory.
         ids, starts = array("i"), array("q", [0])
@@ -80,9 +88,9 @@ class PairDataset:
                 ids.extend(part)
                 starts.append(len(ids))
         if len(starts) == 1:
-            raise DataError("there are no pairs")
+            raise NoPairsError("there are no pairs")
         self._ids, self._starts = np.frombuffer(ids, dtype=np.int32), np.frombuffer(starts, dtype=np.int64)
-        self._bos_id, self._pad_id = bos_id, pad_id
+        self._start, self._pad_id = [] if bos_id is None else [bos_id], pad_id
         self.fingerprint = zlib.crc32(self._ids.data, zlib.crc32(self._starts.data))
 
     def __len__(self) -> int:
@@ -96,13 +104,14 @@ class PairDataset:
         """Return P pairs as 2P sequences: the chosen ones in rows `[0:P]`, the rejected ones in `[P:2P]`."""
         prompts = [self._part(3 * i) for i in indices] * 2
         responses = [self._part(3 * i + k) for k in (1, 2) for i in indices]
-        prompt_lens = np.array([1 + len(prompt) for prompt in prompts])
+        before = len(self._start)
+        prompt_lens = np.array([before + len(prompt) for prompt in prompts])
         lengths = prompt_lens + [len(response) for response in responses]
         tokens = np.full((len(prompts), lengths.max()), self._pad_id, dtype=np.int64)
-        tokens[:, 0] = self._bos_id
+        tokens[:, :before] = self._start
         for row, prompt, response in zip(tokens, prompts, responses, strict=True):
-            middle = 1 + len(prompt)
-            row[1:middle] = prompt
+            middle = before + len(prompt)
+            row[before:middle] = prompt
             row[middle : middle + len(response)] = response
         return Sequences(torch.from_numpy(tokens), torch.from_numpy(prompt_lens), torch.from_numpy(lengths))
 
@@ -134,32 +143,22 @@ class BatchOrder:
         return np.random.default_rng([self._seed, epoch]).permutation(self._size)
 
 
-def read_pairs(path: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
-    """Yield `(line number, pair)` for every line of a JSONL file that is not blank, lazily.
-
-    The pair is a dict of `prompt`, `chosen` and `rejected`. For a bad line it is a string with the reason. Other fields
-    are ignored.
-    """
-    with (
-        open(path, "rb") as file,
-        progress_bar(total=path.stat().st_size, desc="reading pairs", unit="B", unit_scale=True) as bar,
-    ):
-        for number, line in enumerate(file, start=1):
-            bar.update(len(line))
-            if line.strip():
-                yield number, _parse(line)
-
-
 def load_pairs(
-    path: StrPath, tokenizer: Tokenizer, *, max_length: int, too_long: Literal["truncate", "drop"] = "truncate"
+    source: StrPath,
+    tokenizer: TextTokenizer,
+    *,
+    max_length: int,
+    too_long: Literal["truncate", "drop"] = "truncate",
+    split: str = "train",
 ) -> tuple[PairDataset, LoadReport]:
-    """Read and tokenize a JSONL file of preference pairs.
+    """Read and tokenize a file of preference pairs.
 
-    Every sequence becomes `bos + prompt + response + eos`. Unusable lines are left out and listed in the report: not
-    UTF-8, not JSON, a field missing or not a string, chosen and rejected the same, too long.
+    Every sequence becomes `bos + prompt + response + eos`, as the tokenizer has them. Unusable lines or rows are left
+    out and listed in the report: not UTF-8, not JSON, no pair or one of two possible readings, refused by the
+    tokenizer's chat template, chosen and rejected the same, too long.
 
     Args:
-        path: one JSON object a line, with string fields `prompt` (may be empty), `chosen` and `rejected`.
+        source, split: see `open_pairs`; docs/data.md has the formats.
         tokenizer: turns the texts into ids.
         max_length: tokens a sequence may have, bos and eos included.
         too_long: "truncate" cuts a response that does not fit, which then ends without eos; "drop" leaves out the pair.
@@ -167,22 +166,34 @@ def load_pairs(
 
     Raises:
         OSError: the file cannot be read.
-        DataError: no line is usable.
+        DataError: no line is usable, the file as a whole cannot be read, or its prompts are in the responses too.
+        MissingPackageError: the format needs a package that is not installed.
+        ValueError: the tokenizer cannot read this kind of pairs.
     """
-    path = Path(path)
-    report = LoadReport(path)
+    report = LoadReport(str(source))
+    longest_sequence = max_length - (tokenizer.bos_id is not None)
+    # Pairs of strings with a prompt, and those whose responses both begin with it.
+    prompted = repeated = 0
 
-    def usable() -> Iterator[tuple[list[int], list[int], list[int]]]:
-        for number, pair in read_pairs(path):
+    def usable(rows: Iterable[tuple[int, Pair | str]]) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        nonlocal prompted, repeated
+        for number, pair in rows:
             if isinstance(pair, str):
                 report.problems.append((number, pair))
                 continue
-            prompt, chosen, rejected = (tokenizer.encode(pair[name]) for name in FIELDS)
-            chosen, rejected = [*chosen, tokenizer.eos_id], [*rejected, tokenizer.eos_id]
-            room = max_length - 1 - len(prompt)
+            if pair.kind == STRINGS and pair.prompt:
+                prompted += 1
+                repeated += pair.repeats_prompt()
+            try:
+                ids = tokenizer.encode_pair(pair.prompt, pair.chosen, pair.rejected)
+            except RowError as error:
+                report.problems.append((number, str(error)))
+                continue
+            prompt, chosen, rejected = ids.prompt, ids.chosen, ids.rejected
+            room = longest_sequence - len(prompt)
             longest = max(len(chosen), len(rejected))
             if room < 1:
-                problem = f"prompt too long: {len(prompt)} tokens, at most {max_length - 2} fit"
+                problem = f"prompt too long: {len(prompt)} tokens, at most {longest_sequence - 1} fit"
             elif longest > room and too_long == "drop":
                 problem = f"response too long: {longest} tokens with eos, {room} fit after the prompt"
             elif chosen[:room] == rejected[:room]:
@@ -190,32 +201,21 @@ def load_pairs(
             else:
                 report.used += 1
                 report.truncated += (len(chosen) > room) + (len(rejected) > room)
+                report.inside_token += ids.inside_token
+                report.kinds[f"{pair.kind} {ids.read_as}"] += 1
                 yield prompt, chosen[:room], rejected[:room]
                 continue
             report.problems.append((number, problem))
 
-    try:
-        return PairDataset(usable(), bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id), report
-    except DataError:
-        reasons = report.summary() if report.problems else f"{path}: the file is empty"
-        raise DataError(f"no usable pairs; {reasons}") from None
-
-
-def _parse(line: bytes) -> dict[str, str] | str:
-    try:
-        record: Any = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return f"not UTF-8: byte {error.object[error.start]:#04x} at column {error.start + 1}"
-    except (json.JSONDecodeError, RecursionError) as error:
-        return f"not JSON: {error}"
-    if not isinstance(record, dict):
-        return f"not an object: {type(record).__name__}"
-    for name in FIELDS:
-        if name not in record:
-            return f'no field "{name}"'
-        if not isinstance(record[name], str):
-            return f'field "{name}" must be a string: got {type(record[name]).__name__}'
-        # JSON can escape half of a surrogate pair. That is no character and has no UTF-8 form.
-        if not record[name].isascii() and any("\ud800" <= c <= "\udfff" for c in record[name]):
-            return f'field "{name}" has a lone surrogate'
-    return {name: record[name] for name in FIELDS}
+    with open_pairs(source, split=split) as file:
+        report.format, report.unit = file.format, file.unit
+        try:
+            dataset = PairDataset(usable(file.rows), bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id)
+        except NoPairsError:
+            reasons = report.summary() if report.problems else f"{source}: the file is empty"
+            if report.problems and all(reason.startswith("not JSON") for _, reason in report.problems):
+                reasons += "\nThe file is neither JSON lines, nor an array, nor CSV with columns chosen and rejected"
+            raise DataError(f"no usable pairs; {reasons}") from None
+    if repeated == prompted > 1:
+        raise DataError(f"{source}: each response begins with its prompt: take the prompts out of chosen and rejected")
+    return dataset, report

@@ -11,8 +11,7 @@ import torch
 
 from spo_train.files import StrPath
 from spo_train.judges import Judge
-from spo_train.protocol import LanguageModel, Sequences
-from spo_train.tokenizer import Tokenizer
+from spo_train.protocol import LanguageModel, Sequences, TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -49,28 +48,48 @@ class Text:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts, as texts and as token ids without bos."""
+    """Prompts of samples.
+
+    Attributes:
+        texts: as the model and a judge see them, with the markers of a chat template.
+        ids: their token ids, without a bos that the model puts in front.
+        given: as they were given.
+    """
 
     texts: list[str]
     ids: list[list[int]]
+    given: list[str]
 
     @classmethod
-    def encode(cls, texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> Prompts:
+    def encode(cls, texts: Sequence[str], tokenizer: TextTokenizer, max_length: int) -> Prompts:
         """Tokenize prompts.
 
         Raises:
-            ValueError: there is no prompt, or one leaves no room for bos and a response within `max_length` tokens.
+            ValueError: there is no prompt, or one leaves no room for a response within `max_length` tokens.
         """
         if len(texts) == 0:
             raise ValueError("prompts must hold at least one prompt (an empty text samples freely), got none")
-        prompts = cls(list(texts), tokenizer.encode(list(texts)))
-        for number, (text, ids) in enumerate(zip(prompts.texts, prompts.ids, strict=True), start=1):
-            if len(ids) > max_length - 2:
+        ids = tokenizer.encode_prompts(texts)
+        prompts = cls([tokenizer.decode_prompt(prompt) for prompt in ids], ids, list(texts))
+        most = max_length - 1 - (tokenizer.bos_id is not None)
+        for number, (text, prompt) in enumerate(zip(texts, ids, strict=True), start=1):
+            if len(prompt) > most:
                 raise ValueError(
-                    f"prompt {number} has {len(ids)} tokens, which leaves no room for a response within "
+                    f"prompt {number} has {len(prompt)} tokens, which leaves no room for a response within "
                     f"max_length={max_length}: {text!r}"
                 )
         return prompts
+
+    @classmethod
+    def of_ids(cls, ids: Sequence[Sequence[int]], tokenizer: TextTokenizer) -> Prompts:
+        """Return prompts that are token ids already, each once."""
+        distinct = [list(prompt) for prompt in dict.fromkeys(map(tuple, ids))]
+        texts = [tokenizer.decode_prompt(prompt) for prompt in distinct]
+        return cls(texts, distinct, texts)
+
+    def first(self, count: int) -> Prompts:
+        """Return the first `count` prompts."""
+        return Prompts(self.texts[:count], self.ids[:count], self.given[:count])
 
     def turns(self, count: int) -> list[int]:
         """Return the index of the prompt of each of `count` texts: the prompts take turns."""
@@ -95,7 +114,7 @@ def read_prompts(path: StrPath) -> list[str]:
 
 def sample_texts(
     model: LanguageModel,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     judge: Judge,
     prompts: Prompts,
     turns: Sequence[int],
@@ -124,7 +143,7 @@ def sample_texts(
         texts = []
         rows = zip(chunk, drawn.tokens.tolist(), drawn.prompt_lens.tolist(), drawn.lengths.tolist(), strict=True)
         for turn, ids, start, end in rows:
-            text = prompts.texts[turn] + tokenizer.decode(ids[start:end])
-            finished = ids[end - 1] == tokenizer.eos_id
+            text = prompts.texts[turn] + tokenizer.decode_response(ids[:start], ids[start:end])
+            finished = ids[end - 1] in tokenizer.end_ids
             texts.append(Text(turn, text, end - start, finished, dict(judge(text, finished))))
         yield texts, drawn

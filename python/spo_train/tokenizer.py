@@ -14,8 +14,9 @@ from typing import overload
 
 import sentencepiece
 
-from spo_train.files import StrPath, write_atomically
-from spo_train.protocol import LanguageModel
+from spo_train.chat import prompt_as_lines, reply_as_line
+from spo_train.files import TOKENIZER_FILE, StrPath, write_atomically
+from spo_train.protocol import LanguageModel, Message, PairIds
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 
@@ -27,6 +28,7 @@ class Tokenizer:
         name: where the tokenizer came from, for messages.
         vocab_size: number of ids.
         bos_id, eos_id: ids around a sequence; `encode` adds neither.
+        end_ids: ids after which a response is finished: the eos id.
         pad_id: id that fills rows of a batch; the eos id if the sentencepiece model has no padding id.
     """
 
@@ -45,6 +47,7 @@ class Tokenizer:
             raise ValueError(f"{name} is empty")
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{name} must have bos and eos ids, got bos={self.bos_id}, eos={self.eos_id}")
+        self.end_ids = frozenset({self.eos_id})
         self.pad_id: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
 
     @classmethod
@@ -106,6 +109,10 @@ class Tokenizer:
         """Write the sentencepiece `.model` file atomically."""
         write_atomically(Path(path), self._model_proto)
 
+    def save_in(self, folder: StrPath) -> None:
+        """Write `tokenizer.model` into the folder of a model, atomically."""
+        self.save(Path(folder) / TOKENIZER_FILE)
+
     @overload
     def encode(self, text: str) -> list[int]: ...
     @overload
@@ -114,9 +121,34 @@ class Tokenizer:
         """Return the ids of one text, or of each of several, without bos and eos."""
         return self._processor.encode(text)
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of prompts, without bos."""
+        return self.encode(list(texts))
+
+    def encode_pair(self, prompt: str | Sequence[Message], chosen: str | Message, rejected: str | Message) -> PairIds:
+        """Tokenize a pair; messages become lines `role: content`. See `TextTokenizer.encode_pair`."""
+        read_as = "as plain text" if isinstance(prompt, str) else "as lines `role: content`"
+        start = prompt if isinstance(prompt, str) else prompt_as_lines(prompt)
+        replies = (reply if isinstance(reply, str) else reply_as_line(reply) for reply in (chosen, rejected))
+        before, *after = self.encode([start, *replies])
+        ended = [[*ids, self.eos_id] for ids in after]
+        return PairIds(before, ended[0], ended[1], inside_token=False, read_as=read_as)
+
+    def decode_prompt(self, ids: Sequence[int]) -> str:
+        """Return the text of a prompt."""
+        return self.decode(ids)
+
+    def decode_response(self, _prompt: Sequence[int], response: Sequence[int]) -> str:
+        """Return the text of a response."""
+        return self.decode(response)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a sequence of ids; bos, eos and pad give no text, bytes that are not UTF-8 give U+FFFD."""
         return self._processor.decode(list(ids))
+
+    def pieces(self) -> dict[str, int]:
+        """Return every token with its id."""
+        return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
 
     def check_fits(self, model: LanguageModel, model_name: str = "the model") -> None:
         """Raise ValueError unless the model has one logit per id and the same special ids (if it states any)."""

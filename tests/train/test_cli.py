@@ -346,3 +346,16 @@ def test_a_fresh_demo_removes_the_demos_files_only(tmp_path: Path, monkeypatch: 
     assert not any((tmp_path / name).exists() for name in theirs)
     assert all((tmp_path / name).exists() for name in mine)
     assert json.loads((tmp_path / "demo.json").read_text())["steps"] == 5
+
+
+def test_max_length_limits_pairs_and_samples(tmp_path: Path, model: Path, pairs_file: Path) -> None:
+    align = ["align", "--pairs", pairs_file, "--model", model, "--out", tmp_path / "run", *ALIGN]
+    assert "max_length must be in [2, 48]" in refused(*align, "--max-length", "49")
+    said = ok(*align, "--max-length", "12", "--judge", "builtins:len", *EVALUATE).output
+    assert "responses truncated: " in said
+    evaluations = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert max(record["length"] for record in evaluations) < 12
+    assert "max_length was 12, is 13" in refused(*align, "--max-length", "13", "--resume")
+    # The aligned model itself has the limit that it had.
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["max_length"] == 48
+    assert "which has no chat template, got chat" in refused(*align, "--strings", "chat", "--restart")

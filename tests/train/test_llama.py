@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spo_train.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE
-from spo_train.models import llama as model_module
+from spo_train.models.draw import draw
 from spo_train.models.llama import (
     Llama,
     ModelConfig,
@@ -179,7 +179,7 @@ def test_draws_follow_the_distribution() -> None:
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
     count = 20000
     uniform = torch.rand(count, dtype=torch.float64, generator=generator())
-    drawn = model_module._draw(probabilities.log().expand(count, -1), uniform)
+    drawn = draw(probabilities.log().expand(count, -1), uniform)
     frequencies = drawn.bincount(minlength=6) / count
     # Five standard deviations of the most uncertain frequency.
     torch.testing.assert_close(frequencies, probabilities, rtol=0, atol=5 * 0.5 / count**0.5)
@@ -193,7 +193,7 @@ def test_draw_inverts_the_distribution_function(vocabulary: int) -> None:
     logits = 3 * torch.randn(rows, vocabulary, generator=generator())
     logits[:, 1::3] = -torch.inf
     uniform = torch.rand(rows, dtype=torch.float64, generator=generator(1))
-    drawn = model_module._draw(logits, uniform)
+    drawn = draw(logits, uniform)
     ends = F.softmax(logits, -1).double().cumsum(-1)
     below, upto = ((ends - p)[range(rows), drawn] / ends[:, -1] for p in (F.softmax(logits, -1).double(), 0))
     assert (below - 1e-6 <= uniform).all() and (uniform <= upto + 1e-6).all()  # sums in float32
@@ -205,7 +205,7 @@ def test_draw_never_takes_an_impossible_token_at_the_edges(first: int) -> None:
     logits = torch.full((2, 700), -torch.inf)
     logits[:, first], logits[:, first + 1] = 0.3, 1.7
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert model_module._draw(logits, edges).tolist() == [first, first + 1]
+    assert draw(logits, edges).tolist() == [first, first + 1]
 
 
 def test_sample_refuses_nan(model: Llama) -> None:

@@ -22,6 +22,7 @@ from spo_train.files import (
     write_atomically,
     write_json,
 )
+from spo_train.models.draw import draw
 from spo_train.protocol import Sequences
 from spo_train.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer
 
@@ -219,7 +220,7 @@ class Llama(nn.Module):
             hidden = self.hidden(tokens[rows, start:position], start, cache[:, :, : len(rows)])[:, -1]
             # The other order, hidden @ weight.T, is much slower on a CPU for few rows.
             logits = (self.embedding.weight @ hidden.T).T.contiguous()
-            drawn = _draw(logits / temperature, noise[position - shortest, rows])
+            drawn = draw(logits / temperature, noise[position - shortest, rows])
             in_prompt = position < prompt_lens[rows]
             drawn = torch.where(in_prompt, tokens[rows, position], drawn)
             tokens[rows[running], position] = drawn[running]
@@ -265,42 +266,6 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
     turned = pairs * torch.view_as_complex(rotation.to(dtype))
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
-
-
-# Tokens of a block in `_draw`; divides most vocabularies.
-_DRAW_BLOCK = 128
-
-
-def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one id per row of logits [B, V]: invert the distribution function at uniform [B] in [0, 1).
-
-    The search goes over blocks of tokens first, then within the block that was hit. One running sum in float64 over a
-    large vocabulary would be slow, because it is serial.
-    """
-    probabilities = F.softmax(logits.float(), dim=-1)
-    if padding := -probabilities.shape[-1] % _DRAW_BLOCK:
-        probabilities = F.pad(probabilities, (0, padding))
-    blocks = probabilities.unflatten(-1, (-1, _DRAW_BLOCK))
-    ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
-    total = ends[:, -1:]
-    if not torch.isfinite(total).all():
-        raise ValueError("logits must be finite or -inf to sample from them, got NaN or inf")
-    target = uniform[:, None] * total
-    block = _first_beyond(ends, target)
-    before = torch.where(block > 0, ends.gather(-1, (block - 1).clamp(min=0)), 0)
-    hit = blocks.gather(1, block[..., None].expand(-1, 1, _DRAW_BLOCK))[:, 0]
-    within = _first_beyond(hit.cumsum(-1, dtype=torch.float64), target - before)
-    return (block * _DRAW_BLOCK + within)[:, 0]
-
-
-def _first_beyond(ends: Tensor, target: Tensor) -> Tensor:
-    """Return the index [B, 1] of the first of the rising ends [B, n] beyond target [B, 1].
-
-    A target at or beyond the last end counts as just below that end, so trailing tokens without probability are never
-    hit.
-    """
-    last = ends[:, -1:]
-    return torch.searchsorted(ends, torch.minimum(target, torch.nextafter(last, torch.zeros_like(last))), right=True)
 
 
 def load_model(path: StrPath, device: str | torch.device = "cpu") -> Llama:

@@ -13,9 +13,8 @@ from spo_train.config import PairsConfig
 from spo_train.files import StrPath, write_jsonl
 from spo_train.judges import Judge
 from spo_train.metrics import progress_bar
-from spo_train.protocol import LanguageModel
+from spo_train.protocol import LanguageModel, TextTokenizer
 from spo_train.sampling import Prompts, Text, sample_texts
-from spo_train.tokenizer import Tokenizer
 from spo_train.toy.judge import StoryJudge, story_judge
 
 
@@ -42,7 +41,7 @@ class PairsSummary:
 
 def make_pairs(
     model: LanguageModel,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     out: StrPath,
     config: PairsConfig | None = None,
     *,
@@ -53,7 +52,7 @@ def make_pairs(
     """Sample pairs, have them judged, and write those that pass the filter as JSONL, all or nothing.
 
     A line is `{"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}`. The scores are the judge's without
-    noise, for reading and checking; noisy scores made the choice. `prompt + chosen` is the whole text.
+    noise, for reading and checking; noisy scores made the choice.
 
     Args:
         model: what to sample from.
@@ -107,7 +106,7 @@ def make_pairs(
         Path(out),
         (
             {
-                "prompt": encoded.texts[samples[chosen].prompt],
+                "prompt": encoded.given[samples[chosen].prompt],
                 "chosen": response(samples[chosen]),
                 "rejected": response(samples[rejected]),
                 "score_chosen": round(samples[chosen].score, 3),

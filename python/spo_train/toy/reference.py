@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from importlib import resources
 from pathlib import Path
 
@@ -19,9 +20,14 @@ RECIPE_FILE = "recipe.json"
 REFERENCE_STORIES, STORIES_SEED = 60_512, 1
 
 
+def reference_folder() -> AbstractContextManager[Path]:
+    """Give the folder of the shipped reference model."""
+    return resources.as_file(resources.files("spo_train.toy") / "assets")
+
+
 def load_reference(device: str | torch.device = "cpu") -> tuple[Llama, Tokenizer]:
     """Read the shipped reference model and its tokenizer."""
-    with resources.as_file(resources.files("spo_train.toy") / "assets") as folder:
+    with reference_folder() as folder:
         return load_pretrained(folder, device)
 
 
