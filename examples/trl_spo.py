@@ -19,7 +19,8 @@ from datasets import Dataset, load_dataset
 from spo_kernels.integrations.trl import SPOConfig, SPOTrainer
 
 
-def run(description: str | None, peft_config: Any = None) -> None:
+def run(description: str | None, peft_config: Any = None) -> SPOTrainer:
+    """Train by the options of the command line, and return the trainer."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name or folder of a causal language model; a tiny one if unset")
     parser.add_argument("--dataset", help="dataset with prompt, chosen and rejected; toy pairs if unset")
@@ -62,6 +63,7 @@ def run(description: str | None, peft_config: Any = None) -> None:
         if options.output:
             trainer.save_model()
     tiny.check_falling([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    return trainer
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ LAYERS = [  # a module may import the modules of its package that stand before i
 ]
 # What `spo_kernels.integrations` holds uses public names, and what stands before it here.
 INTEGRATIONS = [
+    "context",
     "head",
     "rows",
     "sampling",

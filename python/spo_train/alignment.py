@@ -23,6 +23,7 @@ from spo_train.files import (
 )
 from spo_train.pair_data import PairDataset
 from spo_train.protocol import TextTokenizer, TrainableModel
+from spo_train.ranks import Ranks
 from spo_train.run import run
 
 # Texts before and after alignment that a run keeps for its report.
@@ -44,6 +45,7 @@ def run_alignment(
     checkpoint_every: int = 100,
     evaluate_every: int = 100,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> None:
     """Align a model: train it in the folder `out`, write it to `out/model`, and keep texts from before and after.
 
@@ -53,7 +55,7 @@ def run_alignment(
         policy: what is trained, in place.
         reference, pairs, config: see `Aligner`.
         tokenizer: of both models; saved with the model.
-        out, resume, restart, checkpoint_every, evaluate_every, progress: see `run`.
+        out, resume, restart, checkpoint_every, evaluate_every, progress, ranks: see `run`.
         evaluator: evaluates during training; None trains only.
         about: further facts for `run.json`, for instance where model and pairs came from.
 
@@ -64,7 +66,8 @@ def run_alignment(
     out = Path(out)
     tokenizer.check_fits(policy, "the model")
     tokenizer.check_fits(reference, "the reference")
-    aligner = Aligner(policy, reference, pairs, config)
+    ranks = ranks or Ranks()
+    aligner = Aligner(policy, reference, pairs, config, ranks)
     record = {
         **(about or {}),
         "config": config.record(),
@@ -72,6 +75,7 @@ def run_alignment(
         "pairs_used": len(pairs),
         "versions": {"torch": torch.__version__, "spo_kernels": spo_kernels.__version__},
         "threads": torch.get_num_threads(),
+        "processes": ranks.size,
         "finished": False,
     }
 
@@ -90,7 +94,10 @@ def run_alignment(
         evaluate=evaluator.hook(policy) if evaluator else None,
         on_start=on_start,
         progress=progress,
+        ranks=ranks,
     )
+    if not ranks.is_first:
+        return
     policy.save(out / MODEL_FOLDER)
     tokenizer.save_in(out / MODEL_FOLDER)
     if evaluator is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import types
 import typing
 from collections.abc import Callable
@@ -105,7 +106,8 @@ class Commands(click.Group):
         except (RunError, ValueError, OSError) as error:
             if ctx.params["traceback"]:
                 raise
-            click.echo(f"Error: {error}", err=True)
+            rank = os.environ.get("RANK", "0") if _launched_processes() > 1 else "0"
+            click.echo(f"Error: {error}" if rank == "0" else f"Error in process {rank}: {error}", err=True)
             ctx.exit(error.exit_code if isinstance(error, RunError) else BAD_INPUT)
 
 
@@ -165,7 +167,8 @@ def pretrain_options(function: F) -> F:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="spo_kernels", prog_name="spo-train")
 @click.option("--traceback", is_flag=True, help="Show where an error arose instead of a single line.")
-def cli(traceback: bool) -> None:
+@click.pass_context
+def cli(context: click.Context, traceback: bool) -> None:
     """Align language models with preference pairs, by Soft Preference Optimization (SPO) or DPO.
 
     \b
@@ -178,6 +181,16 @@ def cli(traceback: bool) -> None:
     With a model of Hugging Face transformers, a folder or a name of the hub:
       spo-train align --pairs pairs.jsonl --model owner/model --out runs/spo
     """
+    if _launched_processes() > 1 and context.invoked_subcommand != "align":
+        raise ValueError(
+            f"spo-train {context.invoked_subcommand} runs in one process, got WORLD_SIZE={_launched_processes()}: "
+            "torchrun is for spo-train align"
+        )
+
+
+def _launched_processes() -> int:
+    """Return how many processes torchrun started, without importing torch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @cli.command(short_help="Train a tokenizer and a small Llama on plain text.")
@@ -329,6 +342,11 @@ def align(
     \b
     The folder gets run.json, metrics.jsonl (one line a step), evaluations.jsonl, checkpoint.safetensors,
     the aligned model in model/, and stories.jsonl with texts before and after.
+
+    \b
+    Several processes share the pairs and the samples of each step, with the losses of one process:
+      torchrun --nproc-per-node 4 -m spo_train align --device cuda --pairs pairs.jsonl --out runs/spo
+    Each of them holds the whole model.
     """
     config, run_config = settings(AlignConfig, options), settings(RunConfig, options)
     evaluate_config = settings(EvaluateConfig, options, prefix="evaluate_")
@@ -336,18 +354,21 @@ def align(
     from spo_train.evaluate import Evaluator
     from spo_train.judges import load_judge
     from spo_train.pair_data import load_pairs
+    from spo_train.ranks import launched
     from spo_train.run import refuse_existing
 
     if resume is None:
         refuse_existing(out)
+    ranks, device = click.get_current_context().with_resource(launched(device))
     policy, tokenizer = _load(model, device, strings=strings, max_length=config.max_length)
     against = _load_reference(reference or model, device, tokenizer, max_length=config.max_length)
     length = min(policy.max_length, against.max_length)
     dataset, report = load_pairs(pairs_file, tokenizer, max_length=length, too_long=too_long, split=pairs_split)
-    click.echo(report.summary(), err=True)
+    if ranks.is_first:
+        click.echo(report.summary(), err=True)
     judge = judge or ("none" if model else "stories")
     evaluator = None
-    if judge != "none":
+    if judge != "none" and ranks.is_first:
         evaluator = Evaluator.on_prompts_of(dataset, against, tokenizer, evaluate_config, judge=load_judge(judge))
     about = {
         "model": str(model or "shipped reference"),
@@ -367,9 +388,11 @@ def align(
         about=about,
         resume=resume is True,
         restart=resume is False,
+        ranks=ranks,
         **run_config.record(),
     )
-    click.echo(f"aligned model in {out / 'model'}")
+    if ranks.is_first:
+        click.echo(f"aligned model in {out / 'model'}")
 
 
 @cli.command(short_help="Win rate of a model against the reference.")

@@ -19,20 +19,23 @@ class JsonlLog:
     """Appends JSON objects to a file, one a line.
 
     Attributes:
-        path: the file.
-        records: the records in the file.
+        path: the file, or None.
+        records: the records in the file; without a file, those that were written.
     """
 
-    def __init__(self, path: Path, *, keep_to_step: int | None = None) -> None:
+    def __init__(self, path: Path | None, *, keep_to_step: int | None = None) -> None:
         """
         Args:
-            path: the file; its folder is created.
+            path: the file; its folder is created. None keeps the records in memory only.
             keep_to_step: None starts the file anew. A resumed run keeps the records up to this `step` and drops later
                 ones, because it writes those again.
         """
         self.path = path
-        self.records = [] if keep_to_step is None else [r for r in read_jsonl(path) if r["step"] <= keep_to_step]
-        write_jsonl(path, self.records)
+        self.records: list[dict[str, Any]] = []
+        if path is not None:
+            if keep_to_step is not None:
+                self.records = [r for r in read_jsonl(path) if r["step"] <= keep_to_step]
+            write_jsonl(path, self.records)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record and hand it to the operating system. Its `step` tells a resumed run whether to keep it.
@@ -41,6 +44,8 @@ class JsonlLog:
             OSError: the file cannot be written, for instance because the disk is full; the message names the file.
         """
         self.records.append(record)
+        if self.path is None:
+            return
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json_line(record))

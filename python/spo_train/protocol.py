@@ -79,6 +79,10 @@ class LanguageModel(Protocol):
             max_length: the most tokens of a whole sequence (bos, prompt, response and eos); at most `self.max_length`.
             temperature: divides the logits; must be positive.
             generator: source of randomness; the same state and prompts give the same sequences.
+
+        A model may take a further keyword `rows`, a slice: it then draws for these prompts only, with the random
+        numbers that they have in a call for all. Processes that share a run need it to share the work of sampling. Of a
+        model without `rows`, each process draws for all prompts.
         """
         ...
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from spo_train.errors import RunInterruptedError
 from spo_train.files import CHECKPOINT_FILE, EVALUATIONS_FILE, METRICS_FILE, StrPath
 from spo_train.metrics import JsonlLog, progress_bar
+from spo_train.ranks import Ranks
 
 # Metrics that the progress bar shows, with their formats.
 SHOWN = {"loss": ".3f", "accuracy": ".2f", "tokens_per_second": ".0f"}
@@ -55,12 +56,13 @@ def run(
     evaluate: Callable[[int], dict[str, Any]] | None = None,
     on_start: Callable[[], None] | None = None,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
     """Train to the last step, writing `metrics.jsonl`, `evaluations.jsonl` and `checkpoint.safetensors` to a folder.
 
     With `resume`, a run that was killed goes on from its last checkpoint. On the same machine and with the same number
     of threads it has the losses of an unbroken run. SIGINT and SIGTERM end a run after the current step, with a
-    checkpoint.
+    checkpoint. Of several processes the first one evaluates and writes the files; a signal to one stops all.
 
     Args:
         trainer: what to train.
@@ -75,9 +77,10 @@ def run(
         on_start: called once, after a checkpoint is restored and before the first file is written. A run that is
             refused leaves `out` as it was.
         progress: whether to show a progress bar, if standard error is a terminal.
+        ranks: the processes that share the run, all of which call; None for one. They need a common `out` to resume.
 
     Returns:
-        The records of `metrics.jsonl`.
+        The records of `metrics.jsonl`; in processes after the first one those of the steps that this call did.
 
     Raises:
         FileExistsError: `out` holds a run already, and neither `resume` nor `restart` is given.
@@ -85,29 +88,33 @@ def run(
         RunInterruptedError: a signal stopped the run, after a checkpoint.
         CheckpointError, OSError, ValueError: a file cannot be written or read, or belongs to another run.
     """
-    out = Path(out)
+    out, ranks = Path(out), ranks or Ranks()
     checkpoint = out / CHECKPOINT_FILE
     keep = None
-    if restart:
-        checkpoint.unlink(missing_ok=True)
-        (out / EVALUATIONS_FILE).unlink(missing_ok=True)
-    elif not resume:
+    if not (resume or restart):
         refuse_existing(out)
-    elif checkpoint.exists():
+    elif resume and not restart and checkpoint.exists():
         trainer.restore(checkpoint)
         keep = trainer.step
+    ranks.check_same("step of the checkpoint", trainer.step)
+    if not ranks.is_first:
+        on_start = evaluate = None
+    elif restart:
+        checkpoint.unlink(missing_ok=True)
+        (out / EVALUATIONS_FILE).unlink(missing_ok=True)
     if on_start:
         on_start()
     resumed_at = trainer.step
-    metrics = JsonlLog(out / METRICS_FILE, keep_to_step=keep)
+    metrics = JsonlLog(out / METRICS_FILE if ranks.is_first else None, keep_to_step=keep)
     evaluations = None if evaluate is None else JsonlLog(out / EVALUATIONS_FILE, keep_to_step=keep)
+    shown = progress and ranks.is_first
     evaluated = {record["step"] for record in evaluations.records} if evaluations else set()
     with (
-        _stop_requests() as stop_requested,
-        progress_bar(total=trainer.steps, initial=resumed_at, desc=trainer.name, unit="step", shown=progress) as bar,
+        _stop_requests(force=ranks.size == 1) as stop_requested,
+        progress_bar(total=trainer.steps, initial=resumed_at, desc=trainer.name, unit="step", shown=shown) as bar,
     ):
         while True:
-            step, done, stopping = trainer.step, trainer.step >= trainer.steps, stop_requested()
+            step, done, stopping = trainer.step, trainer.step >= trainer.steps, ranks.any(stop_requested())
             if stopping or (step > resumed_at and (done or step % checkpoint_every == 0)):
                 trainer.save(checkpoint)
             if stopping:
@@ -129,8 +136,12 @@ def refuse_existing(out: Path) -> None:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a request that the loop reads between steps; a second one acts at once."""
+def _stop_requests(*, force: bool) -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a request that the loop reads between steps.
+
+    With `force` a second one acts at once. Processes of torchrun get the signal from the terminal and from torchrun,
+    which kills them after 30 seconds.
+    """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield requested.is_set
@@ -139,7 +150,8 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
     def request(number: int, _frame: FrameType | None) -> None:
         requested.set()
-        signal.signal(number, previous[signal.Signals(number)])
+        if force:
+            signal.signal(number, previous[signal.Signals(number)])
 
     for number in previous:
         signal.signal(number, request)

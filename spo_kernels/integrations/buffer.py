@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spo_kernels import gather_head
-from spo_kernels.integrations.head import attached_options, unwrapped
+from spo_kernels.integrations.head import attached_options, attached_vocab_dim, unwrapped
 from spo_kernels.integrations.rows import Samples
 from spo_kernels.integrations.sampling import Sampler, SpecialTokens, check_one_of, check_whole_number, evaluating
 
@@ -65,17 +66,21 @@ class Reference:
             return self.model(**inputs, spo_logits=lambda logits: logits)
 
     def weights(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The head's weight [V, H] and bias as Tensors, where the policy has weight and bias in its forward."""
+        """The head's weight [V, H] and bias as Tensors, where the policy has weight and bias in its forward.
+
+        Where tensor parallelism splits the policy's vocabulary, attach_head gets vocab_dim for the reference too: these
+        are then the rows of this process.
+        """
         if self.shares_head:
             return weight.detach(), None if bias is None else bias.detach()
-        return self._own_weights()
+        return self._own_weights(attached_vocab_dim(self.model))
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """Logits [.., V] from hidden states [.., H], as the model's own forward computes them."""
         options = attached_options(self.model)
         if isinstance(options, ValueError):
             raise options
-        weight, bias = self._own_weights()
+        weight, bias = self._own_weights(None)
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(weight.dtype)
         with torch.no_grad():
@@ -84,11 +89,21 @@ class Reference:
             logits = logits if scale == 1 else logits * scale
             return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _own_weights(self) -> tuple[Tensor, Tensor | None]:
+    def _own_weights(self, vocab_dim: str | int | None) -> tuple[Tensor, Tensor | None]:
         module: Any = self.head if self.head is not None else unwrapped(self.model).get_output_embeddings()
+        weight, bias = module.weight, getattr(module, "bias", None)
+        if hasattr(weight, "ds_id"):  # DeepSpeed's ZeRO-3 has taken it apart
+            return _whole(weight), None if bias is None else _whole(bias)
         with torch.no_grad():
-            head = gather_head(module.weight, getattr(module, "bias", None))
+            head = gather_head(weight, bias, vocab_dim=vocab_dim)
         return head.weight.detach(), None if head.bias is None else head.bias.detach()
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A copy of a parameter of which each rank of DeepSpeed's ZeRO-3 holds a part."""
+    deepspeed: Any = sys.modules["deepspeed"]  # it made the parameter
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ The loop must look for a loss of NaN itself. A checkpoint needs `SPOStep.state_d
 """
 
 from spo_kernels.integrations.buffer import KLBuffer, KLDraw, Reference
+from spo_kernels.integrations.context import context_sums
 from spo_kernels.integrations.head import attach_head
 from spo_kernels.integrations.rows import Pairs, Rows, Samples, join_rows
 from spo_kernels.integrations.sampling import HFSampler, Sampler, SpecialTokens
@@ -37,5 +38,6 @@ __all__ = [
     "SpecialTokens",
     "StepResult",
     "attach_head",
+    "context_sums",
     "join_rows",
 ]

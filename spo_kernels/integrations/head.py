@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spo_kernels import gather_head, head_options
@@ -18,6 +19,7 @@ from spo_kernels import gather_head, head_options
 __all__ = ["attach_head", "attached_options", "gather_head", "head_options", "unwrapped"]
 
 _MARK = "_spo_head_options"  # attribute of a model with a head: its options
+_VOCAB_DIM = "_spo_vocab_dim"  # attribute of such a model: vocab_dim of attach_head
 
 
 def _hidden_states(model: Any, *args: Any, **inputs: Any) -> Tensor:
@@ -47,6 +49,7 @@ def attach_head(
     options: dict[str, Any] | None = None,
     backbone: Callable[..., Tensor] = _hidden_states,
     head: Callable[[Any], nn.Module] = _output_embeddings,
+    vocab_dim: str | int | None = None,
 ) -> None:
     """Let ``model(..., spo_head=fn)`` return ``fn(hidden, weight, bias, options)``; ``spo_logits=fn``: ``fn(logits)``.
 
@@ -55,8 +58,9 @@ def attach_head(
     wrappers pass the arguments on. Of a PEFT model, the base model gets the head. A second call changes nothing. A copy
     of the model has the head too.
 
-    The head's weight may be a DTensor inside ``forward``, where FSDP2 shards the head as a unit of its own.
-    `gather_head` makes a Tensor of it, whose gradient is the mean over the processes.
+    Where FSDP2 shards the head as a unit of its own, or in one with the last norm, ``fn`` runs inside the ``forward``
+    of that unit: FSDP gathers the weight and reduces its gradient as it does for the model's own ``forward``. Where
+    tensor parallelism shards the head, `gather_head` makes Tensors of its DTensors.
 
     Args:
         model: a Hugging Face causal language model, or any module with the two following functions.
@@ -64,10 +68,13 @@ def attach_head(
             ``spo_head`` raises its ValueError, and ``spo_logits`` works.
         backbone: ``backbone(model, *args, **inputs)`` gives the hidden states [B, T, H] before the head.
         head: ``head(model)`` gives the module with ``weight`` [V, H] and perhaps ``bias`` [V].
+        vocab_dim: name (or index) of the mesh dimension over which tensor parallelism splits the vocabulary. ``fn``
+            gets this process's rows of the head, and options with ``process_group`` and ``vocab_shards``, see
+            `gather_head`. None: ``fn`` gets the whole head.
 
     Raises:
-        ValueError: the model has no output embeddings with a weight, or an adapter on them. ``spo_head`` raises it too
-            if the adapter came later.
+        ValueError: the model has no output embeddings with a weight, or an adapter on them. In ``forward``: an adapter
+            came later; vocab_dim is given, and FSDP2 shards the head as a unit of its own.
     """
     model = unwrapped(model)
     if hasattr(model, _MARK):
@@ -95,10 +102,9 @@ def attach_head(
         if spo_head is not None:
             if isinstance(known, ValueError):
                 raise known
-            hidden = backbone(self, *args, **inputs)
-            module: Any = _without_adapter(head(self))
-            gathered = gather_head(module.weight, getattr(module, "bias", None))
-            return spo_head(hidden.to(gathered.weight.device), gathered.weight, gathered.bias, known)
+            hidden, module = backbone(self, *args, **inputs), _without_adapter(head(self))
+            call = functools.partial(_with_head, module, vocab_dim, known, spo_head)
+            return _inside(module, call, hidden) if _is_fsdp_unit(module) else call(hidden)
         if spo_logits is None:
             return original(self, *args, **inputs)
         if backbone is _hidden_states:
@@ -107,7 +113,50 @@ def attach_head(
         return spo_logits(output if isinstance(output, Tensor) else output.logits)
 
     setattr(model, _MARK, known)
+    setattr(model, _VOCAB_DIM, vocab_dim)
     model.forward = types.MethodType(forward, model)
+
+
+def _with_head(
+    module: Any, vocab_dim: str | int | None, options: dict[str, Any], fn: Callable[..., Any], hidden: Tensor
+) -> Any:
+    """``fn`` of the hidden states and the head's Tensors."""
+    if vocab_dim is not None and _is_fsdp_unit(module):
+        raise ValueError(
+            f"the head must be no FSDP unit of its own where vocab_dim={vocab_dim!r} splits its vocabulary: leave it "
+            "to the unit of the whole model"
+        )
+    gathered = gather_head(module.weight, getattr(module, "bias", None), vocab_dim=vocab_dim)
+    if gathered.process_group is not None:
+        options = {**options, "process_group": gathered.process_group, "vocab_shards": gathered.vocab_shards}
+    return fn(hidden.to(gathered.weight.device), gathered.weight, gathered.bias, options)
+
+
+def _is_fsdp_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 shards a module as a unit, alone or with others."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _inside(module: nn.Module, call: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """``call(hidden)`` in place of the module's ``forward``, between the hooks that FSDP has on the module."""
+    own = vars(module).get("forward")
+    module.forward = call
+    try:
+        return module(hidden)
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def attached_vocab_dim(model: nn.Module) -> str | int | None:
+    """The mesh dimension that splits the vocabulary of a model's attached head."""
+    return getattr(unwrapped(model), _VOCAB_DIM, None)
 
 
 def attached_options(model: nn.Module) -> dict[str, Any] | ValueError:

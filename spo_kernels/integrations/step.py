@@ -149,7 +149,10 @@ class SPOStep:
         settings: see `SPOSettings`.
         buffer: the samples; None where beta is 0.
         reference: for ``reference_rewards``; None: the buffer's.
-        process_group: ranks that split the pairs, for the normalizers.
+        process_group: ranks that split the pairs. The normalizers and the means of a step are then over the pairs,
+            samples and response tokens of all ranks, which may hold different numbers of them. The mean over ranks of
+            loss and gradient, which DDP and FSDP take, is that of one process with the whole batch. None: this process
+            has all.
         device: where the running average of "ema" lies.
 
     Attributes:
@@ -182,6 +185,7 @@ class SPOStep:
         if settings.weighting == "soft":
             start = "batch" if settings.normalizer == "step" else settings.normalizer
             self.importance = SoftImportance(settings.gamma, start, process_group).to(device)
+        self._process_group = process_group
         self._linear: LinearSPOLoss | None = None
         self._micro = 0
         self._scales: list[_Scale] = []
@@ -210,11 +214,14 @@ class SPOStep:
         tokens = [1.0] * len(window)
         if self.settings.nll_weight:  # counting waits for the device
             tokens = torch.stack([(b.labels[: len(b)] != IGNORE_INDEX).sum() for b in window]).tolist()
+        mean_pairs, mean_samples, mean_tokens = self._mean_over_ranks(
+            [sum(pairs), samples, sum(tokens)], window[0].ids.device
+        )
         self._scales = [
             _Scale(
-                preference=p * len(window) / max(sum(pairs), 1),
-                kl=(rows.stop - rows.start) * len(window) / max(samples, 1),
-                nll=t * len(window) / max(sum(tokens), 1),
+                preference=p * len(window) / (mean_pairs or 1.0),
+                kl=(rows.stop - rows.start) * len(window) / (mean_samples or 1.0),
+                nll=t * len(window) / (mean_tokens or 1.0),
             )
             for p, rows, t in zip(pairs, self._slices, tokens, strict=True)
         ]
@@ -317,6 +324,14 @@ class SPOStep:
 
     # ---- inside
 
+    def _mean_over_ranks(self, counts: list[float], device: torch.device) -> list[float]:
+        """Counts of a step as means over the ranks of the process group; waits for them."""
+        if self._process_group is None:
+            return counts
+        totals = torch.tensor(counts, dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(totals, group=self._process_group)
+        return (totals / torch.distributed.get_world_size(self._process_group)).tolist()
+
     @contextmanager
     def _importance_of_evaluation(self) -> Iterator[None]:
         if self.importance is None:
@@ -377,6 +392,8 @@ class SPOStep:
             return self._logits_terms(logits, rows, samples, states, scale)
 
         loss, terms = self._inside(model, rows, from_hidden, from_logits)
+        if loss.dtype != terms.loss.dtype:  # rounded: its graph has the gradients, the other Tensor the value
+            loss = terms.loss.detach() + (loss - loss.detach()).to(terms.loss.dtype)
         return terms._replace(loss=loss)
 
     def _reference_states(self, draw: KLDraw, part: slice, samples: Samples) -> Tensor:
@@ -420,9 +437,10 @@ class SPOStep:
         kl: dict[str, Any] = {}
         if samples is not None and self.buffer is not None and states is not None:
             ref_options = attached_options(self.buffer.reference.model)
-            if ref_options != options:
+            own_options = {name: x for name, x in options.items() if name not in ("process_group", "vocab_shards")}
+            if ref_options != own_options:
                 raise ValueError(
-                    f"reference must have the policy's options of the head, got {ref_options} against {options}"
+                    f"reference must have the policy's options of the head, got {ref_options} against {own_options}"
                 )
             ref_weight, ref_bias = self.buffer.reference.weights(weight, bias)
             if not torch.is_autocast_enabled(hidden.device.type):  # which casts these too

@@ -65,6 +65,9 @@ class Processes:
             self._connections.append(ours)
             self._processes.append(process)
 
+    def __len__(self) -> int:
+        return len(self._processes)
+
     def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """The results by rank; an exception is a result. Raises TimeoutError if a process does not answer."""
         call = pickle.dumps((function, arguments))

@@ -142,6 +142,17 @@ def test_sample_stops_when_all_have_ended(model: Llama) -> None:
     assert len(calls) == 3
 
 
+def test_rows_of_a_draw_are_those_of_the_whole(model: Llama) -> None:
+    prompts = [[], [30, 31, 32], *PROMPTS]
+    first, second = generator(3), generator(3)
+    whole = model.sample(prompts, max_length=40, generator=first)
+    part = model.sample(prompts, max_length=40, generator=second, rows=slice(1, 3))
+    assert part.prompt_lens.tolist() == whole.prompt_lens[1:3].tolist()
+    assert part.lengths.tolist() == whole.lengths[1:3].tolist()
+    assert torch.equal(part.tokens, whole.tokens[1:3, : part.tokens.shape[1]])
+    assert torch.equal(first.get_state(), second.get_state())
+
+
 def test_sample_is_deterministic_and_rows_are_independent(model: Llama) -> None:
     first = model.sample(PROMPTS, max_length=40, generator=generator(3))
     again = model.sample(PROMPTS, max_length=40, generator=generator(3))

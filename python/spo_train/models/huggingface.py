@@ -133,8 +133,9 @@ class HuggingFaceModel(nn.Module):
         max_length: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        rows: slice | None = None,
     ) -> Sequences:
-        """Draw one continuation per prompt; see `LanguageModel.sample`.
+        """Draw one continuation per prompt, or per prompt of `rows`; see `LanguageModel.sample`.
 
         The model's own generation settings, such as top_k or a repetition penalty, are not used: the samples are those
         of the distribution that the losses see.
@@ -153,11 +154,13 @@ class HuggingFaceModel(nn.Module):
             generator=generator,
             device=generator.device if generator is not None else device,
         ).to(device)
+        if rows is not None:
+            prompts, prompt_lens, uniform = prompts[rows], prompt_lens[rows], uniform[:, rows]
         tokens = torch.full((len(prompts), max_length), self._pad_id, device=device)
         lengths = torch.empty_like(prompt_lens)
-        for rows in self._groups(prompt_lens.tolist(), max_length):
-            drawn = self._generate([prompts[row] for row in rows], max_length, temperature, uniform[:, rows])
-            for row, ids in zip(rows, drawn, strict=True):
+        for group in self._groups(prompt_lens.tolist(), max_length):
+            drawn = self._generate([prompts[row] for row in group], max_length, temperature, uniform[:, group])
+            for row, ids in zip(group, drawn, strict=True):
                 tokens[row, : len(ids)] = ids
                 lengths[row] = len(ids)
         return Sequences(tokens[:, : int(lengths.max())].contiguous(), prompt_lens.to(device), lengths.to(device))

@@ -164,8 +164,9 @@ class Llama(nn.Module):
         max_length: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        rows: slice | None = None,
     ) -> Sequences:
-        """Draw one continuation per prompt; see `LanguageModel.sample`.
+        """Draw one continuation per prompt, or per prompt of `rows`; see `LanguageModel.sample`.
 
         Each row has its own stream of random numbers, drawn before the first step. So the sample for one prompt does
         not depend on the moment at which other rows end.
@@ -178,15 +179,17 @@ class Llama(nn.Module):
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         device = self.embedding.weight.device
-        batch = len(prompts)
         noise = torch.rand(
             max_length - int(prompt_lens.min()),
-            batch,
+            len(prompts),
             dtype=torch.float64,
             generator=generator,
             device=generator.device if generator is not None else device,
         ).to(device)
         tokens, prompt_lens = tokens.to(device), prompt_lens.to(device)
+        if rows is not None:
+            tokens, prompt_lens, noise = tokens[rows], prompt_lens[rows], noise[:, rows]
+        batch = len(tokens)
         lengths = torch.full_like(prompt_lens, max_length)
 
         config = self.config

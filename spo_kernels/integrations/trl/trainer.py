@@ -236,7 +236,7 @@ class SPOTrainer(DPOTrainer):
             self.model,
             tokenizer,
             batch_size=args.kl_generation_batch_size,
-            generation_options={"synced_gpus": True} if _is_sharded(args) else None,
+            generation_options={"synced_gpus": True} if self.is_fsdp_enabled or self.is_deepspeed_enabled else None,
             opened=lambda: unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
@@ -419,7 +419,7 @@ class SPOTrainer(DPOTrainer):
                 stacklevel=3,
             )
         if file.exists():
-            self.spo.load_state_dict(torch.load(file, map_location=self.accelerator.device, weights_only=True))
+            self.spo.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         elif self.args.beta > 0:
             warnings.warn(
                 f"{file} does not exist: new samples are drawn, so the run continues, but not with the same numbers",

@@ -177,6 +177,16 @@ def test_samples_are_those_of_full_passes(name: str, folders: dict[str, Path]) -
         assert set(tokens[length:].tolist()) <= {tokenizer.pad_id}
 
 
+def test_rows_of_a_draw_are_those_of_the_whole(folders: dict[str, Path]) -> None:
+    model, _ = load_pretrained(str(folders["qwen2"]))
+    prompts = [[5], [7, 20, 30, 41], [9, 10], [11]]
+    whole = model.sample(prompts, max_length=24, generator=generator())
+    part = model.sample(prompts, max_length=24, generator=generator(), rows=slice(1, 3))
+    assert part.prompt_lens.tolist() == whole.prompt_lens[1:3].tolist()
+    assert part.lengths.tolist() == whole.lengths[1:3].tolist()
+    assert torch.equal(part.tokens, whole.tokens[1:3, : part.tokens.shape[1]])
+
+
 def test_the_generation_settings_of_a_model_are_not_used(folders: dict[str, Path]) -> None:
     model, _ = load_pretrained(str(folders["qwen2"]))
     settings = model.model.generation_config
