@@ -12,12 +12,13 @@ from spo_kernels.functional import (
 )
 from spo_kernels.huggingface import head_options
 from spo_kernels.linear import linear_kl_loss, linear_sequence_logps, linear_token_kl, linear_token_logps
-from spo_kernels.losses import SoftImportance, preference_loss, spo_loss
+from spo_kernels.losses import PowerImportance, SoftImportance, preference_loss, reward_model_loss, spo_loss
 from spo_kernels.modules import LinearSPOLoss, SPOLoss
 
 __all__ = [
     "GatheredHead",
     "LinearSPOLoss",
+    "PowerImportance",
     "SPOLoss",
     "SoftImportance",
     "backends",
@@ -30,6 +31,7 @@ __all__ = [
     "linear_token_kl",
     "linear_token_logps",
     "preference_loss",
+    "reward_model_loss",
     "sequence_logps",
     "spo_loss",
     "token_kl",

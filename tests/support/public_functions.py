@@ -15,7 +15,8 @@ from oracle import IGNORE
 from torch import Tensor
 
 import spo_kernels
-from spo_kernels import LinearSPOLoss, SoftImportance, SPOLoss, preference_loss, spo_loss
+from spo_kernels import LinearSPOLoss, PowerImportance, SoftImportance, SPOLoss, preference_loss, spo_loss
+from spo_kernels.losses import LOSSES
 
 V, H, REF_H = 9, 4, 3
 kernels: Any = spo_kernels
@@ -117,6 +118,54 @@ def importance_of(logp_w: Tensor, logp_l: Tensor, gamma: float = 0.3) -> Tensor:
     return torch.sigmoid(scores - scores.mean())
 
 
+def power_importance_of(logp_w: Tensor, logp_l: Tensor, gamma: float = 0.3) -> Tensor:
+    power = (logp_w.detach().exp() + logp_l.detach().exp()) ** gamma
+    return power / power.mean()
+
+
+def relative_of(w: Tensor, r: Tensor, rw: Tensor, rr: Tensor) -> Tensor:
+    return (w - rw) - (r - rr)
+
+
+def cost(x: Tensor) -> Tensor:
+    """-log sigmoid(x)."""
+    return (1 + (-x).exp()).log()
+
+
+def odds_of(logp: Tensor) -> Tensor:
+    return logp.exp() / (1 - logp.exp())
+
+
+def losses_by_loops(w: Tensor, r: Tensor, rw: Tensor, rr: Tensor, closeness: Tensor) -> Tensor:
+    """RPO at beta = 0.3 and temperature 0.5."""
+    rows = [
+        sum((cost(0.3 * row[j] * (w[i] - rw[i] - r[j] + rr[j])) for j in range(len(w))), 0 * w.sum()) / len(w)
+        for i, row in enumerate((closeness / 0.5).exp() / (closeness / 0.5).exp().sum(1, keepdim=True))
+    ]
+    return torch.stack(rows) if rows else w.new_zeros(0) * w.sum()
+
+
+# The rows of `LOSSES` in plain torch: of log-probs, references, and two [P] of numbers >= 1. `lengths` are those
+# numbers, and `scores` are the first of them and 0.
+PLAIN_LOSSES: dict[str, tuple[dict[str, Any], Callable[..., Tensor]]] = {
+    "ipo": ({"tau": 0.2}, lambda w, r, rw, rr, n, m: (relative_of(w / n, r / m, rw / n, rr / m) - 2.5) ** 2),
+    "odpo": ({"beta": 0.3}, lambda w, r, rw, rr, n, m: cost(0.3 * relative_of(w, r, rw, rr) - n.log())),
+    "rdpo": (
+        {"beta": 0.3, "flip": 0.2},
+        lambda w, r, rw, rr, n, m: (
+            (0.8 * cost(0.3 * relative_of(w, r, rw, rr)) - 0.2 * cost(-0.3 * relative_of(w, r, rw, rr))) / 0.6
+        ),
+    ),
+    "cpo": ({"beta": 0.3}, lambda w, r, rw, rr, n, m: cost(0.3 * (w - r)) - w.sum() / n.sum().clamp(min=1)),
+    "rpo": ({"beta": 0.3}, lambda w, r, rw, rr, n, m: losses_by_loops(w, r, rw, rr, (n[:, None] * m).cos())),
+    "slic": ({"delta": 0.7}, lambda w, r, rw, rr, n, m: (0.7 * n - w + r).clamp(min=0) - 0.1 * w),
+    "rso": ({"gamma": 0.6}, lambda w, r, rw, rr, n, m: (1 - 0.6 * relative_of(w, r, rw, rr)).clamp(min=0)),
+    "simpo": ({}, lambda w, r, rw, rr, n, m: cost(2 * (w / n - r / m) - 1)),
+    "orpo": ({}, lambda w, r, rw, rr, n, m: 0.1 * cost((odds_of(w / n) / odds_of(r / m)).log()) - w / n),
+    "apo_zero": ({}, lambda w, r, rw, rr, n, m: 1 / (1 + (0.1 * (w - rw)).exp()) + 1 / (1 + (0.1 * (rr - r)).exp())),
+}
+
+
 def objective_of(logits: Tensor, labels: Tensor, kl: Tensor, weight: Any, nll_weight: float = 0.0) -> Tensor:
     """The modules' objective; kl is the mean over samples."""
     logps = logps_of(logits, labels).sum(-1)
@@ -194,6 +243,13 @@ def of_pairs(n: Sizes) -> Inputs:
 def of_two(n: Sizes) -> Inputs:
     leaves, constants = of_pairs(n)
     return leaves[:2], constants
+
+
+def of_losses(n: Sizes) -> Inputs:
+    """Log-probs below 0 chosen and rejected; references chosen and rejected, and two of numbers >= 1."""
+    leaves, (ref_w, ref_r, _) = of_pairs(n)
+    more = [1 + noise(generator(), n.sequences).exp() for _ in range(2)]
+    return [-1 - leaf.exp() for leaf in leaves[:2]], [ref_w, ref_r, *more]
 
 
 def of_module(n: Sizes) -> Inputs:
@@ -303,7 +359,25 @@ def linear(leaves: tuple[Tensor, ...]) -> Tensor:
     return F.linear(*leaves[:3])
 
 
+def loss_by_name(name: str) -> PublicFunction:
+    options, truth = PLAIN_LOSSES[name]
+    takes = LOSSES[name].options
+
+    def call(w: Tensor, r: Tensor, rw: Tensor, rr: Tensor, n: Tensor, m: Tensor) -> Tensor:
+        given = dict(options)
+        if "lengths" in takes:
+            given["lengths"] = (n, m)
+        if "scores" in takes:
+            given["scores"] = (n, 0 * n)
+        if "similarity" in takes:
+            given["similarity"] = (n[:, None] * m).cos()
+        return preference_loss(name, w, r, rw, rr, **given)[0]
+
+    return PublicFunction(f'preference_loss("{name}")', call, truth, of_losses, NO_PAIRS, traced=name != "odpo")
+
+
 IMPORTANCE = SoftImportance(0.3)
+POWER = PowerImportance(0.3)
 IN_PLACE = spo_module(inplace_backward=True)
 ROWS = 2 * Sizes().sequences * Sizes().tokens * V  # flops of all rows, for each element of a hidden state
 SAMPLED_ROWS = 2 * Sizes().samples * Sizes().tokens * V
@@ -495,6 +569,23 @@ FUNCTIONS = [
         'preference_loss("dpo")',
         lambda w, r, rw, rr, *_: preference_loss("dpo", w, r, rw, rr, beta=0.3, label_smoothing=0.1)[0],
         lambda w, r, rw, rr, *_: 0.1 * 0.3 * (w - r - rw + rr) - F.logsigmoid(0.3 * (w - r - rw + rr)),
+        of_two,
+        NO_PAIRS,
+        traced=True,
+    ),
+    *[loss_by_name(name) for name in ("ipo", "odpo", "rdpo", "cpo", "rpo", "slic", "rso", "simpo", "orpo", "apo_zero")],
+    PublicFunction(
+        "reward_model_loss",
+        lambda w, r, *_: kernels.reward_model_loss(w, r),
+        lambda w, r, *_: (1 + (r - w).exp()).log(),
+        of_two,
+        NO_PAIRS,
+        traced=True,
+    ),
+    PublicFunction(
+        "PowerImportance",
+        lambda w, r, *_: POWER(w, r),
+        lambda w, r, *_: power_importance_of(w, r),
         of_two,
         NO_PAIRS,
         traced=True,
