@@ -14,6 +14,7 @@ from spo_kernels.huggingface import head_options
 from spo_kernels.linear import linear_kl_loss, linear_sequence_logps, linear_token_kl, linear_token_logps
 from spo_kernels.losses import PowerImportance, SoftImportance, preference_loss, reward_model_loss, spo_loss
 from spo_kernels.modules import LinearSPOLoss, SPOLoss
+from spo_kernels.ranking import spo_ranking_loss
 
 __all__ = [
     "GatheredHead",
@@ -34,6 +35,7 @@ __all__ = [
     "reward_model_loss",
     "sequence_logps",
     "spo_loss",
+    "spo_ranking_loss",
     "token_kl",
     "token_logps",
     "token_logps_kl",

@@ -69,7 +69,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 # Below this, alpha D and 1/alpha come near the ends of float32. The rounding of D / 2 then hides the term that eq. 9
 # drops, alpha D^2 / 8.
-_SMALLEST_ALPHA = 1e-30
+SMALLEST_ALPHA = 1e-30
 
 
 def checked_mu(weight: PairWeight | None, logp_w: Tensor, logp_l: Tensor, pair_mask: Tensor | None = None) -> Tensor:
@@ -124,7 +124,7 @@ def _reduced(losses: Tensor, penalty: Tensor | None, pair_mask: Tensor | None, r
 
 def pair_preference(margin: Tensor, alpha: float, center: bool) -> Tensor:
     """Eq. 8 or eq. 9 of D = `margin` [P], unweighted."""
-    if alpha == 0 or (center and alpha < _SMALLEST_ALPHA):
+    if alpha == 0 or (center and alpha < SMALLEST_ALPHA):
         return -0.5 * margin
     if not center:
         return -F.logsigmoid(alpha * margin) / alpha
@@ -174,7 +174,7 @@ class _TransformablePreference(_PairPreference):
         return -pair_error(margin, ctx.alpha) * tangent
 
 
-def _preference_losses(margin: Tensor, alpha: float, center: bool) -> Tensor:
+def preference_losses(margin: Tensor, alpha: float, center: bool) -> Tensor:
     return (_TransformablePreference if is_transforming() else _PairPreference).apply(margin, alpha, center)
 
 
@@ -251,10 +251,10 @@ def spo_loss(
     _check_pair_options(pair_mask, reduction, logp_w)
     margin = logp_w - logp_l
     if weight is None and pair_mask is None:
-        losses = _preference_losses(margin, alpha, center)
+        losses = preference_losses(margin, alpha, center)
     else:
         mu = checked_mu(weight, logp_w, logp_l, pair_mask)
-        losses = _preference_losses(torch.where(mu == 0, 0, margin), alpha, center)
+        losses = preference_losses(torch.where(mu == 0, 0, margin), alpha, center)
         losses = torch.where(mu == 0, 0, mu * losses)
     penalty = None
     if kl is not None:

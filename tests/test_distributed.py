@@ -327,6 +327,9 @@ FUNCTIONS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "preference_loss, lengths": lambda x: sk.preference_loss(
         "orpo", x["chosen"], x["rejected"], lengths=torch.stack((x["chosen"], x["rejected"])).detach().abs() + 1
     ),
+    "spo_ranking_loss": lambda x: sk.spo_ranking_loss(
+        x["chosen"], group_ids=(x["chosen"] * 0).detach().long(), num_groups=1
+    ),
     "reward_model_loss": lambda x: sk.reward_model_loss(x["chosen"], x["rejected"]),
     "SoftImportance": lambda x: sk.SoftImportance(0.1)(x["chosen"], x["rejected"]),
     "PowerImportance": lambda x: sk.PowerImportance(0.1)(x["chosen"], x["rejected"]),
@@ -336,6 +339,7 @@ WITHOUT_VOCABULARY = (
     "spo_loss",
     "preference_loss",
     "preference_loss, lengths",
+    "spo_ranking_loss",
     "reward_model_loss",
     "SoftImportance",
     "PowerImportance",

@@ -127,6 +127,15 @@ CALLS: dict[str, list[Callable[[], Any]]] = {
         )
         for n, row in LOSSES.items()
     ],
+    "spo_ranking_loss": [
+        lambda k=k, g=g: kernels.spo_ranking_loss(no_pair(), kind=k, **g)
+        for k in ("ranking", "best_of_n")
+        for g in (
+            {"cu_groups": torch.zeros(1, dtype=torch.int64)},
+            {"cu_groups": torch.zeros(4, dtype=torch.int32)},
+            {"group_ids": torch.zeros(0, dtype=torch.int64), "num_groups": 2},
+        )
+    ],
     "reward_model_loss": [lambda: kernels.reward_model_loss(no_pair(), no_pair())],
     **{
         importance.__name__: [

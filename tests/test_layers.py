@@ -63,6 +63,7 @@ LAYERS = [  # a module may import the modules of its package that stand before i
     "shards",
     "distributed",
     "losses",
+    "ranking",
     "linear.records",
     "linear.checks",
     "linear.tiles",

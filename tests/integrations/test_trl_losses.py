@@ -17,7 +17,6 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from spo_kernels import preference_loss
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*trl.experimental")
 P, T = 6, 40
 
 

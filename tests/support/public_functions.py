@@ -166,6 +166,39 @@ PLAIN_LOSSES: dict[str, tuple[dict[str, Any], Callable[..., Tensor]]] = {
 }
 
 
+def groups_of(logps: Tensor, cu_groups: Tensor) -> list[Tensor]:
+    return [logps[start:end] for start, end in itertools.pairwise(cu_groups.tolist())]
+
+
+def stage_of(logps: Tensor, alpha: float) -> Tensor:
+    return -(logps[0] - (alpha * logps).exp().sum().log() / alpha)
+
+
+def rankings_of(logps: Tensor, cu_groups: Tensor, mu: Tensor, alpha: float) -> Tensor:
+    """Plackett-Luce over groups of logps [N], best first."""
+    groups = groups_of(logps, cu_groups)
+    losses = [sum((stage_of(group[i:], alpha) for i in range(len(group))), 0 * logps.sum()) for group in groups]
+    return mu * torch.stack(losses) if losses else mu * logps.sum()
+
+
+def best_of_groups(logps: Tensor, cu_groups: Tensor, alpha: float, gamma: float = 0.3) -> Tensor:
+    """The first is the best of its group; with `SoftImportance` over groups of two and more."""
+    groups = groups_of(logps, cu_groups)
+    scores = [gamma * group.detach().exp().sum().log() for group in groups if len(group) > 1]
+    mean = torch.stack(scores).mean() if scores else 0.0
+    losses = [
+        torch.sigmoid(gamma * group.detach().exp().sum().log() - mean) * stage_of(group, alpha)
+        if len(group) > 1
+        else 0 * logps.sum()
+        for group in groups
+    ]
+    return torch.stack(losses) if losses else logps.new_zeros(0) * logps.sum()
+
+
+def ids_of(logps: Tensor, cu_groups: Tensor) -> Tensor:
+    return (torch.arange(len(logps))[:, None] >= cu_groups[1:]).sum(1)
+
+
 def objective_of(logits: Tensor, labels: Tensor, kl: Tensor, weight: Any, nll_weight: float = 0.0) -> Tensor:
     """The modules' objective; kl is the mean over samples."""
     logps = logps_of(logits, labels).sum(-1)
@@ -250,6 +283,12 @@ def of_losses(n: Sizes) -> Inputs:
     leaves, (ref_w, ref_r, _) = of_pairs(n)
     more = [1 + noise(generator(), n.sequences).exp() for _ in range(2)]
     return [-1 - leaf.exp() for leaf in leaves[:2]], [ref_w, ref_r, *more]
+
+
+def of_groups(n: Sizes) -> Inputs:
+    """Log-probs of all responses; bounds of groups, weights of groups."""
+    g = generator()
+    return [noise(g, n.sequences * n.tokens)], [bounds_of(n), noise(g, n.sequences).exp()]
 
 
 def of_module(n: Sizes) -> Inputs:
@@ -574,6 +613,22 @@ FUNCTIONS = [
         traced=True,
     ),
     *[loss_by_name(name) for name in ("ipo", "odpo", "rdpo", "cpo", "rpo", "slic", "rso", "simpo", "orpo", "apo_zero")],
+    PublicFunction(
+        "spo_ranking_loss, cu_groups",
+        lambda x, cu, mu: kernels.spo_ranking_loss(x, cu, alpha=0.4, weight=mu),
+        lambda x, cu, mu: rankings_of(x, cu, mu, 0.4),
+        of_groups,
+        NO_PAIRS,
+    ),
+    PublicFunction(
+        'spo_ranking_loss, group_ids, kind="best_of_n"',
+        lambda x, cu, mu: kernels.spo_ranking_loss(
+            x, group_ids=ids_of(x, cu), num_groups=len(mu), kind="best_of_n", alpha=0.4, weight=IMPORTANCE
+        ),
+        lambda x, cu, mu: best_of_groups(x, cu, 0.4),
+        of_groups,
+        NO_PAIRS,
+    ),
     PublicFunction(
         "reward_model_loss",
         lambda w, r, *_: kernels.reward_model_loss(w, r),
