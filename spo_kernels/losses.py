@@ -580,8 +580,8 @@ def cpo_loss(
     enter the rewards only.
 
     The paper's NLL is that of the response, as here without `lengths`. The authors' code (ALMA) and TRL take the mean
-    over all chosen tokens of the batch, as here with `lengths`: the term is then sum_p L_w / sum_p |y_w|, on every
-    pair, and weaker by the length of a response.
+    over all chosen tokens of the batch, as here with `lengths`: every pair then bears
+    -nll_weight sum_p L_w / sum_p |y_w|, which is weaker by the length of a response.
 
     Args:
         beta: > 0.
@@ -628,8 +628,8 @@ def rpo_loss(
         -1/P sum_j log sigmoid(beta w_ij ((L - R) of chosen i - (L - R) of rejected j)),
         w = softmax over j of similarity_ij / temperature
 
-    Log-probs, `pair_mask`, `reduction`, results and errors are those of `dpo_loss`. TRL's option
-    "rpo_alpha" is another method: DPO with an NLL term.
+    Log-probs, `pair_mask`, `reduction`, results and errors are those of `dpo_loss`. DPO with an NLL term, which is also
+    called RPO, is another method.
 
     The weights stand inside the sigmoid, and those of a row sum to 1. So with one prompt for all pairs w = 1/P, and
     beta acts as beta / P. For temperature -> 0 and distinct prompts, P times the loss is DPO's plus (P - 1) log 2.
@@ -690,8 +690,7 @@ def slic_loss(
         SLiC (Zhao et al. 2022, arXiv:2210.00045):     max(0, delta (s_w - s_l) - D) - nll_weight L_sft
 
     Log-probs, `pair_mask`, `reduction`, results and errors are those of `dpo_loss`, but references may be None: they
-    enter the rewards only. Rewards are the log-probs, less those of
-    the reference.
+    enter the rewards only. Rewards are the log-probs, less those of the reference.
 
     TRL's and LLaMA-Factory's "hinge" is another loss: the hinge of RSO, relative to the reference (`rso_loss`). HALOs
     takes the chosen response for the SFT target, as here without `sft_logps`.
