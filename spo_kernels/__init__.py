@@ -1,6 +1,7 @@
 """Fused kernels for preference alignment: per-sequence log-probs, the SPO loss, exact token KL. See README.md."""
 
 from spo_kernels import backends
+from spo_kernels.cringe import cringe_loss
 from spo_kernels.distributed import GatheredHead, gather_head
 from spo_kernels.functional import (
     get_batch_logps,
@@ -23,6 +24,7 @@ __all__ = [
     "SPOLoss",
     "SoftImportance",
     "backends",
+    "cringe_loss",
     "gather_head",
     "get_batch_logps",
     "head_options",

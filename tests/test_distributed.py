@@ -330,6 +330,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "spo_ranking_loss": lambda x: sk.spo_ranking_loss(
         x["chosen"], group_ids=(x["chosen"] * 0).detach().long(), num_groups=1
     ),
+    "cringe_loss": lambda x: sk.cringe_loss(x["logits"], x["labels"]),
     "reward_model_loss": lambda x: sk.reward_model_loss(x["chosen"], x["rejected"]),
     "SoftImportance": lambda x: sk.SoftImportance(0.1)(x["chosen"], x["rejected"]),
     "PowerImportance": lambda x: sk.PowerImportance(0.1)(x["chosen"], x["rejected"]),
@@ -340,6 +341,7 @@ WITHOUT_VOCABULARY = (
     "preference_loss",
     "preference_loss, lengths",
     "spo_ranking_loss",
+    "cringe_loss",
     "reward_model_loss",
     "SoftImportance",
     "PowerImportance",

@@ -136,6 +136,7 @@ CALLS: dict[str, list[Callable[[], Any]]] = {
             {"group_ids": torch.zeros(0, dtype=torch.int64), "num_groups": 2},
         )
     ],
+    "cringe_loss": [lambda s=s: kernels.cringe_loss(logits(*s), labels(*s)) for s in BATCHES],
     "reward_model_loss": [lambda: kernels.reward_model_loss(no_pair(), no_pair())],
     **{
         importance.__name__: [

@@ -72,6 +72,7 @@ LAYERS = [  # a module may import the modules of its package that stand before i
     "linear.functional",
     "linear",
     "functional",
+    "cringe",
     "modules",
 ]
 # What `spo_kernels.integrations` holds uses public names, and what stands before it here.

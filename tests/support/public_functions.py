@@ -199,6 +199,16 @@ def ids_of(logps: Tensor, cu_groups: Tensor) -> Tensor:
     return (torch.arange(len(logps))[:, None] >= cu_groups[1:]).sum(1)
 
 
+def cringe_of(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
+    pairs, valid = len(labels) // 2, labels != IGNORE
+    label = labels.where(valid, 0)[..., None]
+    alternative = logits.scatter(-1, label, -torch.inf).amax(-1)
+    contrast = torch.where(valid, cost(alternative - logits.gather(-1, label)[..., 0]), 0)[pairs:]
+    counts = valid.sum(-1).clamp(min=1)
+    ce = -logps_of(logits, labels)[:pairs]
+    return ce.sum(-1) / counts[:pairs] + weight * contrast.sum(-1) / counts[pairs:]
+
+
 def objective_of(logits: Tensor, labels: Tensor, kl: Tensor, weight: Any, nll_weight: float = 0.0) -> Tensor:
     """The modules' objective; kl is the mean over samples."""
     logps = logps_of(logits, labels).sum(-1)
@@ -628,6 +638,13 @@ FUNCTIONS = [
         lambda x, cu, mu: best_of_groups(x, cu, 0.4),
         of_groups,
         NO_PAIRS,
+    ),
+    PublicFunction(
+        "cringe_loss",
+        lambda z, y, *_: kernels.cringe_loss(z, y, weight=0.7, reduction="none"),
+        lambda z, y, *_: cringe_of(z, y, 0.7),
+        of_rows,
+        NO_ROWS,
     ),
     PublicFunction(
         "reward_model_loss",
