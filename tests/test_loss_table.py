@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from spo_kernels import LinearSPOLoss, SPOLoss
 from spo_kernels.losses import (
     LOSSES,
     PowerImportance,
-    SoftImportance,
     preference_loss,
     reward_model_loss,
     spo_loss,
@@ -584,9 +584,24 @@ class TestPowerImportance:
         compiled = torch.compile(importance, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*batch()["logps"]), importance(*batch()["logps"]))
 
-    def test_is_no_soft_importance_of_the_fused_route(self) -> None:
-        assert type(PowerImportance(0.1)) is not SoftImportance
-        assert "gamma=0.1" in repr(PowerImportance(0.1))
+    def test_modules_take_it(self) -> None:
+        """Of hidden states too, though the head's own gradient knows `SoftImportance` alone."""
+        g = torch.Generator().manual_seed(1)
+        hidden = torch.randn(2 * P, 4, 3, generator=g, dtype=torch.float64).requires_grad_()
+        head = torch.randn(7, 3, generator=g, dtype=torch.float64)
+        labels = torch.randint(0, 7, (2 * P, 4), generator=g)
+        logps = (hidden @ head.T).log_softmax(-1).gather(-1, labels[..., None])[..., 0].sum(1)
+        expected = spo_loss(logps[:P], logps[P:], weight=PowerImportance(0.1), reduction="mean")[0]
+        of_logits = SPOLoss(weight=PowerImportance(0.1))(hidden @ head.T, labels)[0]
+        of_hidden = LinearSPOLoss(weight=PowerImportance(0.1))(hidden, head, labels)[0]
+        fixed = LinearSPOLoss(weight=PowerImportance(0.1, -1.0))(hidden, head, labels)[0]
+        torch.testing.assert_close(of_logits, expected)
+        torch.testing.assert_close(of_hidden, expected)
+        wanted = spo_loss(logps[:P], logps[P:], weight=PowerImportance(0.1, -1.0), reduction="mean")[0]
+        torch.testing.assert_close(fixed, wanted)
+        gradients = [torch.autograd.grad(x, hidden, retain_graph=True)[0] for x in (of_logits, of_hidden, expected)]
+        torch.testing.assert_close(gradients[0], gradients[2])
+        torch.testing.assert_close(gradients[1], gradients[2])
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from spo_kernels import PowerImportance, SoftImportance, spo_loss, spo_ranking_loss
+from spo_kernels import (
+    PowerImportance,
+    SoftImportance,
+    linear_sequence_logps,
+    sequence_logps,
+    spo_loss,
+    spo_ranking_loss,
+)
 
 SIZES = [4, 1, 2, 0, 3, 7, 2]
 BOUNDS = [0, *itertools.accumulate(SIZES)]
@@ -241,6 +248,18 @@ def test_compiles(kind: str, weight: Any) -> None:
         results = [of(values, cu_groups) for of in (loss, compiled)]
         torch.testing.assert_close(*results)
         torch.testing.assert_close(*(torch.autograd.grad(result, values)[0] for result in results))
+
+
+def test_from_logits_and_from_hidden_states() -> None:
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(BOUNDS[-1], 6, 4, generator=g, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(31, 4, generator=g, dtype=torch.float64).requires_grad_()
+    labels = torch.randint(0, 31, hidden.shape[:2], generator=g)
+    of_logits = sequence_logps(hidden @ weight.T, labels)
+    of_hidden = linear_sequence_logps(hidden, weight, labels)
+    losses = [spo_ranking_loss(values, CU, reduction="mean") for values in (of_logits, of_hidden)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, (hidden, weight)) for loss in losses))
 
 
 # ---- the theorem, for rankings
