@@ -324,10 +324,29 @@ FUNCTIONS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "LinearSPOLoss": linear_spo_loss,
     "spo_loss": lambda x: sk.spo_loss(x["chosen"], x["rejected"], weight=sk.SoftImportance(0.1)),
     "preference_loss": lambda x: sk.preference_loss("dpo", x["chosen"], x["rejected"], x["rejected"], x["chosen"]),
+    "preference_loss, lengths": lambda x: sk.preference_loss(
+        "orpo", x["chosen"], x["rejected"], lengths=torch.stack((x["chosen"], x["rejected"])).detach().abs() + 1
+    ),
+    "spo_ranking_loss": lambda x: sk.spo_ranking_loss(
+        x["chosen"], group_ids=(x["chosen"] * 0).detach().long(), num_groups=1
+    ),
+    "cringe_loss": lambda x: sk.cringe_loss(x["logits"], x["labels"]),
+    "reward_model_loss": lambda x: sk.reward_model_loss(x["chosen"], x["rejected"]),
     "SoftImportance": lambda x: sk.SoftImportance(0.1)(x["chosen"], x["rejected"]),
+    "PowerImportance": lambda x: sk.PowerImportance(0.1)(x["chosen"], x["rejected"]),
     "batch_normalizer": lambda x: sk.SoftImportance(0.1).batch_normalizer(x["chosen"], x["rejected"]),
 }
-WITHOUT_VOCABULARY = ("spo_loss", "preference_loss", "SoftImportance", "batch_normalizer")
+WITHOUT_VOCABULARY = (
+    "spo_loss",
+    "preference_loss",
+    "preference_loss, lengths",
+    "spo_ranking_loss",
+    "cringe_loss",
+    "reward_model_loss",
+    "SoftImportance",
+    "PowerImportance",
+    "batch_normalizer",
+)
 
 
 def outcome(name: str, x: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -379,7 +398,7 @@ def dtensor_outcome(group: ProcessGroup, name: str, kind: str) -> tuple[list[Ten
 def test_dtensor_arguments(processes: Processes, name: str, kind: str) -> None:
     expected = {key: tensor.requires_grad_(key in WANT_GRADIENTS) for key, tensor in inputs().items()}
     results, gradients = outcome(name, expected)
-    assert gradients or name in ("SoftImportance", "batch_normalizer")
+    assert gradients or name in ("SoftImportance", "PowerImportance", "batch_normalizer")
     for actual, actual_gradients in results_of(processes, 2, dtensor_outcome, name, kind):
         for got, wanted in zip(actual, results, strict=True):
             near(got, wanted)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import spo_kernels
-from spo_kernels import LinearSPOLoss, SoftImportance, SPOLoss, preference_loss, spo_loss
+from spo_kernels import LinearSPOLoss, PowerImportance, SoftImportance, SPOLoss, preference_loss, spo_loss
+from spo_kernels.losses import LOSSES
 
 V, H = 5, 4
 ROWS = [(0,), (0, 3), (2, 0), (0, 0), (2, 0, 3)]
@@ -118,10 +119,32 @@ CALLS: dict[str, list[Callable[[], Any]]] = {
         lambda: spo_loss(no_pair(), no_pair(), no_pair(), no_pair(), weight=SoftImportance(0.1)),
         lambda: spo_loss(no_pair(), no_pair(), weight=torch.zeros(0)),
     ],
-    "preference_loss": [lambda n=n: preference_loss(n, *(no_pair() for _ in range(4))) for n in ("spo", "dpo")],
-    "SoftImportance": [
-        lambda n=n: SoftImportance(0.1, n)(no_pair(), no_pair()) for n in ("batch", "ema", 0.0, torch.tensor(0.0))
+    "preference_loss": [
+        lambda n=n, row=row: preference_loss(
+            n,
+            *(no_pair() for _ in range(4)),
+            **{key: torch.zeros(0, 0) if key == "similarity" else torch.zeros(2, 0) for key in row.inputs},
+        )
+        for n, row in LOSSES.items()
     ],
+    "spo_ranking_loss": [
+        lambda k=k, g=g: kernels.spo_ranking_loss(no_pair(), kind=k, **g)
+        for k in ("ranking", "best_of_n")
+        for g in (
+            {"cu_groups": torch.zeros(1, dtype=torch.int64)},
+            {"cu_groups": torch.zeros(4, dtype=torch.int32)},
+            {"group_ids": torch.zeros(0, dtype=torch.int64), "num_groups": 2},
+        )
+    ],
+    "cringe_loss": [lambda s=s: kernels.cringe_loss(logits(*s), labels(*s)) for s in BATCHES],
+    "reward_model_loss": [lambda: kernels.reward_model_loss(no_pair(), no_pair())],
+    **{
+        importance.__name__: [
+            lambda of=importance, n=n: of(0.1, n)(no_pair(), no_pair())
+            for n in ("batch", "ema", 0.0, torch.tensor(0.0))
+        ]
+        for importance in (SoftImportance, PowerImportance)
+    },
     "SPOLoss": [
         *(call for s in BATCHES for call in of_modules(s, {})[::3]),
         *(call for b in BOUNDS for call in of_modules((0,), packed(b))[::3]),

@@ -63,6 +63,7 @@ LAYERS = [  # a module may import the modules of its package that stand before i
     "shards",
     "distributed",
     "losses",
+    "ranking",
     "linear.records",
     "linear.checks",
     "linear.tiles",
@@ -71,6 +72,7 @@ LAYERS = [  # a module may import the modules of its package that stand before i
     "linear.functional",
     "linear",
     "functional",
+    "cringe",
     "modules",
 ]
 # What `spo_kernels.integrations` holds uses public names, and what stands before it here.

@@ -47,6 +47,7 @@ def test_python_compiles(page: Path) -> None:
 def test_the_reference_has_every_public_name() -> None:
     pages = "\n".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
     listed = {name for members in re.findall(r"members: \[(.*)\]", pages) for name in members.split(", ")}
+    listed |= set(re.findall(r"^ +- (\w+)$", pages, flags=re.MULTILINE))
     listed |= {path.rpartition(".")[2] for path in re.findall(r"^::: ([\w.]+)$", pages, flags=re.MULTILINE)}
     assert listed >= {*spo_kernels.__all__, *core.__all__} - {"backends"}
     # "core" has the names of the modules beside it.

@@ -15,7 +15,8 @@ from oracle import IGNORE
 from torch import Tensor
 
 import spo_kernels
-from spo_kernels import LinearSPOLoss, SoftImportance, SPOLoss, preference_loss, spo_loss
+from spo_kernels import LinearSPOLoss, PowerImportance, SoftImportance, SPOLoss, preference_loss, spo_loss
+from spo_kernels.losses import LOSSES
 
 V, H, REF_H = 9, 4, 3
 kernels: Any = spo_kernels
@@ -117,6 +118,97 @@ def importance_of(logp_w: Tensor, logp_l: Tensor, gamma: float = 0.3) -> Tensor:
     return torch.sigmoid(scores - scores.mean())
 
 
+def power_importance_of(logp_w: Tensor, logp_l: Tensor, gamma: float = 0.3) -> Tensor:
+    power = (logp_w.detach().exp() + logp_l.detach().exp()) ** gamma
+    return power / power.mean()
+
+
+def relative_of(w: Tensor, r: Tensor, rw: Tensor, rr: Tensor) -> Tensor:
+    return (w - rw) - (r - rr)
+
+
+def cost(x: Tensor) -> Tensor:
+    """-log sigmoid(x)."""
+    return (1 + (-x).exp()).log()
+
+
+def odds_of(logp: Tensor) -> Tensor:
+    return logp.exp() / (1 - logp.exp())
+
+
+def losses_by_loops(w: Tensor, r: Tensor, rw: Tensor, rr: Tensor, closeness: Tensor) -> Tensor:
+    """RPO at beta = 0.3 and temperature 0.5."""
+    rows = [
+        sum((cost(0.3 * row[j] * (w[i] - rw[i] - r[j] + rr[j])) for j in range(len(w))), 0 * w.sum()) / len(w)
+        for i, row in enumerate((closeness / 0.5).exp() / (closeness / 0.5).exp().sum(1, keepdim=True))
+    ]
+    return torch.stack(rows) if rows else w.new_zeros(0) * w.sum()
+
+
+# The rows of `LOSSES` in plain torch: of log-probs, references, and two [P] of numbers >= 1. `lengths` are those
+# numbers, and `scores` are the first of them and 0.
+PLAIN_LOSSES: dict[str, tuple[dict[str, Any], Callable[..., Tensor]]] = {
+    "ipo": ({"tau": 0.2}, lambda w, r, rw, rr, n, m: (relative_of(w / n, r / m, rw / n, rr / m) - 2.5) ** 2),
+    "odpo": ({"beta": 0.3}, lambda w, r, rw, rr, n, m: cost(0.3 * relative_of(w, r, rw, rr) - n.log())),
+    "rdpo": (
+        {"beta": 0.3, "flip": 0.2},
+        lambda w, r, rw, rr, n, m: (
+            (0.8 * cost(0.3 * relative_of(w, r, rw, rr)) - 0.2 * cost(-0.3 * relative_of(w, r, rw, rr))) / 0.6
+        ),
+    ),
+    "cpo": ({"beta": 0.3}, lambda w, r, rw, rr, n, m: cost(0.3 * (w - r)) - w.sum() / n.sum().clamp(min=1)),
+    "rpo": ({"beta": 0.3}, lambda w, r, rw, rr, n, m: losses_by_loops(w, r, rw, rr, (n[:, None] * m).cos())),
+    "slic": ({"delta": 0.7}, lambda w, r, rw, rr, n, m: (0.7 * n - w + r).clamp(min=0) - 0.1 * w),
+    "rso": ({"gamma": 0.6}, lambda w, r, rw, rr, n, m: (1 - 0.6 * relative_of(w, r, rw, rr)).clamp(min=0)),
+    "simpo": ({}, lambda w, r, rw, rr, n, m: cost(2 * (w / n - r / m) - 1)),
+    "orpo": ({}, lambda w, r, rw, rr, n, m: 0.1 * cost((odds_of(w / n) / odds_of(r / m)).log()) - w / n),
+    "apo_zero": ({}, lambda w, r, rw, rr, n, m: 1 / (1 + (0.1 * (w - rw)).exp()) + 1 / (1 + (0.1 * (rr - r)).exp())),
+}
+
+
+def groups_of(logps: Tensor, cu_groups: Tensor) -> list[Tensor]:
+    return [logps[start:end] for start, end in itertools.pairwise(cu_groups.tolist())]
+
+
+def stage_of(logps: Tensor, alpha: float) -> Tensor:
+    return -(logps[0] - (alpha * logps).exp().sum().log() / alpha)
+
+
+def rankings_of(logps: Tensor, cu_groups: Tensor, mu: Tensor, alpha: float) -> Tensor:
+    """Plackett-Luce over groups of logps [N], best first."""
+    groups = groups_of(logps, cu_groups)
+    losses = [sum((stage_of(group[i:], alpha) for i in range(len(group))), 0 * logps.sum()) for group in groups]
+    return mu * torch.stack(losses) if losses else mu * logps.sum()
+
+
+def best_of_groups(logps: Tensor, cu_groups: Tensor, alpha: float, gamma: float = 0.3) -> Tensor:
+    """The first is the best of its group; with `SoftImportance` over groups of two and more."""
+    groups = groups_of(logps, cu_groups)
+    scores = [gamma * group.detach().exp().sum().log() for group in groups if len(group) > 1]
+    mean = torch.stack(scores).mean() if scores else 0.0
+    losses = [
+        torch.sigmoid(gamma * group.detach().exp().sum().log() - mean) * stage_of(group, alpha)
+        if len(group) > 1
+        else 0 * logps.sum()
+        for group in groups
+    ]
+    return torch.stack(losses) if losses else logps.new_zeros(0) * logps.sum()
+
+
+def ids_of(logps: Tensor, cu_groups: Tensor) -> Tensor:
+    return (torch.arange(len(logps))[:, None] >= cu_groups[1:]).sum(1)
+
+
+def cringe_of(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
+    pairs, valid = len(labels) // 2, labels != IGNORE
+    label = labels.where(valid, 0)[..., None]
+    alternative = logits.scatter(-1, label, -torch.inf).amax(-1)
+    contrast = torch.where(valid, cost(alternative - logits.gather(-1, label)[..., 0]), 0)[pairs:]
+    counts = valid.sum(-1).clamp(min=1)
+    ce = -logps_of(logits, labels)[:pairs]
+    return ce.sum(-1) / counts[:pairs] + weight * contrast.sum(-1) / counts[pairs:]
+
+
 def objective_of(logits: Tensor, labels: Tensor, kl: Tensor, weight: Any, nll_weight: float = 0.0) -> Tensor:
     """The modules' objective; kl is the mean over samples."""
     logps = logps_of(logits, labels).sum(-1)
@@ -194,6 +286,19 @@ def of_pairs(n: Sizes) -> Inputs:
 def of_two(n: Sizes) -> Inputs:
     leaves, constants = of_pairs(n)
     return leaves[:2], constants
+
+
+def of_losses(n: Sizes) -> Inputs:
+    """Log-probs below 0 chosen and rejected; references chosen and rejected, and two of numbers >= 1."""
+    leaves, (ref_w, ref_r, _) = of_pairs(n)
+    more = [1 + noise(generator(), n.sequences).exp() for _ in range(2)]
+    return [-1 - leaf.exp() for leaf in leaves[:2]], [ref_w, ref_r, *more]
+
+
+def of_groups(n: Sizes) -> Inputs:
+    """Log-probs of all responses; bounds of groups, weights of groups."""
+    g = generator()
+    return [noise(g, n.sequences * n.tokens)], [bounds_of(n), noise(g, n.sequences).exp()]
 
 
 def of_module(n: Sizes) -> Inputs:
@@ -303,7 +408,25 @@ def linear(leaves: tuple[Tensor, ...]) -> Tensor:
     return F.linear(*leaves[:3])
 
 
+def loss_by_name(name: str) -> PublicFunction:
+    options, truth = PLAIN_LOSSES[name]
+    takes = LOSSES[name].options
+
+    def call(w: Tensor, r: Tensor, rw: Tensor, rr: Tensor, n: Tensor, m: Tensor) -> Tensor:
+        given = dict(options)
+        if "lengths" in takes:
+            given["lengths"] = (n, m)
+        if "scores" in takes:
+            given["scores"] = (n, 0 * n)
+        if "similarity" in takes:
+            given["similarity"] = (n[:, None] * m).cos()
+        return preference_loss(name, w, r, rw, rr, **given)[0]
+
+    return PublicFunction(f'preference_loss("{name}")', call, truth, of_losses, NO_PAIRS, traced=name != "odpo")
+
+
 IMPORTANCE = SoftImportance(0.3)
+POWER = PowerImportance(0.3)
 IN_PLACE = spo_module(inplace_backward=True)
 ROWS = 2 * Sizes().sequences * Sizes().tokens * V  # flops of all rows, for each element of a hidden state
 SAMPLED_ROWS = 2 * Sizes().samples * Sizes().tokens * V
@@ -495,6 +618,46 @@ FUNCTIONS = [
         'preference_loss("dpo")',
         lambda w, r, rw, rr, *_: preference_loss("dpo", w, r, rw, rr, beta=0.3, label_smoothing=0.1)[0],
         lambda w, r, rw, rr, *_: 0.1 * 0.3 * (w - r - rw + rr) - F.logsigmoid(0.3 * (w - r - rw + rr)),
+        of_two,
+        NO_PAIRS,
+        traced=True,
+    ),
+    *[loss_by_name(name) for name in ("ipo", "odpo", "rdpo", "cpo", "rpo", "slic", "rso", "simpo", "orpo", "apo_zero")],
+    PublicFunction(
+        "spo_ranking_loss, cu_groups",
+        lambda x, cu, mu: kernels.spo_ranking_loss(x, cu, alpha=0.4, weight=mu),
+        lambda x, cu, mu: rankings_of(x, cu, mu, 0.4),
+        of_groups,
+        NO_PAIRS,
+    ),
+    PublicFunction(
+        'spo_ranking_loss, group_ids, kind="best_of_n"',
+        lambda x, cu, mu: kernels.spo_ranking_loss(
+            x, group_ids=ids_of(x, cu), num_groups=len(mu), kind="best_of_n", alpha=0.4, weight=IMPORTANCE
+        ),
+        lambda x, cu, mu: best_of_groups(x, cu, 0.4),
+        of_groups,
+        NO_PAIRS,
+    ),
+    PublicFunction(
+        "cringe_loss",
+        lambda z, y, *_: kernels.cringe_loss(z, y, weight=0.7, reduction="none"),
+        lambda z, y, *_: cringe_of(z, y, 0.7),
+        of_rows,
+        NO_ROWS,
+    ),
+    PublicFunction(
+        "reward_model_loss",
+        lambda w, r, *_: kernels.reward_model_loss(w, r),
+        lambda w, r, *_: (1 + (r - w).exp()).log(),
+        of_two,
+        NO_PAIRS,
+        traced=True,
+    ),
+    PublicFunction(
+        "PowerImportance",
+        lambda w, r, *_: POWER(w, r),
+        lambda w, r, *_: power_importance_of(w, r),
         of_two,
         NO_PAIRS,
         traced=True,
