@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -119,12 +120,12 @@ def test_recorded_parameters_are_the_projects(place: str, real: Callable[[str], 
     assert tuple(inspect.signature(function).parameters) == RECORDED[place][0]
 
 
-@pytest.mark.parametrize("project", ["llamafactory", "nemo_rl", "openrlhf", "torchtune"])
-def test_importing_an_adapter_does_not_import_its_project(project: str) -> None:
-    code = (
-        f"import sys, spo_kernels.integrations.{project}; assert not {{'{project}', 'transformers'}} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_importing_an_adapter_does_not_import_its_project(tmp_path: Path) -> None:
+    projects = ["llamafactory", "nemo_rl", "openrlhf", "torchtune"]
+    imports = ", ".join(f"spo_kernels.integrations.{project}" for project in projects)
+    code = f"import sys, {imports}; assert not {{*{projects}, 'transformers'}} & set(sys.modules)"
+    # Outside the source tree: Python would import it from the current directory, before the installed package.
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_losses_refuse_wrong_options_at_once() -> None:

@@ -467,11 +467,12 @@ def test_dropout_is_off(chat_file: Path, folders: dict[str, Path]) -> None:
     assert record["kl"] == 0
 
 
-def test_nothing_imports_transformers_before_a_model_needs_it() -> None:
+def test_nothing_imports_transformers_before_a_model_needs_it(tmp_path: Path) -> None:
     modules = ["commands", "alignment", "evaluate", "pair_files", "models.loading", "toy.demo"]
     code = f"import sys, {', '.join(f'spo_train.{module}' for module in modules)}\n"
     code += "heavy = {'transformers', 'datasets', 'pyarrow'} & set(sys.modules)\nassert not heavy, heavy"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    # Outside the source tree: Python would import it from the current directory, before the installed package.
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_a_name_of_the_hub_is_read_from_its_cache(folders: dict[str, Path], chat_file: Path, tmp_path: Path) -> None:
