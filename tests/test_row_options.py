@@ -12,8 +12,10 @@ from spo_kernels.backends import Backend
 
 
 def quick_or_slow(specs: list[Spec]) -> list[Any]:
-    """Rows beyond 10,000 columns take most of the time."""
-    return [pytest.param(spec, marks=pytest.mark.slow if spec.v > 10_000 else (), id=str(spec)) for spec in specs]
+    """Rows beyond 10,000 columns take most of the time. Divergences have their long rows among the slow tests too."""
+    slow = [spec.v > (1000 if spec.mixture else 10_000) for spec in specs]
+    marks = [pytest.mark.slow if is_slow else () for is_slow in slow]
+    return [pytest.param(spec, marks=mark, id=str(spec)) for spec, mark in zip(specs, marks, strict=True)]
 
 
 @pytest.mark.parametrize("spec", quick_or_slow(SPECS + MIXTURE_SPECS))

@@ -54,6 +54,7 @@ def test_a_bad_head_shape_is_named(shape: str, capsys: pytest.CaptureFixture[str
     assert shape in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_growth_measures_every_axis_and_draws_it(tmp_path: Path) -> None:
     sizes = ["--rows", "4", "8", "--vocabulary", "50", "100", "--hidden", "8", "--threads", "2"]
     assert cli.main(["growth", *TINY, *sizes, "--out", str(tmp_path)]) == 0

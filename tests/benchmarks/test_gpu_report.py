@@ -37,6 +37,7 @@ def test_the_gpu_report_goes_on_after_a_failure(
     assert "\n999\n" in page
 
 
+@pytest.mark.slow
 def test_a_budget_ends_steps_with_their_children_and_leaves_the_rest_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

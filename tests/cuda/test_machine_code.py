@@ -69,6 +69,7 @@ def test_nothing_spills_and_blocks_run_side_by_side(resources: list[Resources]) 
     assert [r for r in resources if r.registers > REGISTERS["double" in r.kernel] or r.shared > SHARED_BYTES] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["A100", "H100", "B200"])
 def test_every_hot_loop_is_found(gpu: str) -> None:
     found = {(re.split("_kernel", loop.kernel)[0], loop.loads, loop.stores) for loop in hot_loops(gpu)}
@@ -76,10 +77,12 @@ def test_every_hot_loop_is_found(gpu: str) -> None:
     assert found == expected | {("kl_loss_fwd", 2, 0), ("kl_loss_fwd", 4, 2)}
 
 
+@pytest.mark.slow
 def test_loops_leave_the_h100_bound_by_memory() -> None:
     assert over(hot_loops("H100"), "H100", H100_SHARE) == []
 
 
+@pytest.mark.slow
 def test_loops_leave_the_b200_bound_by_memory_but_for_the_kl_forward() -> None:
     def is_kl_forward(loop: Loop) -> bool:
         """The KL looks for new maxima in two tensors, the log-prob in one, so the KL has more exponentials a byte."""
@@ -92,6 +95,7 @@ def test_loops_leave_the_b200_bound_by_memory_but_for_the_kl_forward() -> None:
     assert over(rest, "B200", B200_SHARE) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", [*CLUSTER_SHARE])
 def test_the_kernel_of_clusters_is_compiled_for_devices_that_have_them(gpu: str) -> None:
     assert LIBRARY is not None
