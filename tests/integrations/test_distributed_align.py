@@ -142,7 +142,9 @@ def test_evaluations_are_those_of_one_process(two_processes: Processes, pairs: s
 def start(*command: str, **environment: str) -> subprocess.Popen[str]:
     given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)} | environment
     command = (sys.executable, "-m", *command)
-    return subprocess.Popen(command, env=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # Outside the root: Python would import the source tree from the current directory, before the installed package.
+    folder, pipe = Path(__file__).parent, subprocess.PIPE
+    return subprocess.Popen(command, env=given, text=True, stdout=pipe, stderr=subprocess.STDOUT, cwd=folder)
 
 
 def torchrun(*arguments: str, **environment: str) -> subprocess.Popen[str]:

@@ -22,9 +22,11 @@ _TIMEOUT = 120  # seconds
 
 def _import(name: str, file: str) -> None:
     """Import a test module, which no search path leads to, under the name that pytest gave it, for pickle to find."""
-    package = name.rpartition(".")[0]
-    if package and package not in sys.modules:
-        sys.modules[package] = ModuleType(package)
+    parts = name.split(".")
+    for package in (".".join(parts[:i]) for i in range(1, len(parts))):
+        if package not in sys.modules:
+            sys.modules[package] = ModuleType(package)
+            sys.modules[package].__path__ = []
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None and spec.loader is not None
