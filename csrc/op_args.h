@@ -39,7 +39,7 @@ struct TokenStatsFwdArgs {
   const std::int64_t* labels;  // [N] or null: no log-probs
   const bool* mask;            // [N] or null: the KL of every row
   std::int64_t N, V, ignore_index;
-  double mixture;            // as above
+  double mixture = 0;        // as above
   void *logps, *kl, *stats;  // acc [N], [N], [2, 4 or 5, N]
 };
 
@@ -49,7 +49,7 @@ struct TokenStatsBwdArgs {
   const std::int64_t* labels;
   const bool* mask;
   std::int64_t N, V, padding, ignore_index;      // padding: columns after the first V, whose gradient is 0
-  double mixture;                                // as above
+  double mixture = 0;                            // as above
   const void *dlogps, *dkl, *dlse, *kl, *stats;  // acc; dlogps, dkl and dlse may be null
 };
 
@@ -68,7 +68,7 @@ struct KlLossFwdArgs {
   Transform of_z, of_r;
   const void* row_weight;      // acc [N] or null: 1
   std::int64_t N, V, padding;  // padding as above
-  double mixture;              // as above
+  double mixture = 0;          // as above
   double* weighted_kl;         // [N]: row_weight times the KL
 };
 

@@ -369,7 +369,7 @@ void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats
   if (grad.label >= 0) from_double(at_label, dz[grad.label]);
 }
 
-// scalar::LogShares of vectors.
+// scalar::log_shares of vectors.
 struct LogShares {
   F32 mixture, rest;
   const Exp<6, true> exp;

@@ -67,13 +67,12 @@ static void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats
 // log(p / m) and log(q / m) of a token, where gap = log p - log q.
 struct LogShares {
   double of_policy, of_ref;
-  LogShares(double gap, double mixture) {
-    const double far = std::exp(-std::fabs(gap)), rest = 1 - mixture;
-    const double log_sum = std::log(gap < 0 ? rest + mixture * far : mixture + rest * far);
-    of_policy = (gap < 0 ? gap : 0) - log_sum;
-    of_ref = (gap > 0 ? -gap : 0) - log_sum;
-  }
 };
+static inline LogShares log_shares(double gap, double mixture) {
+  const double far = std::exp(-std::fabs(gap)), rest = 1 - mixture;
+  const double log_sum = std::log(gap < 0 ? rest + mixture * far : mixture + rest * far);
+  return {(gap < 0 ? gap : 0) - log_sum, (gap > 0 ? -gap : 0) - log_sum};
+}
 
 template <class T, class R>
 static MixtureKl mixture_kl(const T* z, const R* r, std::int64_t V, const KlStats& stats, double mixture) {
@@ -81,7 +80,7 @@ static MixtureKl mixture_kl(const T* z, const R* r, std::int64_t V, const KlStat
   for (std::int64_t v = 0; v < V; ++v) {
     const double log_p = log_prob(z[v], stats.policy), log_q = log_prob(r[v], stats.ref);
     const double p = std::exp(log_p), q = std::exp(log_q);
-    const LogShares shares(log_p - log_q, mixture);
+    const LogShares shares = log_shares(log_p - log_q, mixture);
     if (p != 0) kl.of_policy += p * shares.of_policy;
     if (q != 0) kl.of_ref += q * shares.of_ref;
   }
@@ -93,7 +92,7 @@ static double grad_mixture_of(T z, R r, bool at_label, const KlStats& stats, con
   const double log_p = log_prob(z, stats.policy), log_q = log_prob(r, stats.ref), p = std::exp(log_p);
   const double slope = mixture == 1 ? p - std::exp(log_q)
                        : p == 0     ? 0
-                                    : mixture * p * (LogShares(log_p - log_q, mixture).of_policy - stats.kl);
+                                    : mixture * p * (log_shares(log_p - log_q, mixture).of_policy - stats.kl);
   return grad.g_logp * (at_label - p) + grad.g_lse * p + grad.g_kl * slope;
 }
 
