@@ -321,33 +321,14 @@ void grad_logp(const T* z, T* dz, std::int64_t V, const RowStats& stats, const R
   if (grad.label >= 0) from_double(at_label, dz[grad.label]);
 }
 
-template <class T, class R>
-void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats, const RowGrad& grad) {
-  if (__builtin_expect(!(in_range(stats.policy) && in_range(stats.ref)), 0))
-    return scalar::grad_kl(z, r, dz, V, stats, grad);
-  const double at_label = grad.label >= 0 ? scalar::label_grad_kl(z, r, stats, grad) : 0;
-  // zs and rs are the logits less their shifts, mean is the row's mean of zs - rs:
-  // p (g_kl (log p - log q - kl) + g_lse - g_logp) = exp(zs) ((zs - rs - mean) slope + rest)
-  // For a token with p near 1, zs - rs is near the mean, so the difference is exact. rest corrects the mean's rounding.
-  const double scale = std::exp(-stats.policy.logsum);
-  const double exact_mean = stats.kl + stats.policy.logsum - stats.ref.logsum;
-  const F32 mean(static_cast<float>(exact_mean));
-  const F32 slope(static_cast<float>(scale * grad.g_kl));
-  const double mean_error = static_cast<float>(exact_mean) - exact_mean;
-  const F32 rest(static_cast<float>(scale * (grad.g_kl * mean_error + (grad.g_lse - grad.g_logp))));
-  const F32 sz(static_cast<float>(stats.policy.shift)), sr(static_cast<float>(stats.ref.shift));
-  const GradExp<T> exp;
-
+// Calls gradients(x, y) for the logits x of a group and the reference logits y, which makes x their gradient.
+template <class T, class R, class F>
+SPO_INLINE void for_kl_grad_groups(const T* z, const R* r, T* dz, std::int64_t V, F gradients) {
   const auto group = [&](const T* in, const R* ref, T* out) {
     F32 x[4], y[4];
     load_half(in, ref, x[0], x[1], y[0], y[1]);
     load_half(in + 2 * F32::size, ref + 2 * F32::size, x[2], x[3], y[2], y[3]);
-    for (int k = 0; k < 4; ++k) {
-      x[k] = x[k] - sz;
-      y[k] = fma(x[k] - (y[k] - sr) - mean, slope, rest);
-    }
-    exp(x);
-    for (int k = 0; k < 4; ++k) x[k] = weigh(x[k], y[k]);
+    gradients(x, y);
     if constexpr (std::is_same_v<T, R>) {
       store_group(out, x);
     } else {
@@ -366,6 +347,33 @@ void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats
     group(tail.data, Tail<R>(r + whole, V - whole).data, tail.data);
     std::memcpy(dz + whole, tail.data, (V - whole) * sizeof(T));
   }
+}
+
+template <class T, class R>
+void grad_kl(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& stats, const RowGrad& grad) {
+  if (__builtin_expect(!(in_range(stats.policy) && in_range(stats.ref)), 0))
+    return scalar::grad_kl(z, r, dz, V, stats, grad);
+  const double at_label = grad.label >= 0 ? scalar::label_grad_kl(z, r, stats, grad) : 0;
+  // zs and rs are the logits less their shifts, mean is the row's mean of zs - rs:
+  // p (g_kl (log p - log q - kl) + g_lse - g_logp) = exp(zs) ((zs - rs - mean) slope + rest)
+  // For a token with p near 1, zs - rs is near the mean, so the difference is exact. rest corrects the mean's rounding.
+  const double scale = std::exp(-stats.policy.logsum);
+  const double exact_mean = stats.kl + stats.policy.logsum - stats.ref.logsum;
+  const F32 mean(static_cast<float>(exact_mean));
+  const F32 slope(static_cast<float>(scale * grad.g_kl));
+  const double mean_error = static_cast<float>(exact_mean) - exact_mean;
+  const F32 rest(static_cast<float>(scale * (grad.g_kl * mean_error + (grad.g_lse - grad.g_logp))));
+  const F32 sz(static_cast<float>(stats.policy.shift)), sr(static_cast<float>(stats.ref.shift));
+  const GradExp<T> exp;
+
+  for_kl_grad_groups(z, r, dz, V, [&](F32(&x)[4], F32(&y)[4]) __attribute__((always_inline)) {
+    for (int k = 0; k < 4; ++k) {
+      x[k] = x[k] - sz;
+      y[k] = fma(x[k] - (y[k] - sr) - mean, slope, rest);
+    }
+    exp(x);
+    for (int k = 0; k < 4; ++k) x[k] = weigh(x[k], y[k]);
+  });
   if (grad.label >= 0) from_double(at_label, dz[grad.label]);
 }
 
@@ -445,7 +453,7 @@ void grad_mixture(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& 
   const F32 mean(static_cast<float>(stats.kl));
   const LogShares shares_of(mixture);
 
-  const auto gradients = [&](F32(&x)[4], F32(&y)[4]) __attribute__((always_inline)) {
+  for_kl_grad_groups(z, r, dz, V, [&](F32(&x)[4], F32(&y)[4]) __attribute__((always_inline)) {
     for (int k = 0; k < 4; ++k) x[k] = x[k] - sz, y[k] = y[k] - sr;
     if (reverse) {
       exp(x);
@@ -458,30 +466,7 @@ void grad_mixture(const T* z, const R* r, T* dz, std::int64_t V, const KlStats& 
       exp(x);
       for (int k = 0; k < 4; ++k) x[k] = weigh(x[k], fma(policy[k] - mean, slope, rest));
     }
-  };
-  const auto group = [&](const T* in, const R* in_ref, T* out) {
-    F32 x[4], y[4];
-    load_half(in, in_ref, x[0], x[1], y[0], y[1]);
-    load_half(in + 2 * F32::size, in_ref + 2 * F32::size, x[2], x[3], y[2], y[3]);
-    gradients(x, y);
-    if constexpr (std::is_same_v<T, R>) {
-      store_group(out, x);
-    } else {
-      store2(out, x[0], x[1]);
-      store2(out + 2 * F32::size, x[2], x[3]);
-    }
-  };
-  const std::int64_t whole = V / kGroup * kGroup;
-  for (std::int64_t v = 0; v < whole; v += kGroup) {
-    prefetch(z + v);
-    prefetch(r + v);
-    group(z + v, r + v, dz + v);
-  }
-  if (whole < V) {
-    Tail<T> tail(z + whole, V - whole);
-    group(tail.data, Tail<R>(r + whole, V - whole).data, tail.data);
-    std::memcpy(dz + whole, tail.data, (V - whole) * sizeof(T));
-  }
+  });
   if (grad.label >= 0) from_double(at_label, dz[grad.label]);
 }
 
